@@ -1,0 +1,87 @@
+# Every target works from a bare clone with Python and make. What is set up once is not set up again:
+# the stamps in $(VENV)/stamps are newer than the files that they depend on.
+
+PYTHON ?= python3
+VENV ?= .venv
+SEED ?= 0
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+STAMPS := $(VENV)/stamps
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints-dev.txt
+EXTENSION_SOURCES := $(wildcard setup.py csrc/* csrc/*/*)
+PEERS := trl liger-kernel pytest-benchmark
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo demo-smollm2 test test-all lint format bench gpu clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
+
+setup: $(STAMPS)/fastpo ## Make the virtual environment and install fastpo into it, editable
+
+demo: $(STAMPS)/fastpo ## Train a small model with DAPO, from nothing, on a CPU (SEED=0)
+	@$(BIN)/fastpo train recipes/demo.toml seed=$(SEED)
+
+demo-smollm2: $(STAMPS)/fastpo ## Fetch SmolLM2-135M-Instruct and train it on a CPU (SEED=0)
+	@$(BIN)/python tools/fetch_smollm2.py
+	@$(BIN)/fastpo train recipes/smollm2.toml seed=$(SEED)
+
+test: export OMP_NUM_THREADS ?= 1
+test: $(STAMPS)/fastpo ## Run the quick tests (PYTEST_ARGS=...)
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-all: export OMP_NUM_THREADS ?= 1
+test-all: $(STAMPS)/peers ## Run every test that needs no GPU, the slow ones and the peers' included
+	@$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
+
+lint: $(STAMPS)/lint ## Check the style: ruff check and ruff format --check
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+
+format: $(STAMPS)/lint ## Reformat the code
+	@$(BIN)/ruff check --fix
+	@$(BIN)/ruff format
+
+bench: $(STAMPS)/peers ## Time fastpo against its peers on this machine
+	@$(BIN)/python -m pytest benchmarks -m "not gpu" --benchmark-only $(PYTEST_ARGS)
+
+gpu: $(STAMPS)/peers ## Run the tests and benchmarks that need a GPU
+	@$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest benchmarks -m gpu --benchmark-only $(PYTEST_ARGS)
+
+clean: ## Remove the virtual environment, caches and everything built
+	rm -rf $(VENV) .cache build dist *.egg-info fastpo/*.so .pytest_cache .ruff_cache .benchmarks
+	find fastpo kernels tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+
+$(STAMPS)/venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
+		echo "fastpo needs Python >= 3.10, but '$(PYTHON)' is: $$($(PYTHON) --version 2>&1)." \
+			"Name another, e.g. make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@echo "setup: virtual environment in $(VENV) ($$($(PYTHON) --version))"
+	@$(PYTHON) -m venv $(VENV) || { \
+		echo "'$(PYTHON) -m venv' failed; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/lint: constraints-dev.txt | $(STAMPS)/venv
+	@echo "setup: ruff"
+	@$(PIP) ruff
+	@touch $@
+
+$(STAMPS)/torch: constraints-dev.txt | $(STAMPS)/venv
+	@echo "setup: torch and the build tools (the longest download)"
+	@$(PIP) torch numpy setuptools pybind11 ninja
+	@touch $@
+
+$(STAMPS)/fastpo: pyproject.toml $(EXTENSION_SOURCES) $(STAMPS)/torch
+	@echo "setup: fastpo, its C++ extension where a compiler is found, and what training and tests need"
+	@$(PIP) --no-build-isolation --editable '.[train,test]'
+	@ls fastpo/_C*.so >/dev/null 2>&1 || echo "setup: no C++ extension (fastpo doctor says why); torch does its work"
+	@touch $@
+
+$(STAMPS)/peers: $(STAMPS)/fastpo
+	@echo "setup: the libraries that fastpo is compared with ($(PEERS) verl)"
+	@$(PIP) $(PEERS)
+	@$(PIP) --no-deps verl
+	@touch $@
