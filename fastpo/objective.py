@@ -1,0 +1,480 @@
+"""What a policy-optimization loss is, as data, and its per-token mathematics in plain torch.
+
+This module is the specification. It works in any floating dtype on any device, differentiates by
+autograd, and every fused backend is tested against it in float64. Nothing here touches the
+vocabulary: inputs are the log-probabilities of the sampled tokens, one number per token position.
+
+Shapes: N token positions ("rows"), B sequences. Units: log-probabilities and entropies in nats.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastpo.segments import Segments
+
+SURROGATES = ("clip", "cispo", "sapo", "reinforce", "gmpo", "vespo")
+TOKEN_SURROGATES = SURROGATES[:4]  # loss of a token depends on that token's log-prob alone
+KL_ESTIMATORS = ("k1", "k2", "k3", "abs", "k1+", "k3+")
+AGGREGATIONS = ("token_mean", "sequence_mean", "sequence_sum", "constant")
+RATIO_LEVELS = ("token", "sequence")
+
+MAX_LOG_RATIO = 20.0  # |log r| is clamped here before exp: 0 * inf would be NaN for clipped tokens
+VESPO_MIN_LOG_WEIGHT = math.log(1e-8)
+VESPO_MIN_RATE = 1e-4
+
+_PYTHON_TYPES = {"str": str, "bool": bool, "int": Integral, "float": Real}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """A policy-optimization objective: surrogate, ratio, clipping, penalties and aggregation.
+
+    Make one with a preset (`fastpo.dapo()`, `fastpo.grpo(kl_coef=0.04)`, ...), each of which takes
+    any field below as an override. Instances are immutable and hashable.
+
+    With d = logp - old and r = exp(clamp(d, -20, 20)), a token's loss is
+
+        surrogate(r, A) + kl_coef * kl(logp, ref) [* r if kl_ratio_weighted]
+
+    and the objective is sum_t w_t * loss_t - entropy_coef * (token mean of the entropy), where the
+    weights w_t follow from `aggregation` (see `token_weights`).
+
+    Raises:
+        TypeError: a field of the wrong type.
+        ValueError: an unknown name, a number out of its range, or options that contradict.
+    """
+
+    name: str = "custom"
+    """A label for logs; it selects nothing."""
+    surrogate: str = "clip"
+    """clip | cispo | sapo | reinforce | gmpo | vespo."""
+    ratio_level: str = "token"
+    """token: r_t; sequence: s = exp(mean_t d_t), shared by the sequence (clip surrogate only)."""
+    aggregation: str = "token_mean"
+    """token_mean | sequence_mean | sequence_sum | constant."""
+    clip_low: float = 0.2
+    """r is clipped from below at 1 - clip_low (gmpo: log r at -clip_low)."""
+    clip_high: float = 0.2
+    """r is clipped from above at 1 + clip_high (gmpo: log r at clip_high)."""
+    ratio_max: float | None = None
+    """clip: bound on r where A < 0 (TRL's `delta`, verl's `clip_ratio_c`). cispo: its bound on r."""
+    kl_coef: float = 0.0
+    """Weight of the KL penalty to the reference policy; 0 needs no `ref_logprobs`."""
+    kl_estimator: str = "k3"
+    """k1 | k2 | k3 | abs | k1+ | k3+; "+" keeps the value and takes the gradient of k2."""
+    kl_ratio_weighted: bool = False
+    """Multiply the KL term by r (TRL's `use_bias_correction_kl`)."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus: subtracts coef * token mean of the entropy."""
+    max_length: int | None = None
+    """constant aggregation divides by B * max_length; None = T of a [B, T] batch."""
+    sapo_tau_pos: float = 1.0
+    """SAPO's gate temperature where A > 0."""
+    sapo_tau_neg: float = 1.05
+    """SAPO's gate temperature where A <= 0."""
+    vespo_k_pos: float = 2.0
+    """VESPO's gamma shape where A >= 0."""
+    vespo_lambda_pos: float = 3.0
+    """VESPO's gamma rate where A >= 0."""
+    vespo_k_neg: float = 3.0
+    """VESPO's gamma shape where A < 0."""
+    vespo_lambda_neg: float = 2.0
+    """VESPO's gamma rate where A < 0."""
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        self._check_names()
+        self._check_numbers()
+        if self.ratio_level == "sequence" and self.surrogate != "clip":
+            raise ValueError(
+                f"ratio_level='sequence' is defined for surrogate='clip', got {self.surrogate!r}; "
+                "gmpo and vespo already couple a whole sequence with ratio_level='token'"
+            )
+        if self.surrogate == "cispo" and self.ratio_max is None:
+            raise ValueError("surrogate='cispo' needs ratio_max, the bound on the ratio, e.g. 5.0")
+        if self.ratio_max is not None and self.surrogate not in ("clip", "cispo"):
+            raise ValueError(
+                f"ratio_max has no meaning for surrogate={self.surrogate!r}; leave it None"
+            )
+
+    def _check_names(self) -> None:
+        for field, allowed in (
+            ("surrogate", SURROGATES),
+            ("ratio_level", RATIO_LEVELS),
+            ("aggregation", AGGREGATIONS),
+            ("kl_estimator", KL_ESTIMATORS),
+        ):
+            value = getattr(self, field)
+            if value not in allowed:
+                raise ValueError(f"{field} is {value!r}, expected one of {', '.join(allowed)}")
+
+    def _check_types(self) -> None:
+        for field in fields(self):
+            value, wanted = getattr(self, field.name), field.type.removesuffix(" | None")
+            if value is None and wanted != field.type:
+                continue
+            if not isinstance(value, _PYTHON_TYPES[wanted]) or (
+                isinstance(value, bool) and wanted != "bool"
+            ):
+                raise TypeError(
+                    f"{field.name} is {value!r} ({type(value).__name__}), expected {field.type}"
+                )
+            if wanted == "float" and not math.isfinite(value):
+                raise ValueError(f"{field.name} is {value}, expected a finite number")
+
+    def _check_numbers(self) -> None:
+        vespo = [field.name for field in fields(self) if field.name.startswith("vespo_")]
+        for field in ("clip_low", "clip_high", "kl_coef", *vespo):
+            if getattr(self, field) < 0:
+                raise ValueError(f"{field} is {getattr(self, field)}, expected a number >= 0")
+        for field in ("sapo_tau_pos", "sapo_tau_neg"):
+            if getattr(self, field) <= 0:
+                raise ValueError(f"{field} is {getattr(self, field)}, expected a number > 0")
+        if self.max_length is not None and self.max_length <= 0:
+            raise ValueError(
+                f"max_length is {self.max_length}, expected a positive number of tokens"
+            )
+        if self.ratio_max is not None:
+            lowest = 1 + self.clip_high if self.surrogate == "clip" else 0.0
+            if self.ratio_max <= lowest:
+                raise ValueError(f"ratio_max is {self.ratio_max}, expected more than {lowest:g}")
+
+    @property
+    def is_token_level(self) -> bool:
+        """True when a token's loss depends on its own log-prob alone: one pass can fuse it."""
+        return self.ratio_level == "token" and self.surrogate in TOKEN_SURROGATES
+
+    @property
+    def needs_sequences(self) -> bool:
+        """True when the loss or its aggregation needs to know where sequences begin and end."""
+        return not self.is_token_level or self.aggregation != "token_mean"
+
+
+class TokenLoss(NamedTuple):
+    """Per-token terms of an objective, before the weights. All (N,), on the input's device."""
+
+    loss: Tensor  # surrogate + KL penalty, differentiable
+    ratio: Tensor  # importance ratio the surrogate used, detached
+    kl: Tensor | None  # KL estimate to the reference, detached
+    clipped: Tensor  # uint8: CLIPPED_LOW | CLIPPED_HIGH | CLIPPED_MAX, 0 = gradient flows
+
+
+CLIPPED_LOW, CLIPPED_HIGH, CLIPPED_MAX = 1, 2, 4
+
+
+def token_loss(
+    objective: Objective,
+    logprobs: Tensor,
+    advantages: Tensor,
+    *,
+    old_logprobs: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    importance_weights: Tensor | None = None,
+    sequence_weights: Tensor | None = None,
+    mask: Tensor | None = None,
+    segments: Segments | None = None,
+) -> TokenLoss:
+    """Per-token loss of `objective`, in the dtype of `logprobs`, differentiable in them alone.
+
+    All tensors are (N,), `mask` is bool, `sequence_weights` is (B,). What stands in masked slots
+    (or in a sequence without a live token) is never used, NaN and inf included; NaN in a live slot
+    shows in the loss. `old_logprobs=None` means strictly on-policy: r is 1 and keeps its gradient.
+
+    Two corrections for rollout mismatch, each optional: `importance_weights` holds one number per
+    token and `sequence_weights` one per sequence. Both multiply the advantage, except that gmpo
+    takes the geometric mean of the token weights over the sequence, and vespo multiplies them into
+    its weight W: every token's once, and the sequence's once.
+
+    Raises:
+        ValueError: sequences are needed and `segments` is None, or `ref_logprobs` are missing or
+            superfluous.
+    """
+    if segments is None and (sequence_weights is not None or not objective.is_token_level):
+        raise ValueError(
+            f"objective {objective.name!r} couples whole sequences, or has sequence_weights, "
+            "and got segments=None: pass the Segments of the batch"
+        )
+    if (ref_logprobs is None) != (objective.kl_coef == 0):
+        got = "None" if ref_logprobs is None else "a tensor"
+        raise ValueError(
+            f"ref_logprobs is {got} with kl_coef={objective.kl_coef:g}: "
+            "they are required exactly when kl_coef != 0"
+        )
+    logprobs = logprobs if mask is None else logprobs.masked_fill(~mask, 0)
+    old_logprobs = logprobs if old_logprobs is None else old_logprobs
+    tokens = _Tokens(
+        logprobs=logprobs,
+        log_ratio=logprobs - _constant(old_logprobs, mask, 0),
+        advantages=_constant(advantages, mask, 0),
+        importance_weights=_constant(importance_weights, mask, 1),
+        sequence_weights=_live_sequence_weights(sequence_weights, mask, segments),
+        mask=mask,
+        segments=segments,
+    )
+    loss, ratio, clipped = _SURROGATES[objective.surrogate](objective, tokens)
+    kl = None
+    if ref_logprobs is not None:
+        kl = _kl(objective.kl_estimator, logprobs - _constant(ref_logprobs, mask, 0))
+        if objective.kl_ratio_weighted:
+            kl = kl * _ratio(objective, tokens)
+        loss = loss + objective.kl_coef * kl
+        kl = kl.detach()
+    return TokenLoss(loss, ratio.detach(), kl, clipped)
+
+
+class _Tokens(NamedTuple):
+    """The inputs of a surrogate, harmless in masked slots: r = 1, A = 0, weights 1."""
+
+    logprobs: Tensor
+    log_ratio: Tensor
+    advantages: Tensor
+    importance_weights: Tensor | None
+    sequence_weights: Tensor | None  # (B,)
+    mask: Tensor | None
+    segments: Segments | None
+
+    def weighted_advantages(self) -> Tensor:
+        advantages = self.advantages
+        if self.importance_weights is not None:
+            advantages = advantages * self.importance_weights
+        if self.sequence_weights is not None:
+            advantages = advantages * self.segments.spread(self.sequence_weights)
+        return advantages
+
+
+def _constant(values: Tensor | None, mask: Tensor | None, fill: float) -> Tensor | None:
+    """`values` without gradient and with `fill` in the masked slots."""
+    if values is None:
+        return None
+    return values.detach() if mask is None else values.detach().masked_fill(~mask, fill)
+
+
+def _live_sequence_weights(
+    weights: Tensor | None, mask: Tensor | None, segments: Segments | None
+) -> Tensor | None:
+    live = None if mask is None or weights is None else segments.sum(mask.to(weights.dtype)) > 0
+    return _constant(weights, live, 1)
+
+
+def _exp(log_ratio: Tensor) -> Tensor:
+    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
+def _ratio(objective: Objective, tokens: _Tokens) -> Tensor:
+    log_ratio = tokens.log_ratio
+    if objective.ratio_level == "sequence":
+        log_ratio = tokens.segments.spread(tokens.segments.mean(log_ratio, tokens.mask))
+    return _exp(log_ratio)
+
+
+def _clip(objective: Objective, tokens: _Tokens) -> tuple[Tensor, Tensor, Tensor]:
+    """PPO: -min(r A, clip(r, 1 - low, 1 + high) A), r bounded by ratio_max where A < 0."""
+    ratio, advantages = _ratio(objective, tokens), tokens.weighted_advantages()
+    low, high = 1 - objective.clip_low, 1 + objective.clip_high
+    bounded = ratio if objective.ratio_max is None else ratio.clamp(max=objective.ratio_max)
+    loss = -torch.min(bounded * advantages, ratio.clamp(low, high) * advantages)
+    clipped = _flags((advantages < 0) & (ratio < low), CLIPPED_LOW)
+    clipped |= _flags((advantages > 0) & (ratio > high), CLIPPED_HIGH)
+    if objective.ratio_max is not None:
+        clipped |= _flags((advantages < 0) & (ratio > objective.ratio_max), CLIPPED_MAX)
+    return loss, ratio, clipped
+
+
+def _cispo(objective: Objective, tokens: _Tokens) -> tuple[Tensor, Tensor, Tensor]:
+    """CISPO: -sg(min(r, ratio_max)) A logp: a clipped token keeps its gradient, but bounded."""
+    ratio = _ratio(objective, tokens).detach()
+    weight = ratio.clamp(max=objective.ratio_max) * tokens.weighted_advantages()
+    return -weight * tokens.logprobs, ratio, _flags(ratio > objective.ratio_max, CLIPPED_MAX)
+
+
+def _sapo(objective: Objective, tokens: _Tokens) -> tuple[Tensor, Tensor, Tensor]:
+    """SAPO: -A (4 / tau) sigmoid(tau (r - 1)), a soft gate in place of the clip."""
+    ratio, advantages = _ratio(objective, tokens), tokens.weighted_advantages()
+    tau = _choose(advantages > 0, objective.sapo_tau_pos, objective.sapo_tau_neg, ratio)
+    loss = -advantages * (4 / tau) * torch.sigmoid(tau * (ratio - 1))
+    return loss, ratio, _no_flags(ratio)
+
+
+def _reinforce(objective: Objective, tokens: _Tokens) -> tuple[Tensor, Tensor, Tensor]:
+    """REINFORCE: -A logp. The ratio is reported, not used."""
+    loss = -tokens.weighted_advantages() * tokens.logprobs
+    return loss, _ratio(objective, tokens), _no_flags(loss)
+
+
+def _gmpo(objective: Objective, tokens: _Tokens) -> tuple[Tensor, Tensor, Tensor]:
+    """GMPO: -A exp(mean_t clipped d_t), with A the sequence's mean advantage (verl's geo_mean).
+
+    The clip acts on d, pessimistically by the sign of A, before the geometric mean.
+    """
+    log_ratio, advantages = tokens.log_ratio, tokens.advantages
+    mask, segments = tokens.mask, tokens.segments
+    sign = advantages.sign()
+    low, high = -objective.clip_low, objective.clip_high
+    pessimistic = sign * torch.min(sign * log_ratio, sign * log_ratio.clamp(low, high))
+    ratio = _exp(segments.mean(pessimistic, mask))
+    advantage = segments.mean(advantages, mask)
+    if tokens.importance_weights is not None:
+        advantage = advantage * segments.mean(tokens.importance_weights.log(), mask).exp()
+    if tokens.sequence_weights is not None:
+        advantage = advantage * tokens.sequence_weights
+    clipped = _flags((advantages < 0) & (log_ratio < low), CLIPPED_LOW)
+    clipped |= _flags((advantages > 0) & (log_ratio > high), CLIPPED_HIGH)
+    return segments.spread(-advantage * ratio), segments.spread(ratio), clipped
+
+
+def _vespo(objective: Objective, tokens: _Tokens) -> tuple[Tensor, Tensor, Tensor]:
+    """VESPO: -sg(phi(W)) A logp, W = exp(sum_t d_t), phi(W) = e^lambda W^k e^(-lambda W)."""
+    log_weight = tokens.segments.spread(_vespo_log_weight(tokens))
+    positive = tokens.advantages >= 0
+    k = _choose(positive, objective.vespo_k_pos, objective.vespo_k_neg, log_weight)
+    rate = _choose(positive, objective.vespo_lambda_pos, objective.vespo_lambda_neg, log_weight)
+    rate = rate.clamp(min=VESPO_MIN_RATE)
+    phi = (rate + k * log_weight - rate * log_weight.exp()).exp()
+    return -phi * tokens.advantages * tokens.logprobs, _exp(tokens.log_ratio), _no_flags(phi)
+
+
+def _vespo_log_weight(tokens: _Tokens) -> Tensor:
+    """log W, (B,), detached: the clamped log-ratios and the log importance weights, summed."""
+    terms = tokens.log_ratio.detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    if tokens.importance_weights is not None:
+        terms = terms + _vespo_clamp(tokens.importance_weights.log())
+    log_weight = tokens.segments.sum(terms, tokens.mask)
+    if tokens.sequence_weights is not None:
+        log_weight = log_weight + _vespo_clamp(tokens.sequence_weights.log())
+    return _vespo_clamp(log_weight)
+
+
+def _vespo_clamp(log_weight: Tensor) -> Tensor:
+    return log_weight.clamp(VESPO_MIN_LOG_WEIGHT, MAX_LOG_RATIO)
+
+
+_SURROGATES = {
+    "clip": _clip,
+    "cispo": _cispo,
+    "sapo": _sapo,
+    "reinforce": _reinforce,
+    "gmpo": _gmpo,
+    "vespo": _vespo,
+}
+
+
+def _choose(condition: Tensor, yes: float, no: float, like: Tensor) -> Tensor:
+    """Two numbers picked by `condition`: torch.where on two floats would round them to float32."""
+    return torch.full_like(like, no).masked_fill(condition, yes)
+
+
+def _kl(estimator: str, log_ratio: Tensor) -> Tensor:
+    """Estimate KL(policy || reference) per token from k = logp - ref (Schulman 2020, "kl-approx").
+
+    k1: k, k2: k^2 / 2, abs: |k|, k3: exp(-k) + k - 1, with -k clamped at 20 before exp, so that
+    value and gradient saturate there (TRL does not clamp; verl also clamps the value to 10).
+    "k1+" and "k3+" have the value of k1 and k3 and the gradient of k2, which is the unbiased one
+    (verl's straight-through forms).
+    """
+    if estimator.endswith("+"):
+        value, unbiased = _kl(estimator[:-1], log_ratio.detach()), _kl("k2", log_ratio)
+        return unbiased - unbiased.detach() + value
+    if estimator == "k1":
+        return log_ratio
+    if estimator == "k2":
+        return 0.5 * log_ratio.square()
+    if estimator == "abs":
+        return log_ratio.abs()
+    inverse = (-log_ratio).clamp(max=MAX_LOG_RATIO)
+    return inverse.exp() - inverse - 1
+
+
+def _flags(condition: Tensor, bit: int) -> Tensor:
+    return condition.to(torch.uint8) * bit
+
+
+def _no_flags(like: Tensor) -> Tensor:
+    return torch.zeros_like(like, dtype=torch.uint8)
+
+
+def token_weights(
+    objective: Objective,
+    mask: Tensor | None,
+    segments: Segments,
+    *,
+    normalizer: Tensor | float | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The weight w_t of every token, (N,): 0 under a False mask, else by `objective.aggregation`.
+
+        token_mean      1 / tokens             mean over the live tokens of the batch
+        sequence_mean   1 / (B * len_b)        mean over sequences of the mean over their tokens
+        sequence_sum    1 / B                  mean over sequences of the sum over their tokens
+        constant        1 / (B * max_length)   Dr. GRPO's length-free normalization
+
+    `normalizer` replaces the count of live tokens (token_mean) or of sequences B (the others): the
+    global count makes gradient accumulation and data parallelism exact. B counts every sequence of
+    the batch, a fully masked one included, as TRL does (verl leaves those out: pass its count as
+    `normalizer`).
+    """
+    live = _live(mask, segments).to(dtype)
+    if objective.aggregation == "token_mean":
+        return live / _positive(live.sum() if normalizer is None else normalizer, live)
+    sequences = _positive(segments.count if normalizer is None else normalizer, live)
+    if objective.aggregation == "sequence_mean":
+        return live / (segments.spread(segments.sum(live).clamp(min=1)) * sequences)
+    if objective.aggregation == "sequence_sum":
+        return live / sequences
+    return live / (sequences * _max_length(objective, segments))
+
+
+def entropy_weights(
+    objective: Objective,
+    mask: Tensor | None,
+    segments: Segments,
+    *,
+    normalizer: Tensor | float | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor | None:
+    """entropy_coef * the token-mean weight, (N,), or None without a bonus.
+
+    The bonus is a token mean whatever the aggregation.
+
+    Raises:
+        ValueError: `normalizer` counts sequences, which does not say how many tokens there are.
+    """
+    if objective.entropy_coef == 0:
+        return None
+    if normalizer is not None and objective.aggregation != "token_mean":
+        raise ValueError(
+            f"entropy_coef is a token mean, but normalizer counts sequences under "
+            f"aggregation={objective.aggregation!r}: use aggregation='token_mean', or no normalizer"
+        )
+    live = _live(mask, segments).to(dtype)
+    total = live.sum() if normalizer is None else normalizer
+    return live * objective.entropy_coef / _positive(total, live)
+
+
+def _live(mask: Tensor | None, segments: Segments) -> Tensor:
+    return torch.ones(segments.rows, device=segments.device) if mask is None else mask
+
+
+def _max_length(objective: Objective, segments: Segments) -> int:
+    if objective.max_length is not None:
+        return objective.max_length
+    if segments.width is None:
+        raise ValueError(
+            "aggregation='constant' on a packed batch needs Objective.max_length, the longest "
+            "completion in tokens, e.g. fastpo.dr_grpo(max_length=4096)"
+        )
+    return segments.width
+
+
+def _positive(count: Tensor | float, like: Tensor) -> Tensor | float:
+    """A count safe to divide by: 0 becomes 1, so that an empty batch gives 0 and not NaN."""
+    if isinstance(count, Tensor):
+        count = count.to(device=like.device, dtype=like.dtype)
+        return torch.where(count == 0, torch.ones_like(count), count)
+    return 1.0 if count == 0 else count

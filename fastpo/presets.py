@@ -1,0 +1,198 @@
+"""The named objectives of the literature, one function each.
+
+Every preset returns an `Objective` and takes any of its fields as an override, e.g.
+`dapo(clip_high=0.3, kl_coef=1e-3)`. Notation: d = logp - old, r = exp(d), A the advantage, sg() a
+stopped gradient, B sequences of len tokens. Losses are minimized; a formula is one token's loss.
+
+Differences from TRL 1.16 and verl 0.9 that hold for every preset:
+
+* d is clamped to +-20 before exp, in value and gradient. TRL does not clamp, so that a *clipped*
+  token with d > 709 (float64; 88 in float32) has gradient NaN there and 0 here. verl clamps token
+  ratios alike, and caps its sequence ratio at exp(10).
+* What stands in masked slots is never used; both multiply it by 0, so that NaN there spreads.
+* A mean over sequences counts all B, as in TRL; verl leaves fully masked sequences out of its
+  means (give their number as `normalizer` to do the same).
+* The k3 KL estimate saturates at ref - logp = 20; TRL's overflows, and verl's value stops at 10.
+
+Raises (every preset): TypeError for an unknown override, naming the nearest field; what `Objective`
+raises for bad values.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import fields
+from typing import Any
+
+from fastpo.objective import Objective
+
+__all__ = [
+    "bnpo",
+    "cispo",
+    "dapo",
+    "dr_grpo",
+    "gmpo",
+    "gpg",
+    "grpo",
+    "gspo",
+    "luspo",
+    "ppo",
+    "reinforce",
+    "sapo",
+    "vespo",
+]
+
+
+def ppo(**overrides: Any) -> Objective:
+    """PPO's clipped surrogate: -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A); token mean.
+
+    Source: Schulman et al. 2017, arXiv 1707.06347, eq. 7; clip 0.2. The dual clip of arXiv
+    1912.09729 is `ratio_max`, off here: verl's "vanilla" has it on at clip_ratio_c = 3, and counts
+    a ratio exactly on that bound half. TRL 1.16: `loss_type="bnpo"`.
+    """
+    return _make("ppo", overrides)
+
+
+def grpo(**overrides: Any) -> Objective:
+    """GRPO: PPO's surrogate, mean over sequences of the mean over their tokens.
+
+    Source: Shao et al. 2024 (DeepSeekMath), arXiv 2402.03300, eq. 3. `kl_coef` is 0 here as in TRL
+    and verl; the paper uses 0.04 with the k3 estimator. TRL 1.16: `loss_type="grpo"`. verl:
+    "vanilla" with seq-mean-token-mean, which divides by len + 1e-8.
+    """
+    return _make("grpo", overrides, aggregation="sequence_mean")
+
+
+def dapo(**overrides: Any) -> Objective:
+    """DAPO: PPO's surrogate with the upper clip raised, 0.2 / 0.28; mean over all the batch's tokens.
+
+    Source: Yu et al. 2025, arXiv 2503.14476, eq. 8 to 12. Give `normalizer` (tokens of the global
+    batch) under gradient accumulation or data parallelism, where TRL 1.16 (`loss_type="dapo"`)
+    takes `num_items_in_batch`. TRL's epsilon_high defaults to 0.2.
+    """
+    return _make("dapo", overrides, clip_high=0.28)
+
+
+def dr_grpo(**overrides: Any) -> Objective:
+    """Dr. GRPO: PPO's surrogate, sum over tokens / (B * max_length), free of the length bias.
+
+    Source: Liu et al. 2025, arXiv 2503.20783. `max_length=None` takes T of a [B, T] batch, as
+    verl's seq-mean-token-sum-norm does; TRL 1.16 (`loss_type="dr_grpo"`) takes its
+    max_completion_length. Pair it with advantages that are not divided by the standard deviation.
+    """
+    return _make("dr_grpo", overrides, aggregation="constant")
+
+
+def bnpo(**overrides: Any) -> Objective:
+    """BNPO: PPO's surrogate, mean over the tokens of the local batch (give no `normalizer`).
+
+    Source: TRL 1.16 `loss_type="bnpo"`; after Xiao et al. 2025, arXiv 2506.02864, whose beta
+    normalization concerns the advantages.
+    """
+    return _make("bnpo", overrides)
+
+
+def gspo(**overrides: Any) -> Objective:
+    """GSPO: PPO's surrogate on s = exp(mean_t d), one ratio per sequence; mean over sequences.
+
+    Source: Zheng et al. 2025, arXiv 2507.18071, eq. 5 to 7; clip 3e-4 / 4e-4 from its section 5.1.
+    TRL 1.16: `loss_type="grpo", importance_sampling_level="sequence"`. verl's "gspo" gives each
+    token the gradient -A_t s of GSPO-token, the same sum where A is constant over a sequence.
+    """
+    return _make(
+        "gspo",
+        overrides,
+        ratio_level="sequence",
+        aggregation="sequence_mean",
+        clip_low=3e-4,
+        clip_high=4e-4,
+    )
+
+
+def luspo(**overrides: Any) -> Objective:
+    """LUSPO: GSPO with every sequence's loss scaled by its length; mean over sequences of the sums.
+
+    Source: arXiv 2602.05261; clip 2e-3 / 2.5e-3 from its section 5.1, as TRL's paper index has it.
+    TRL 1.16: `loss_type="luspo", importance_sampling_level="sequence"`; its own default, the token
+    level, is no LUSPO. No such loss in verl.
+    """
+    return _make(
+        "luspo",
+        overrides,
+        ratio_level="sequence",
+        aggregation="sequence_sum",
+        clip_low=2e-3,
+        clip_high=2.5e-3,
+    )
+
+
+def cispo(**overrides: Any) -> Objective:
+    """CISPO: -sg(min(r, ratio_max)) A logp; token mean. No token loses its gradient to the clip.
+
+    Source: MiniMax-M1, arXiv 2506.13585, eq. 4; the bound 5 from ScaleRL, arXiv 2510.13786.
+    `ratio_max` is the bound on r itself: TRL 1.16's `epsilon_high` with `loss_type="cispo"`, and
+    1 + clip_ratio_high in verl, whose lower bound 1 - clip_ratio_low does not exist here (set
+    clip_ratio_low=1 there to compare).
+    """
+    return _make("cispo", overrides, surrogate="cispo", ratio_max=5.0)
+
+
+def sapo(**overrides: Any) -> Objective:
+    """SAPO: -A (4 / tau) sigmoid(tau (r - 1)), a soft gate; mean over sequences of token means.
+
+    tau is `sapo_tau_pos` where A > 0, else `sapo_tau_neg`. Source: arXiv 2511.20347. As TRL 1.16
+    and verl, except that TRL holds tau in float32.
+    """
+    return _make("sapo", overrides, surrogate="sapo", aggregation="sequence_mean")
+
+
+def gmpo(**overrides: Any) -> Objective:
+    """GMPO: -A exp(mean_t clip(d)), the geometric mean of the clipped ratios; mean over sequences.
+
+    d is clipped to [-clip_low, clip_high], pessimistically by the sign of A, 0.4 / 0.4 in log space
+    as in the paper. Source: Zhao et al. 2025, arXiv 2507.20673. verl: "geo_mean", which divides by
+    len + 1e-8, adds 1e-10 to importance weights and has no bound on the exponent. Not in TRL.
+    """
+    return _make(
+        "gmpo",
+        overrides,
+        surrogate="gmpo",
+        aggregation="sequence_mean",
+        clip_low=0.4,
+        clip_high=0.4,
+    )
+
+
+def vespo(**overrides: Any) -> Objective:
+    """VESPO: -sg(phi(W)) A logp, phi(W) = e^lambda W^k e^(-lambda W), W = exp(sum_t d); token mean.
+
+    k and lambda by the sign of A. Importance weights multiply W, not A. Source: arXiv 2602.10693,
+    TRL 1.16 `loss_type="vespo"`, with two differences: TRL sums the logs of per-token importance
+    weights over masked slots too, and turns a NaN phi into 0, where a NaN stays visible here.
+    """
+    return _make("vespo", overrides, surrogate="vespo")
+
+
+def gpg(**overrides: Any) -> Objective:
+    """GPG: -A logp; token mean. Source: Chu et al. 2025, arXiv 2504.02546; verl "gpg"."""
+    return _make("gpg", overrides, surrogate="reinforce")
+
+
+def reinforce(**overrides: Any) -> Objective:
+    """REINFORCE: -A logp; token mean. Source: Williams 1992, doi 10.1007/BF00992696.
+
+    verl's `compute_policy_loss_reinforce` is the same with `aggregation="sequence_sum"`.
+    """
+    return _make("reinforce", overrides, surrogate="reinforce")
+
+
+def _make(name: str, overrides: dict[str, Any], **defaults: Any) -> Objective:
+    known = [field.name for field in fields(Objective)]
+    for key in overrides:
+        if key not in known:
+            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+            raise TypeError(
+                f"{name}() got an unknown override {key!r}; did you mean {nearest!r}? "
+                f"Fields: {', '.join(known)}"
+            )
+    return Objective(**{"name": name, **defaults, **overrides})
