@@ -64,7 +64,7 @@ class Objective:
     clip_high: float = 0.2
     """r is clipped from above at 1 + clip_high (gmpo: log r at clip_high)."""
     ratio_max: float | None = None
-    """clip: bound on r where A < 0 (TRL's `delta`, verl's `clip_ratio_c`). cispo: its bound on r."""
+    """clip: bound on r where A < 0 (TRL's `delta`, verl's `clip_ratio_c`). cispo: the bound."""
     kl_coef: float = 0.0
     """Weight of the KL penalty to the reference policy; 0 needs no `ref_logprobs`."""
     kl_estimator: str = "k3"

@@ -1,0 +1,64 @@
+"""Choosing the backend that runs the row primitives. Backends are imported on first use only."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+import torch
+
+_MODULES = {
+    "torch": "fastpo.backends.torch_rows",
+    "cpp": "fastpo.backends.cpp_rows",
+    "triton": "fastpo.backends.triton_rows",
+}
+BACKENDS = (*_MODULES, "cuda")
+_loaded: dict[str, ModuleType] = {}
+_PREFERENCE = {"cpu": ("cpp", "torch"), "cuda": ("triton", "torch")}  # ROCm devices are "cuda" too
+
+
+def unavailable(name: str, device: torch.device | str = "cpu") -> str | None:
+    """Why backend `name` cannot run on `device`: one line, or None if it can.
+
+    Raises:
+        ValueError: there is no backend of that name.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"backend is {name!r}, expected one of {', '.join(BACKENDS)} or None")
+    if name == "cuda":
+        return "the row-resident CUDA kernel is not part of this release; backend='triton' runs on GPUs"
+    try:
+        module = _loaded[name] = importlib.import_module(_MODULES[name])
+    except ImportError as error:
+        return f"{_MODULES[name]} does not import ({error})"
+    return module.unavailable(torch.device(device))
+
+
+@torch.compiler.assume_constant_result  # Dynamo cannot trace imports, and need not
+def resolve(name: str | None, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend to run on `device`: `name` itself if it can, the best available one for None.
+
+    Raises:
+        ValueError: an explicitly requested backend cannot run here. It never falls back silently.
+    """
+    if name is None:
+        return _best(device, dtype)
+    reason = unavailable(name, device)
+    if reason is not None:
+        raise ValueError(f"backend {name!r} cannot run on {device}: {reason}")
+    if name != "torch" and dtype == torch.float64:
+        raise ValueError(
+            f"backend {name!r} computes in float32, got float64 logits: use backend='torch'"
+        )
+    return name
+
+
+def load(name: str) -> ModuleType:
+    """The module of a backend that `resolve` has named (see `fastpo.backends.base.Backend`)."""
+    return _loaded[name]
+
+
+def _best(device: torch.device, dtype: torch.dtype) -> str:
+    wide = dtype == torch.float64
+    candidates = ("torch",) if wide else _PREFERENCE.get(device.type, ("torch",))
+    return next(name for name in candidates if unavailable(name, device) is None)

@@ -1,0 +1,1 @@
+"""The public ops: validate, flatten to rows, choose a backend, differentiate."""

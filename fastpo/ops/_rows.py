@@ -1,0 +1,57 @@
+"""Seeing [..., V] tensors as rows without copying them."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+Temperature = float | Tensor
+_Rows = TypeVar("_Rows", bound=tuple)
+
+
+def row_views(matrix: Tensor) -> list[Tensor]:
+    """(n, V) views that cover a [N, V] or [B, T, V] tensor in order, one where strides allow.
+
+    `logits[:, :-1]`, the usual shift, cannot merge its batch and time dimensions: it becomes one
+    view per sequence instead of a copy of the logits.
+    """
+    if matrix.ndim == 2:
+        return [matrix]
+    batch, width, vocabulary = matrix.shape
+    if batch <= 1 or width == 1 or matrix.stride(0) == width * matrix.stride(1):
+        return [matrix.flatten(0, 1)] if batch else [matrix.reshape(0, vocabulary)]
+    return list(matrix.unbind(0))
+
+
+def matching_views(grad: Tensor, views: list[Tensor]) -> list[Tensor]:
+    """Views of `grad`, which is contiguous or the viewed tensor itself, cut as `views` are."""
+    own = row_views(grad)
+    if len(own) == len(views):
+        return own
+    return [grad.flatten(0, 1)[cut] for cut in slices(views)]
+
+
+def slices(views: list[Tensor]) -> list[slice]:
+    """Where the rows of each view stand among all rows."""
+    cuts, start = [], 0
+    for view in views:
+        cuts.append(slice(start, start + view.shape[0]))
+        start += view.shape[0]
+    return cuts
+
+
+def concatenate(parts: list[_Rows]) -> _Rows:
+    """Join named tuples of (n,) tensors along the rows."""
+    if len(parts) == 1:
+        return parts[0]
+    return type(parts[0])(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+
+
+def flat_temperature(temperature: Temperature) -> Temperature:
+    """A float, or (N,) in at least fp32."""
+    if not isinstance(temperature, Tensor):
+        return float(temperature)
+    flat = temperature.detach().reshape(-1)
+    return flat if flat.dtype == torch.float64 else flat.float()
