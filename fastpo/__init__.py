@@ -5,5 +5,43 @@ from fastpo.ops._checks import set_debug
 from fastpo.ops.from_logprobs import policy_loss_from_logprobs
 from fastpo.ops.logits import policy_loss, token_logprobs
 from fastpo.ops.results import PolicyLoss, TokenLogprobs
+from fastpo.presets import (
+    bnpo,
+    cispo,
+    dapo,
+    dr_grpo,
+    gmpo,
+    gpg,
+    grpo,
+    gspo,
+    luspo,
+    ppo,
+    reinforce,
+    sapo,
+    vespo,
+)
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "Objective",
+    "PolicyLoss",
+    "TokenLogprobs",
+    "bnpo",
+    "cispo",
+    "dapo",
+    "dr_grpo",
+    "gmpo",
+    "gpg",
+    "grpo",
+    "gspo",
+    "luspo",
+    "policy_loss",
+    "policy_loss_from_logprobs",
+    "ppo",
+    "reinforce",
+    "sapo",
+    "set_debug",
+    "token_logprobs",
+    "vespo",
+]

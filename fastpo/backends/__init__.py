@@ -26,7 +26,7 @@ def unavailable(name: str, device: torch.device | str = "cpu") -> str | None:
     if name not in BACKENDS:
         raise ValueError(f"backend is {name!r}, expected one of {', '.join(BACKENDS)} or None")
     if name == "cuda":
-        return "the row-resident CUDA kernel is not part of this release; backend='triton' runs on GPUs"
+        return "the row-resident CUDA kernel is not in this release: use backend='triton'"
     try:
         module = _loaded[name] = importlib.import_module(_MODULES[name])
     except ImportError as error:

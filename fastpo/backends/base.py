@@ -9,15 +9,16 @@ s = sum_j exp(u_j - m) and p = softmax(u):
 where c = dL/dlogprob and e = dL/dH. The maximum and the log of the sum are kept apart, since one
 `lse` would round at the size of the logits (an offset of 1e4 costs 5e-4 instead of 1e-6).
 
-Every backend module exports `row_stats`, `row_grad`, `row_policy_loss`, `scale_` with the signatures
-of `Backend`, plus `unavailable()`. Callers have validated and flattened: logits (N, V) with unit
-stride in V and any row stride, the rest contiguous (N,). Rules all of them keep:
+Every backend module exports `row_stats`, `row_grad`, `row_policy_loss`, `scale_` with the
+signatures of `Backend`, plus `unavailable()`. Callers have validated and flattened: logits (N, V)
+with unit stride in V and any row stride, the rest contiguous (N,). Rules all of them keep:
 
 * A dead row is never read and its gradient and outputs are exactly 0, whatever NaN or inf stands
   there. Dead: `live` False (row_stats); c and e both 0 (row_grad); weight and entropy weight both 0
   (row_policy_loss). A live row with c = e = 0 (say, clipped) also has an exactly zero gradient.
 * A token outside [0, V) on a live row gives NaN in that row's log-prob and loss, and reads nothing
-  out of bounds. In `row_grad` it matches no column (a vocabulary shard that does not own the token).
+  out of bounds. In `row_grad` it matches no column (a vocabulary shard that does not own the
+  token).
 * -inf logits have p = 0 and add nothing to entropy or gradient.
 * NaN is never swallowed on a live row (mind min/max instructions).
 * Rows are independent and sums have a fixed order: same bits for any N, any chunking, in place or
@@ -67,8 +68,8 @@ class RowLosses(NamedTuple):
 class Rule(NamedTuple):
     """A token-level objective as the numbers a kernel takes.
 
-    c before the weight, with A the advantage, d = logp - old (0 on-policy), r = exp(clamp(d, +-20)),
-    r' = dr/dd = r where |d| <= 20, else 0:
+    c before the weight, with A the advantage, d = logp - old (0 on-policy),
+    r = exp(clamp(d, +-20)), r' = dr/dd = r where |d| <= 20, else 0:
 
         0 clip       -A r', or 0 if (A > 0 and r > ratio_high) or (A < 0 and r < ratio_low)
                      or (A < 0 and r > ratio_max);    loss -min(min(r, ratio_max) A, clip(r) A)
@@ -112,7 +113,7 @@ class Backend(Protocol):
     """The functions of a backend module."""
 
     def unavailable(self, device: torch.device | None = None) -> str | None:
-        """None if the backend can run here (on `device`), else one line: why, and what would help."""
+        """None if the backend can run on `device`, else one line: why, and what would help."""
 
     def row_stats(
         self,
@@ -121,7 +122,7 @@ class Backend(Protocol):
         temperature: float | Tensor,
         live: Tensor | None = None,
     ) -> RowStats:
-        """One read of the logits. tokens int64 (N,), temperature a float or (N,) fp32, live bool."""
+        """One read of the logits. tokens int64 (N,); temperature float or (N,) fp32; live bool."""
 
     def row_grad(
         self,
@@ -161,5 +162,5 @@ def alias_rows(logits: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype == logits.dtype:
         return logits
     ratio = logits.element_size() // dtype.itemsize
-    n, v = logits.shape
+    v = logits.shape[1]
     return logits.view(dtype)[:, (ratio - 1) * v :] if ratio > 1 else logits

@@ -144,12 +144,14 @@ class LossBatch:
 def _check_reference(objective: Objective, ref_logprobs: Tensor | None) -> None:
     if objective.kl_coef != 0 and ref_logprobs is None:
         raise ValueError(
-            f"objective {objective.name!r} has kl_coef={objective.kl_coef} but ref_logprobs is None: pass the "
+            f"objective {objective.name!r} has kl_coef={objective.kl_coef} but ref_logprobs is "
+            f"None: pass the "
             "reference policy's log-probs, or set kl_coef=0"
         )
     if objective.kl_coef == 0 and ref_logprobs is not None:
         raise ValueError(
-            f"ref_logprobs are given but objective {objective.name!r} has kl_coef=0 and would ignore them: "
+            f"ref_logprobs are given but objective {objective.name!r} has kl_coef=0 and would "
+            f"ignore them: "
             "set kl_coef, or pass ref_logprobs=None"
         )
 
@@ -175,5 +177,6 @@ def _per_token(
         return segments.spread(value)
     per_sequence = f" or one per sequence, [{segments.count}]" if knows_sequences else ""
     raise ValueError(
-        f"{name} has shape {list(value.shape)}, expected one per token, {list(leading)}{per_sequence}"
+        f"{name} has shape {list(value.shape)}, expected one per token, "
+        f"{list(leading)}{per_sequence}"
     )

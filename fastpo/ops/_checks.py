@@ -67,7 +67,8 @@ def check_matrix(name: str, value: object, last: str) -> None:
         raise ValueError(f"{name} has shape {list(value.shape)}: {last} is 0, expected at least 1")
     if value.shape[-1] > 1 and value.numel() > 0 and value.stride(-1) != 1:
         raise ValueError(
-            f"{name} has stride {value.stride(-1)} in its last dimension, expected 1: call .contiguous()"
+            f"{name} has stride {value.stride(-1)} in its last dimension, expected 1: call "
+            f".contiguous()"
         )
 
 
@@ -75,8 +76,10 @@ def check_not_sharded(name: str, value: Tensor) -> None:
     """Not a DTensor, whose local shard would silently be taken for the whole."""
     if type(value).__name__ == "DTensor":
         raise TypeError(
-            f"{name} is a sharded DTensor, expected a plain tensor: call the loss inside the model's forward, "
-            "where FSDP has gathered it, or pass value.full_tensor(), or tp_group for a vocabulary shard"
+            f"{name} is a sharded DTensor, expected a plain tensor: call the loss inside the "
+            f"model's forward, "
+            "where FSDP has gathered it, or pass value.full_tensor(), or tp_group for a "
+            "vocabulary shard"
         )
 
 
@@ -152,7 +155,8 @@ def check_objective(objective: object) -> None:
     """objective: a fastpo.Objective."""
     if not isinstance(objective, Objective):
         raise TypeError(
-            f"objective is {type(objective).__name__}, expected a fastpo.Objective, e.g. fastpo.dapo()"
+            f"objective is {type(objective).__name__}, expected a fastpo.Objective, e.g. "
+            f"fastpo.dapo()"
         )
 
 
@@ -163,7 +167,8 @@ def segments_of(
     if len(leading) == 2:
         if cu_seqlens is not None:
             raise ValueError(
-                f"cu_seqlens is given for a [B, T] batch {list(leading)}, where every batch row is a sequence: "
+                f"cu_seqlens is given for a [B, T] batch {list(leading)}, where every batch row "
+                f"is a sequence: "
                 "flatten the batch to [N], or leave cu_seqlens None"
             )
         return Segments.padded(*leading, like.device)
@@ -172,7 +177,8 @@ def segments_of(
         return Segments.packed(cu_seqlens, leading[0])
     if objective.needs_sequences:
         raise ValueError(
-            f"objective {objective.name!r} ({objective.aggregation}) needs to know the sequences of a packed "
+            f"objective {objective.name!r} ({objective.aggregation}) needs to know the sequences "
+            f"of a packed "
             f"[N] batch: pass cu_seqlens (B + 1,) int32, or a [B, T] batch"
         )
     return Segments.padded(1, leading[0], like.device)
@@ -192,6 +198,7 @@ def _check_cu_seqlens(cu_seqlens: object, rows: int, like: Tensor) -> None:
         return
     if cu_seqlens[0] != 0 or cu_seqlens[-1] != rows or (cu_seqlens.diff() < 0).any():
         raise ValueError(
-            f"cu_seqlens is {cu_seqlens[:4].tolist()}...{cu_seqlens[-1].item()}, expected non-decreasing offsets "
+            f"cu_seqlens is {cu_seqlens[:4].tolist()}...{cu_seqlens[-1].item()}, expected "
+            f"non-decreasing offsets "
             f"from 0 to the number of rows, {rows}"
         )

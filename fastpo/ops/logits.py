@@ -46,13 +46,15 @@ def policy_loss(
     `policy_loss_from_logprobs` for every objective and option.
 
     Args:
-        logits: [N, V] or [B, T, V] fp32, bf16 or fp16 (fp64 on the torch backend), unit stride in V.
+        logits: [N, V] or [B, T, V] fp32, bf16 or fp16 (fp64 on the torch backend), unit stride in
+        V.
             `logits[i]` scores `tokens[i]`: nothing is shifted here.
         tokens: [...] int64 or int32 sampled ids.
         advantages: [...] per token, or [B] per sequence.
         objective: which loss; see `fastpo.Objective` and the presets.
         mask: [...] bool, the tokens that count; None = all. Masked rows are never read.
-        old_logprobs: [...] of the policy that sampled; None = strictly on-policy (the ratio is 1 and
+        old_logprobs: [...] of the policy that sampled; None = strictly on-policy (the ratio is 1
+        and
             keeps its gradient).
         ref_logprobs: [...] of the reference policy; required exactly when `objective.kl_coef != 0`.
         importance_weights: [...] or [B] rollout-mismatch weights (TIS, MIS), without gradient.
@@ -61,7 +63,8 @@ def policy_loss(
         cu_seqlens: (B + 1,) int32 offsets of the sequences of a packed [N] batch.
         normalizer: global token count (token_mean) or sequence count (other aggregations), for
             gradient accumulation and data parallelism; None = this batch's own.
-        inplace: the gradient overwrites the logits: no extra memory of their size. A second backward
+        inplace: the gradient overwrites the logits: no extra memory of their size. A second
+        backward
             raises.
         backend: "torch", "cpp" or "triton"; None = the best available. An explicit request never
             falls back.
@@ -114,11 +117,12 @@ def token_logprobs(
 ) -> TokenLogprobs:
     """Log-prob and entropy of every token, both differentiable: the base of any loss you write.
 
-    One read of the logits forward, one read and one write backward, nothing of their size in between.
+    One read of the logits forward, one read and one write backward, nothing of their size in
+    between.
 
     Args:
-        logits: [N, V] or [B, T, V] fp32, bf16 or fp16 (fp64 on the torch backend), unit stride in V.
-        tokens: [...] int64 or int32; `logits[i]` scores `tokens[i]`.
+        logits: [N, V] or [B, T, V] fp32, bf16 or fp16 (fp64 on the torch backend), unit stride in
+        V. tokens: [...] int64 or int32; `logits[i]` scores `tokens[i]`.
         mask: [...] bool; masked rows are never read, their outputs and gradients are 0.
         temperature: a float or one per token [...].
         inplace_backward: the gradient overwrites the logits; a second backward raises.
@@ -194,7 +198,7 @@ class _FusedCall:
 
 
 class _FusedPolicyLoss(torch.autograd.Function):
-    """Gradient in forward. The first backward hands the buffer over; a further one recomputes it."""
+    """Gradient in forward. The first backward hands its buffer over; another recomputes it."""
 
     @staticmethod
     def forward(ctx, logits: Tensor, call: _FusedCall, needs_grad: bool, inplace: bool):
@@ -217,7 +221,8 @@ class _FusedPolicyLoss(torch.autograd.Function):
         if grad is None:
             if ctx.inplace:
                 raise RuntimeError(
-                    "backward through an inplace policy_loss a second time: its gradient buffer was the logits "
+                    "backward through an inplace policy_loss a second time: its gradient buffer "
+                    "was the logits "
                     "themselves and is gone; pass inplace=False to keep the graph"
                 )
             (logits,) = ctx.saved_tensors
@@ -285,7 +290,8 @@ class _TokenLogprobs(torch.autograd.Function):
 def _refuse_second_backward(ctx) -> None:
     if getattr(ctx, "consumed", False):
         raise RuntimeError(
-            "backward through token_logprobs(inplace_backward=True) a second time: the first one overwrote the "
+            "backward through token_logprobs(inplace_backward=True) a second time: the first one "
+            "overwrote the "
             "logits; pass inplace_backward=False to keep the graph"
         )
     ctx.consumed = True

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class PolicyLoss(NamedTuple):
-    """A policy loss and what was computed on the way. Leading shape [...] as the caller's tokens."""
+    """A policy loss and what was computed on the way. [...] is the shape of the tokens."""
 
     loss: Tensor
     """0-d, fp32, differentiable."""
@@ -17,10 +17,10 @@ class PolicyLoss(NamedTuple):
     entropy: Tensor | None
     """[...] fp32, detached, nats; None from `policy_loss_from_logprobs` without `entropy`."""
     metrics: dict[str, Tensor]
-    """Detached 0-d tensors on the device, sums and counts only, so that micro-batches and ranks add:
+    """Detached 0-d tensors on the device, sums and counts only, so micro-batches and ranks add:
     `tokens` (live), `entropy`, `ratio`, `old_kl` (k3 estimate of KL(old || policy)), `clip_low`,
-    `clip_high`, `clip_max` (live tokens whose gradient each bound cut), `ref_kl` (with a reference).
-    Divide by `tokens` for means."""
+    `clip_high`, `clip_max` (live tokens whose gradient each bound cut), `ref_kl` (with a
+    reference). Divide by `tokens` for means."""
 
 
 class TokenLogprobs(NamedTuple):

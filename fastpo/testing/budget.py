@@ -32,7 +32,8 @@ def assert_within_budget(
 ) -> None:
     """`actual` is at most `factor` times as far from `exact` (fp64) as `baseline` is.
 
-    Half a unit in the last place of actual's dtype is always allowed: a lucky baseline is no target.
+    Half a unit in the last place of actual's dtype is always allowed: a lucky baseline is no
+    target.
 
     Raises:
         AssertionError: names the shape, both errors, and the worst element with its coordinates.
@@ -48,6 +49,7 @@ def assert_within_budget(
     where = tuple(int(i) for i in worst)
     raise AssertionError(
         f"{name} {list(actual.shape)}: relative error {error:.3g} exceeds the budget {budget:.3g} "
-        f"({factor:g} x baseline {reference:.3g}); worst at {where}: got {actual[where].item():.9g}, "
+        f"({factor:g} x baseline {reference:.3g}); worst at {where}: got "
+        f"{actual[where].item():.9g}, "
         f"exact {exact[where].item():.9g}, baseline {baseline[where].item():.9g}"
     )
