@@ -3,6 +3,7 @@
 from fastpo.objective import Objective
 from fastpo.ops._checks import set_debug
 from fastpo.ops.from_logprobs import policy_loss_from_logprobs
+from fastpo.ops.linear import linear_policy_loss, linear_token_logprobs
 from fastpo.ops.logits import policy_loss, token_logprobs
 from fastpo.ops.results import PolicyLoss, TokenLogprobs
 from fastpo.presets import (
@@ -35,6 +36,8 @@ __all__ = [
     "gpg",
     "grpo",
     "gspo",
+    "linear_policy_loss",
+    "linear_token_logprobs",
     "luspo",
     "policy_loss",
     "policy_loss_from_logprobs",
