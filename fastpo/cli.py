@@ -1,0 +1,106 @@
+"""The command line: `fastpo train | eval | plot | doctor`.
+
+Exit codes: 0 done, 1 a run failed, 2 bad input, 130 Ctrl-C (the checkpoint is saved).
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+TRAIN_EXTRA = "the trainer needs more packages: pip install 'fastpo[train]'"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; every expected failure is one line on stderr."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options, shlex.join(["fastpo", *arguments]))
+    except KeyboardInterrupt:
+        print("fastpo: stopped at once; the last checkpoint, if any, is intact", file=sys.stderr)
+        return 130
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("fastpo"):
+            raise
+        print(f"fastpo: {error}; {TRAIN_EXTRA}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        code = getattr(error, "exit_code", None)
+        if code is None:
+            raise
+        print(f"fastpo: {error}", file=sys.stderr)
+        return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fastpo", description="Policy optimization for LLMs.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    train = commands.add_parser(
+        "train",
+        help="train a policy by a recipe",
+        description="Train a policy by a TOML recipe. Any setting can be given as key=value; "
+        "`fastpo settings` lists them.",
+    )
+    train.add_argument("recipe", help="TOML file")
+    train.add_argument("overrides", nargs="*", metavar="key=value")
+    train.add_argument("--resume", action="store_true", help="go on from the run's checkpoint")
+    train.set_defaults(run=_train)
+    evaluate = commands.add_parser("eval", help="evaluate a run's checkpoint on held-out problems")
+    evaluate.add_argument("run_dir", type=Path, help="directory of a run")
+    evaluate.add_argument("overrides", nargs="*", metavar="key=value")
+    evaluate.set_defaults(run=_eval)
+    plot = commands.add_parser("plot", help="draw a run's curves.png")
+    plot.add_argument("run_dir", type=Path, help="directory of a run")
+    plot.set_defaults(run=_plot)
+    settings = commands.add_parser("settings", help="list every setting of a recipe")
+    settings.set_defaults(run=_settings)
+    doctor = commands.add_parser(
+        "doctor", help="which backends this machine has, and why not others"
+    )
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _train(options: argparse.Namespace, command: str) -> int:
+    from fastpo.trainer import recipe, train
+
+    config = recipe.load(options.recipe, options.overrides)
+    train(config, resume=options.resume, command=command)
+    return 0
+
+
+def _eval(options: argparse.Namespace, command: str) -> int:
+    from fastpo.trainer.evaluation import evaluate_run
+
+    evaluate_run(options.run_dir, options.overrides)
+    return 0
+
+
+def _plot(options: argparse.Namespace, command: str) -> int:
+    from fastpo.trainer.plot import plot
+
+    print(plot(options.run_dir))
+    return 0
+
+
+def _settings(options: argparse.Namespace, command: str) -> int:
+    from fastpo.trainer.recipe import settings
+
+    for setting in settings():
+        print(f"{setting.key} = {setting.default!r}  ({setting.type})\n    {setting.help}")
+    return 0
+
+
+def _doctor(options: argparse.Namespace, command: str) -> int:
+    from fastpo.doctor import report
+
+    print(report())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

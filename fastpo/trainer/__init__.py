@@ -1,0 +1,20 @@
+"""A minimal, complete DAPO/GRPO trainer. One step, in seven parts:
+
+1. draw prompts from a task (`tasks`),
+2. sample a group of completions of each with a KV cache (`rollout`),
+3. let the task's program judge them, with a soft penalty on overlong ones (`experience`),
+4. keep groups with right and wrong answers, refill until the batch is full (dynamic sampling),
+5. turn rewards into group-relative advantages; completions cut off carry no loss,
+6. run the model on micro-batches of bounded size and hand hidden states and LM head to
+   `fastpo.linear_policy_loss`: the logits of a batch never exist (`update`),
+7. clip the gradient, step AdamW, log, evaluate, checkpoint (`loop`).
+
+`fastpo train RECIPE.toml key=value ...` runs it; `config` documents every setting.
+"""
+
+from fastpo.trainer.config import Config
+from fastpo.trainer.errors import Interrupted, RecipeError, TrainerError
+from fastpo.trainer.loop import train
+from fastpo.trainer.tasks import Problem, Task
+
+__all__ = ["Config", "Interrupted", "Problem", "RecipeError", "Task", "TrainerError", "train"]

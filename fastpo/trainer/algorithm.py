@@ -1,0 +1,67 @@
+"""What a run optimizes: a preset's objective and techniques, with the recipe's own choices on top."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import fastpo
+from fastpo.trainer.config import AlgorithmConfig
+from fastpo.trainer.errors import RecipeError
+
+PRESETS = (
+    *("dapo", "grpo", "dr_grpo", "bnpo", "gspo", "luspo", "cispo", "sapo", "gmpo", "vespo"),
+    *("ppo", "gpg", "reinforce"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Algorithm:
+    """Everything between rewards and the loss, with nothing left open."""
+
+    objective: fastpo.Objective
+    dynamic_sampling: bool
+    overlong_cache: int  # tokens; 0 = no soft penalty
+    overlong_filter: bool
+    estimator: str
+    max_gen_batches: int
+
+
+def resolve(config: AlgorithmConfig, max_new_tokens: int) -> Algorithm:
+    """Fill in the preset's choices; the preset `dapo` switches its techniques on, others do not.
+
+    Raises:
+        RecipeError: an unknown preset, or numbers its objective refuses.
+    """
+    if config.preset not in PRESETS:
+        raise RecipeError(
+            f"algorithm.preset is {config.preset!r}, expected one of {', '.join(PRESETS)}"
+        )
+    chosen = {
+        name: value
+        for name in ("clip_low", "clip_high", "aggregation")
+        if (value := getattr(config, name)) is not None
+    }
+    chosen |= {"kl_coef": config.kl_coef, "entropy_coef": config.entropy_coef}
+    try:
+        objective = getattr(fastpo, config.preset)(**chosen)
+        if objective.aggregation == "constant" and objective.max_length is None:
+            objective = getattr(fastpo, config.preset)(**chosen, max_length=max_new_tokens)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"algorithm: {error}") from None
+    dapo = config.preset == "dapo"
+    cache = config.overlong_cache
+    if cache is None:
+        cache = max_new_tokens // 5 if dapo else 0
+    if cache >= max_new_tokens:
+        raise RecipeError(
+            f"algorithm.overlong_cache is {cache}, expected less than "
+            f"rollout.max_new_tokens = {max_new_tokens}"
+        )
+    return Algorithm(
+        objective=objective,
+        dynamic_sampling=dapo if config.dynamic_sampling is None else config.dynamic_sampling,
+        overlong_cache=cache,
+        overlong_filter=dapo if config.overlong_filter is None else config.overlong_filter,
+        estimator=config.estimator,
+        max_gen_batches=config.max_gen_batches,
+    )

@@ -1,0 +1,182 @@
+"""Every setting of a run, as dataclasses: recipes are these in TOML, overrides are `key=value`.
+
+Pydantic checks names, types and bounds. The docstring under a field is its help text
+(`fastpo train --help`). Lengths are in tokens, learning rates per optimizer update.
+"""
+
+from __future__ import annotations
+
+from dataclasses import field
+from functools import partial
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+
+section = partial(
+    dataclass, kw_only=True, config=ConfigDict(extra="forbid", coerce_numbers_to_str=True)
+)
+Count = Annotated[int, Ge(1)]
+Index = Annotated[int, Ge(0)]
+Positive = Annotated[float, Gt(0)]
+NonNegative = Annotated[float, Ge(0)]
+
+
+@section()
+class ModelConfig:
+    """The policy: a Hugging Face causal LM by path, or a small Llama from random weights."""
+
+    path: str | None = None
+    """Directory or hub id for `from_pretrained`; none = build a Llama with the sizes below."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the weights."""
+    attention: str | None = None
+    """HF `attn_implementation`; none = flash_attention_2 where it is installed on GPU, else sdpa."""
+    hidden_size: Count = 128
+    """Width of the built model; a multiple of `heads`."""
+    layers: Count = 2
+    """Decoder layers of the built model."""
+    heads: Count = 4
+    """Attention heads of the built model."""
+
+
+@section()
+class WarmupConfig:
+    """Supervised steps on the task's reference answers: the stand-in for a pretrained checkpoint."""
+
+    max_steps: Index = 0
+    """Optimizer updates at most; 0 = no warm-up."""
+    until_accuracy: Annotated[float, Gt(0)] = 1.0
+    """Stop as soon as this share of fresh problems is answered right at the rollout temperature."""
+    check_every: Count = 5
+    """Updates between two such checks (256 problems each)."""
+    batch_size: Count = 64
+    """Problems per update."""
+    learning_rate: Positive = 1e-3
+    """AdamW, constant."""
+
+
+@section()
+class RolloutConfig:
+    """How completions are sampled."""
+
+    prompts: Count = 32
+    """Prompts per step, after dynamic sampling."""
+    group_size: Annotated[int, Ge(2)] = 8
+    """Completions per prompt."""
+    max_new_tokens: Count = 16
+    """Longest completion, end token included."""
+    temperature: Positive = 1.0
+    """Sampling temperature; log-probs of old and new policy are taken under it, too."""
+    batch_size: Count = 1024
+    """Completions decoded side by side: bounds the KV cache."""
+
+
+@section()
+class AlgorithmConfig:
+    """The objective and the four DAPO techniques. `none` = what the preset says."""
+
+    preset: str = "dapo"
+    """A fastpo preset: dapo, grpo, dr_grpo, gspo, cispo, ... Only dapo switches the techniques on."""
+    clip_low: NonNegative | None = None
+    """The ratio is clipped from below at 1 - clip_low."""
+    clip_high: NonNegative | None = None
+    """Clip-higher: the ratio is clipped from above at 1 + clip_high (dapo 0.28, grpo 0.2)."""
+    aggregation: str | None = None
+    """Token-level loss: token_mean (dapo) or sequence_mean (grpo), sequence_sum, constant."""
+    dynamic_sampling: bool | None = None
+    """Refill the batch until every group has some answers right and some wrong."""
+    overlong_cache: Index | None = None
+    """Soft overlong penalty over the last so many tokens before max_new_tokens (dapo: a fifth)."""
+    overlong_filter: bool | None = None
+    """Completions cut off by max_new_tokens carry no loss."""
+    max_gen_batches: Count = 8
+    """Dynamic sampling gives up after so many rounds of sampling in one step."""
+    kl_coef: NonNegative = 0.0
+    """Weight of the KL penalty to the policy the run started from; 0 = no reference policy."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+    estimator: str = "grpo"
+    """Of the advantages: grpo, dr_grpo, rloo, opo, passk, reinforce_pp."""
+
+
+@section()
+class OptimConfig:
+    """AdamW and how a batch becomes updates."""
+
+    learning_rate: Positive = 1e-6
+    """Peak learning rate."""
+    warmup_steps: Index = 0
+    """Updates over which the learning rate rises linearly from 0."""
+    weight_decay: NonNegative = 0.0
+    """Decoupled weight decay."""
+    beta1: NonNegative = 0.9
+    """Decay of the first moment."""
+    beta2: NonNegative = 0.95
+    """Decay of the second moment."""
+    max_grad_norm: Positive = 1.0
+    """Gradients are clipped to this norm."""
+    updates_per_batch: Count = 1
+    """Disjoint mini-batches per step: more than 1 makes the later ones off-policy."""
+    epochs: Count = 1
+    """Passes over every batch."""
+    token_budget: Count = 16384
+    """Padded tokens per micro-batch: bounds the memory of the forward and backward pass."""
+
+
+@section()
+class EvalConfig:
+    """Accuracy on held-out problems, never trained on and the same for every seed."""
+
+    problems: Count = 256
+    """Number of held-out problems."""
+    every: Index = 0
+    """Steps between evaluations; 0 = only before and after."""
+    temperature: NonNegative = 0.0
+    """0 = greedy."""
+    samples: Count = 1
+    """Completions per problem, averaged."""
+
+
+@section()
+class LogConfig:
+    """What a run leaves behind."""
+
+    samples: Index = 4
+    """Completions per step written to samples.jsonl."""
+    tensorboard: bool = True
+    """Write TensorBoard events where tensorboard is installed."""
+    print_every: Count = 10
+    """Steps between two lines of output where there is no terminal for a progress bar."""
+
+
+@section()
+class Config:
+    """A whole run."""
+
+    task: str = "sort"
+    """A task of fastpo.trainer.tasks, or your own: `module:attribute`."""
+    task_args: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the task."""
+    run_dir: str = "runs/{task}-seed{seed}"
+    """Where everything is written; {task} and {seed} are filled in."""
+    existing: Literal["refuse", "move_aside"] = "refuse"
+    """If run_dir exists: stop, or rename the old one to run_dir.1, .2, ..."""
+    seed: Index = 0
+    """Seeds weights, problems and sampling."""
+    steps: Index = 100
+    """Rollout batches to train on."""
+    device: str | None = None
+    """none = cuda where there is one, else cpu."""
+    threads: Index = 0
+    """Torch threads; 0 = leave as is. 1 is fastest for tiny models."""
+    checkpoint_every: Index = 0
+    """Steps between checkpoints; 0 = only at the end and on Ctrl-C."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    warmup: WarmupConfig = field(default_factory=WarmupConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    log: LogConfig = field(default_factory=LogConfig)

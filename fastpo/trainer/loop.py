@@ -1,0 +1,306 @@
+"""The training loop: rollouts, rewards, dynamic sampling, updates, until the steps are done."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+import fastpo
+from fastpo.trainer import checkpoint, console, evaluation, rundir
+from fastpo.trainer.algorithm import resolve
+from fastpo.trainer.config import Config
+from fastpo.trainer.errors import Interrupted, TrainerError
+from fastpo.trainer.experience import Batch, collect
+from fastpo.trainer.interrupt import StopRequest
+from fastpo.trainer.metrics import rollout_metrics, update_metrics
+from fastpo.trainer.policy import Policy, load_policy, make_policy
+from fastpo.trainer.tasks import ProblemStream, held_out, load_task
+from fastpo.trainer.update import Learner
+from fastpo.trainer.warmup import warm_up
+
+SHOWN_ANSWERS = 3
+REFERENCE = "reference"  # the frozen policy of the KL penalty, saved so that a resumed run has it
+
+
+def train(
+    config: Config, *, resume: bool = False, command: str = "", out: Console | None = None
+) -> dict[str, Any]:
+    """Run (or go on with) a whole training run and return its summary.
+
+    Everything is written to `rundir.path_of(config)`: config.toml, metrics.jsonl, samples.jsonl,
+    checkpoint/, curves.png, summary.json. On one process, a run resumed from a checkpoint ends with
+    the same parameters, bit by bit, as one that was never stopped.
+
+    Raises:
+        TrainerError: see its subclasses; what was written so far stays.
+    """
+    out = out or Console(highlight=False)
+    trainer = Trainer(config, resume=resume, out=out)
+    try:
+        trainer.run()
+        return trainer.finish(command)
+    finally:
+        trainer.log.close()
+
+
+class Trainer:
+    """One run: what it is made of, and the state that a checkpoint keeps."""
+
+    def __init__(self, config: Config, *, resume: bool, out: Console):
+        self.config = config
+        self.out = out
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self.device = torch.device(
+            config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        )
+        self.algorithm = resolve(config.algorithm, config.rollout.max_new_tokens)
+        self.task = load_task(config.task, config.task_args)
+        self.held_out = held_out(self.task, config.eval.problems)
+        exclude = frozenset(problem.prompt for problem in self.held_out)
+        self.problems = ProblemStream(self.task, f"train-{config.seed}", exclude)
+        self.generator = torch.Generator(self.device).manual_seed(config.seed)
+        self.order = torch.Generator().manual_seed(
+            config.seed
+        )  # of samples in mini-batches: on CPU
+        self.step, self.num_tokens, self.seconds = 0, 0, 0.0
+        self.before: dict[str, Any] | None = None
+        if resume:
+            self._resume()
+        else:
+            self._start()
+        self._clock = time.monotonic() - self.seconds
+
+    def _start(self) -> None:
+        torch.manual_seed(self.config.seed)
+        self.policy = make_policy(
+            self.config.model, self.device, alphabet=self.task.alphabet, stop=self.task.stop
+        )
+        self.dir = rundir.create(self.config)
+        self.log = rundir.RunLog(self.dir, tensorboard=self.config.log.tensorboard)
+        self.learner = None
+
+    def _resume(self) -> None:
+        self.dir = rundir.path_of(self.config)
+        saved = checkpoint.find(self.dir)
+        state = checkpoint.load_state(saved)
+        if state["step"] >= self.config.steps:
+            raise TrainerError(
+                f"{self.dir} is at step {state['step']} of {self.config.steps}: nothing left to do, "
+                "raise steps to train longer"
+            )
+        self.policy = load_policy(saved, self.config.model, self.device, stop=self.task.stop)
+        self.learner = self._make_learner()
+        self._load(state)
+        rundir.write_config(self.dir, self.config)
+        self.log = rundir.RunLog(
+            self.dir, tensorboard=self.config.log.tensorboard, resume_at=self.step
+        )
+
+    def run(self) -> None:
+        """Warm up if asked to, evaluate, then train to the last step."""
+        if self.learner is None:
+            self._warm_up()
+            self.learner = self._make_learner()
+            self.before = self._evaluate()
+        with (
+            console.Display(
+                self.config.steps, self.step, self.config.log.print_every, self.out
+            ) as display,
+            StopRequest() as stop,
+        ):
+            while self.step < self.config.steps:
+                self._train_step(display)
+                self._after_step(display, stop)
+
+    def _train_step(self, display: console.Display) -> None:
+        started = time.monotonic()
+        batch = self._collect()
+        learning_rate = self.learner.learning_rate
+        sums = self.learner.learn(batch.samples, self.order).read()
+        self.step += 1
+        self.num_tokens += sum(len(s.prompt) + s.length for g in batch.sampled for s in g)
+        metrics = rollout_metrics(batch) | update_metrics(sums)
+        metrics |= {
+            "learning_rate": learning_rate,
+            "num_tokens": self.num_tokens,
+            "step_time": time.monotonic() - started,
+        }
+        self.log.metrics(self.step, metrics)
+        self._log_samples(batch)
+        display.step(self.step, metrics)
+
+    def _collect(self) -> Batch:
+        try:
+            return collect(
+                self.policy,
+                self.task,
+                self.problems,
+                self.config.rollout,
+                self.algorithm,
+                self.generator,
+            )
+        except TrainerError:
+            if self.step:  # the policy is as good as the last step left it
+                self.save()
+            raise
+
+    def _after_step(self, display: console.Display, stop: StopRequest) -> None:
+        every, last = self.config.eval.every, self.step == self.config.steps
+        if every and self.step % every == 0 and not last:
+            display.say(f"step {self.step}: held-out accuracy {self._evaluate()['accuracy']:.3f}")
+        if stop.signal_number is not None:
+            raise Interrupted(
+                f"stopped at step {self.step}; checkpoint saved in {self.save()}: the same command "
+                "with --resume goes on from there",
+                stop.signal_number,
+            )
+        every = self.config.checkpoint_every
+        if last or (every and self.step % every == 0):
+            self.save()
+
+    def finish(self, command: str) -> dict[str, Any]:
+        """Evaluate, write summary.json and curves.png, and report."""
+        after = self._evaluate()
+        answers = [
+            {**b, "after": a["text"], "after_reward": a["reward"]}
+            | {"before": b["text"], "before_reward": b["reward"]}
+            for b, a in zip(self.before["answers"], after["answers"], strict=True)
+        ]
+        summary = {
+            "seed": self.config.seed,
+            "seconds": round(time.monotonic() - self._clock, 1),
+            "before": {k: v for k, v in self.before.items() if k != "answers"},
+            "after": {k: v for k, v in after.items() if k != "answers"},
+            "steps": self.step,
+            "num_tokens": self.num_tokens,
+            "held_out_problems": len(self.held_out),
+            "command": command,
+            "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+            "versions": _versions(),
+        }
+        (self.dir / rundir.SUMMARY).write_text(
+            json.dumps(summary, indent=2) + "\n", encoding="utf-8"
+        )
+        console.report(self.out, summary, answers, self._plot())
+        return summary
+
+    def save(self) -> Path:
+        """Write a checkpoint of this moment."""
+        state = {
+            "step": self.step,
+            "num_tokens": self.num_tokens,
+            "seconds": time.monotonic() - self._clock,
+            "before": self.before,
+            "updates": self.learner.updates,
+            "optimizer": self.learner.optimizer.state_dict(),
+            "problems": self.problems.rng.getstate(),
+            "generator": self.generator.get_state(),
+            "order": self.order.get_state(),
+        }
+        return checkpoint.save(self.dir, self.policy, state)
+
+    def _load(self, state: dict[str, Any]) -> None:
+        self.step, self.num_tokens = state["step"], state["num_tokens"]
+        self.seconds, self.before = state["seconds"], state["before"]
+        self.learner.updates = state["updates"]
+        self.learner.optimizer.load_state_dict(state["optimizer"])
+        self.problems.rng.setstate(state["problems"])
+        self.generator.set_state(state["generator"])
+        self.order.set_state(state["order"])
+
+    def _warm_up(self) -> None:
+        config = self.config.warmup
+        if not config.max_steps:
+            return
+        self.out.print("Supervised warm-up: it stands in for a pretrained checkpoint.")
+        warm_up(
+            self.policy,
+            self.task,
+            ProblemStream(self.task, f"warmup-{self.config.seed}", self.problems.exclude),
+            config,
+            self.config.rollout,
+            self.generator,
+            lambda step, accuracy: self.out.print(f"warm-up step {step}: accuracy {accuracy:.2f}"),
+        )
+
+    def _make_learner(self) -> Learner:
+        return Learner(
+            self.policy,
+            self.config.optim,
+            self.algorithm.objective,
+            self.config.rollout.temperature,
+            self._reference(),
+        )
+
+    def _reference(self) -> Policy | None:
+        if self.algorithm.objective.kl_coef == 0:
+            return None
+        directory = self.dir / REFERENCE
+        if not directory.exists():
+            self.policy.save(directory)
+        return load_policy(directory, self.config.model, self.device, stop=self.task.stop)
+
+    def _evaluate(self) -> dict[str, Any]:
+        """Held-out numbers, logged; a generator of its own keeps training undisturbed."""
+        config = self.config.eval
+        result = evaluation.evaluate(
+            self.policy,
+            self.task,
+            self.held_out,
+            self.config.rollout,
+            config.temperature,
+            torch.Generator(self.device).manual_seed(0),
+            config.samples,
+        )
+        numbers = {
+            "accuracy": result.accuracy,
+            "reward": result.reward,
+            "mean_length": result.mean_length,
+        }
+        self.log.metrics(self.step, {f"eval_{name}": value for name, value in numbers.items()})
+        shown = result.answers[: SHOWN_ANSWERS * config.samples : config.samples]
+        answers = [
+            {
+                "prompt": a.problem.prompt,
+                "answer": a.problem.answer,
+                "text": a.text,
+                "reward": a.reward,
+            }
+            for a in shown
+        ]
+        return {**numbers, "answers": answers}
+
+    def _log_samples(self, batch: Batch) -> None:
+        for sample in [s for group in batch.sampled for s in group][: self.config.log.samples]:
+            self.log.sample(
+                self.step,
+                prompt=sample.problem.prompt,
+                completion=sample.text,
+                reward=sample.reward,
+                correct=sample.correct,
+                advantage=sample.advantage,
+            )
+
+    def _plot(self) -> Path | None:
+        from fastpo.trainer.plot import plot
+
+        return plot(self.dir)
+
+
+def _versions() -> dict[str, str]:
+    import transformers
+
+    return {
+        "fastpo": fastpo.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }

@@ -1,0 +1,66 @@
+"""The numbers of a step, under the names TRL's users know, from sums over the whole step.
+
+Rewards, accuracy and lengths are of everything that was sampled, groups that dynamic sampling
+discarded included: they describe the policy. Entropy, clipping and KL are of the tokens trained on.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+
+from fastpo.trainer.experience import Batch, Sample, is_informative
+
+
+def rollout_metrics(batch: Batch) -> dict[str, float]:
+    """Rewards, lengths and groups; lengths in tokens."""
+    samples = [sample for group in batch.sampled for sample in group]
+    lengths = [sample.length for sample in samples]
+    ended = [sample.length for sample in samples if sample.completion.finished]
+    spreads = [_spread(group) for group in batch.sampled]
+    invalid = sum(not math.isfinite(sample.reward) for sample in samples)
+    return {
+        "reward": _mean([s.reward for s in samples if math.isfinite(s.reward)]),
+        "reward_std": _mean(spreads),
+        "frac_reward_zero_std": _mean([spread < 1e-8 for spread in spreads]),
+        "accuracy": _mean([s.correct for s in samples]),
+        "completions/mean_length": _mean(lengths),
+        "completions/min_length": min(lengths),
+        "completions/max_length": max(lengths),
+        "completions/clipped_ratio": 1 - len(ended) / len(samples),
+        "completions/mean_terminated_length": _mean(ended),
+        "groups_kept": _mean([is_informative(group) for group in batch.sampled]),
+        "groups_trained": len(batch.groups),
+        "gen_batches": batch.rounds,
+        "invalid_rewards": invalid,
+    }
+
+
+def update_metrics(sums: dict[str, float]) -> dict[str, float]:
+    """Means per token and per update from the sums of a step."""
+    tokens = max(sums.get("tokens", 0.0), 1.0)
+    updates = max(sums.get("updates", 0.0), 1.0)
+    low, high = sums.get("clip_low", 0.0) / tokens, sums.get("clip_high", 0.0) / tokens
+    region = low + high + sums.get("clip_max", 0.0) / tokens
+    values = {
+        "loss": sums.get("loss", 0.0) / updates,
+        "grad_norm": sums.get("grad_norm", 0.0) / updates,
+        "entropy": sums.get("entropy", 0.0) / tokens,
+        "clip_ratio/low_mean": low,
+        "clip_ratio/high_mean": high,
+        "clip_ratio/region_mean": region,
+        "old_kl": sums.get("old_kl", 0.0) / tokens,
+        "sampling/sampling_logp_difference/mean": sums.get("logprob_difference", 0.0) / tokens,
+    }
+    if "ref_kl" in sums:
+        values["kl"] = sums["ref_kl"] / tokens
+    return values
+
+
+def _spread(group: list[Sample]) -> float:
+    rewards = [sample.reward for sample in group if math.isfinite(sample.reward)]
+    return statistics.stdev(rewards) if len(rewards) > 1 else 0.0
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else 0.0

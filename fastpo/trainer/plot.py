@@ -1,0 +1,86 @@
+"""The curves of a run as one PNG."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fastpo.trainer.errors import RecipeError
+from fastpo.trainer.rundir import read_metrics
+
+CURVES = "curves.png"
+Series = tuple[str, str, str]  # metric, label, colour
+
+PANELS: tuple[tuple[str, tuple[Series, ...]], ...] = (
+    ("Accuracy", (("accuracy", "sampled", "#4477aa"), ("eval_accuracy", "held-out", "#222222"))),
+    ("Reward", (("reward", "mean", "#228833"), ("reward_std", "std within groups", "#bbbbbb"))),
+    ("Groups with right and wrong answers", (("groups_kept", "share", "#aa3377"),)),
+    ("Entropy, nats per token", (("entropy", "entropy", "#ee6677"),)),
+    (
+        "Clipped tokens, share",
+        (
+            ("clip_ratio/low_mean", "at 1 - clip_low", "#66ccee"),
+            ("clip_ratio/high_mean", "at 1 + clip_high", "#ccbb44"),
+        ),
+    ),
+    ("Completion length, tokens", (("completions/mean_length", "mean", "#4477aa"),)),
+)
+
+
+def plot(run_dir: Path) -> Path:
+    """Draw `run_dir/curves.png` from its metrics.jsonl and return its path.
+
+    Raises:
+        RecipeError: there are no metrics.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = read_metrics(run_dir)
+    if not rows:
+        raise RecipeError(f"{run_dir} has no metrics yet: train at least one step")
+    figure, axes = plt.subplots(2, 3, figsize=(13, 6.4), layout="constrained")
+    for axis, (title, series) in zip(axes.flat, PANELS, strict=True):
+        _panel(axis, title, [(line, *_points(rows, line[0])) for line in series])
+    for axis in axes[-1]:
+        axis.set_xlabel("step")
+    figure.suptitle(run_dir.name, fontsize=13)
+    target = run_dir / CURVES
+    figure.savefig(target, dpi=110)
+    plt.close(figure)
+    return target
+
+
+def smooth(values: list[float], span: int) -> list[float]:
+    """Exponential moving average over about `span` values, unbiased at the start."""
+    decay, total, weight, out = 1 - 2 / (span + 1), 0.0, 0.0, []
+    for value in values:
+        total, weight = decay * total + value, decay * weight + 1
+        out.append(total / weight)
+    return out
+
+
+def _points(rows: list[dict[str, Any]], metric: str) -> tuple[list[int], list[float]]:
+    found = [(row["step"], row[metric]) for row in rows if row.get(metric) is not None]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def _panel(axis: Any, title: str, lines: list[tuple[Series, list[int], list[float]]]) -> None:
+    for (metric, label, colour), steps, values in lines:
+        if metric.startswith("eval_"):
+            axis.plot(steps, values, "o--", color=colour, markersize=5, label=label, zorder=3)
+        else:
+            axis.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
+            axis.plot(steps, smooth(values, max(1, len(values) // 15)), color=colour, label=label)
+    axis.set_title(title, loc="left", fontsize=10.5)
+    axis.grid(color="#e5e5e5", linewidth=0.7)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.margins(x=0.01)
+    if "share" in title or title.startswith(("Accuracy", "Groups")):
+        axis.set_ylim(bottom=0)
+    if title.startswith(("Accuracy", "Groups")):
+        axis.set_ylim(0, 1.02)
+    if len(lines) > 1:
+        axis.legend(frameon=False, fontsize=9)

@@ -1,0 +1,137 @@
+"""TOML recipe + `key=value` overrides -> Config, and back; every mistake is one clear line."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import inspect
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import TypeAdapter, ValidationError
+
+from fastpo.trainer import config as config_module
+from fastpo.trainer.config import Config
+from fastpo.trainer.errors import RecipeError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+class Setting(NamedTuple):
+    """One documented key of a recipe."""
+
+    key: str  # dotted
+    type: str  # as written in the source
+    default: Any
+    help: str
+
+
+def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Read a recipe, apply overrides such as `optim.learning_rate=1e-4`, and check everything.
+
+    Raises:
+        RecipeError: a missing or malformed file, an unknown key, a wrong type or value.
+    """
+    try:
+        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"cannot read recipe {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"recipe {path} is not valid TOML: {error}") from None
+    for override in overrides:
+        _apply(values, override)
+    return build(values)
+
+
+def build(values: dict[str, Any]) -> Config:
+    """Check nested values (as TOML gives them) and make a Config of them."""
+    try:
+        return TypeAdapter(Config).validate_python(values)
+    except ValidationError as error:
+        raise RecipeError(_explain(error.errors()[0])) from None
+
+
+def dump(config: Config) -> str:
+    """The config as TOML that `load` reads back to an equal one; unset (None) keys are left out."""
+    values = asdict(config)
+    tables = {key: values.pop(key) for key in list(values) if isinstance(values[key], dict)}
+    blocks = [_table(values)] + [f"[{key}]\n{_table(table)}" for key, table in tables.items()]
+    return "\n".join(blocks)
+
+
+def settings(cls: type = Config, prefix: str = "") -> Iterator[Setting]:
+    """Every key of a recipe with its type, default and the docstring under the field."""
+    docs = _field_docs(cls)
+    default = cls()
+    for field in fields(cls):
+        value = getattr(default, field.name)
+        if is_dataclass(value):
+            yield from settings(type(value), f"{prefix}{field.name}.")
+        else:
+            yield Setting(prefix + field.name, str(field.type), value, docs[field.name])
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"got {override!r}, expected key=value, e.g. optim.learning_rate=1e-4")
+    *path, name = key.split(".")
+    for part in path:
+        values = values.setdefault(part, {})
+        if not isinstance(values, dict):
+            raise RecipeError(f"{key}: {part} is a value, not a table of the recipe")
+    values[name] = _parse(text)
+
+
+def _parse(text: str) -> Any:
+    """A TOML value where it is one, `none` for None, else the text itself."""
+    if text.lower() == "none":
+        return None
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _explain(error: dict[str, Any]) -> str:
+    # Unions add the branch they tried to the location: keep what names a key.
+    known = {setting.key: setting for setting in settings()}
+    tables = {key.split(".")[0] for key in known if "." in key}
+    parts = [str(part) for part in error["loc"]]
+    key = next((k for n in range(len(parts), 0, -1) if (k := ".".join(parts[:n])) in known), None)
+    if error["type"] == "unexpected_keyword_argument":
+        key = ".".join(parts)
+        near = difflib.get_close_matches(key, [*known, *tables], n=1, cutoff=0.0)
+        return f"unknown key {key!r}; the nearest known key is {near[0]!r}"
+    if key is None:
+        return f"{'.'.join(parts)}: expected a table of keys, got {error['input']!r}"
+    expected = error["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+    return f"{key} is {error['input']!r}, expected {expected} ({known[key].help})"
+
+
+def _table(values: dict[str, Any]) -> str:
+    # JSON's numbers, strings, booleans and flat arrays are TOML, too.
+    return "".join(
+        f"{key} = {json.dumps(value, ensure_ascii=False)}\n"
+        for key, value in values.items()
+        if value is not None
+    )
+
+
+def _field_docs(cls: type) -> dict[str, str]:
+    """Docstrings that stand under the fields of a dataclass, from its source."""
+    tree = ast.parse(inspect.getsource(config_module))
+    body = next(n.body for n in tree.body if isinstance(n, ast.ClassDef) and n.name == cls.__name__)
+    docs = {}
+    for node, below in zip(body, [*body[1:], None], strict=True):
+        if isinstance(node, ast.AnnAssign):
+            has_doc = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
+            docs[node.target.id] = inspect.cleandoc(below.value.value) if has_doc else ""
+    return docs

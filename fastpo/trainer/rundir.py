@@ -1,0 +1,122 @@
+"""The run directory: never overwritten; metrics and samples as JSON lines, flushed every step."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from fastpo.trainer import recipe
+from fastpo.trainer.config import Config
+from fastpo.trainer.errors import RecipeError
+
+METRICS, SAMPLES, SUMMARY, CONFIG = "metrics.jsonl", "samples.jsonl", "summary.json", "config.toml"
+
+
+def path_of(config: Config) -> Path:
+    """Where this run writes: `config.run_dir` with {task} and {seed} filled in."""
+    try:
+        return Path(config.run_dir.format(task=config.task.replace(":", "."), seed=config.seed))
+    except (KeyError, IndexError, ValueError):
+        raise RecipeError(
+            f"run_dir is {config.run_dir!r}, expected a path with no fields but {{task}} and {{seed}}"
+        ) from None
+
+
+def create(config: Config) -> Path:
+    """Make the directory of a new run and write its config.
+
+    Raises:
+        RecipeError: it exists and `config.existing` says refuse.
+    """
+    path = path_of(config)
+    if path.exists():
+        if config.existing == "refuse":
+            raise RecipeError(
+                f"{path} exists and is left as it is: choose another run_dir, go on with --resume, "
+                "or set existing=move_aside"
+            )
+        path.rename(_free_name(path))
+    path.mkdir(parents=True)
+    write_config(path, config)
+    return path
+
+
+def write_config(path: Path, config: Config) -> None:
+    """Write config.toml, which `fastpo train` takes as a recipe again."""
+    (path / CONFIG).write_text(recipe.dump(config), encoding="utf-8")
+
+
+def _free_name(path: Path) -> Path:
+    number = 1
+    while (aside := path.with_name(f"{path.name}.{number}")).exists():
+        number += 1
+    return aside
+
+
+class RunLog:
+    """metrics.jsonl, samples.jsonl and, where tensorboard is installed, event files."""
+
+    def __init__(self, path: Path, *, tensorboard: bool, resume_at: int | None = None):
+        if resume_at is not None:
+            for name in (METRICS, SAMPLES):
+                _drop_after(path / name, resume_at)
+        self._metrics = (path / METRICS).open("a", encoding="utf-8")
+        self._samples = (path / SAMPLES).open("a", encoding="utf-8")
+        self._events = _event_writer(path) if tensorboard else None
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        """Append one line; a number that is not finite is written as null."""
+        finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
+        self._write(self._metrics, {"step": step, **finite})
+        if self._events:
+            for name, value in values.items():
+                self._events.add_scalar(name, value, step)
+
+    def sample(self, step: int, **values: Any) -> None:
+        """Append one completion."""
+        self._write(self._samples, {"step": step, **values})
+
+    def close(self) -> None:
+        """Close all files."""
+        self._metrics.close()
+        self._samples.close()
+        if self._events:
+            self._events.close()
+
+    @staticmethod
+    def _write(file: Any, values: dict[str, Any]) -> None:
+        file.write(json.dumps(values, ensure_ascii=False) + "\n")
+        file.flush()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl.
+
+    Raises:
+        RecipeError: no such file, or a line that is not JSON.
+    """
+    file = path / METRICS
+    try:
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    except OSError as error:
+        raise RecipeError(f"cannot read {file}: {error.strerror}") from None
+    except json.JSONDecodeError as error:
+        raise RecipeError(f"{file} is damaged: {error}") from None
+
+
+def _drop_after(file: Path, step: int) -> None:
+    """Drop lines of steps that the checkpoint does not know: resuming does them again."""
+    if file.exists():
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        file.write_text("".join(kept), encoding="utf-8")
+
+
+def _event_writer(path: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(path / "tensorboard")

@@ -1,0 +1,155 @@
+"""Verifiable tasks: something that makes problems and a program that checks answers.
+
+Bring your own: `task = "my_module:MyTask"` in a recipe names any class (or function) that returns an
+object with the methods of `Task`, called with `task_args`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import random
+import sys
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
+
+from fastpo.trainer.errors import RecipeError, TrainerError
+
+
+class Problem(NamedTuple):
+    """One prompt and whatever the verifier needs to judge a completion of it."""
+
+    prompt: str
+    answer: str  # a right completion; the supervised warm-up learns from it
+    data: Any = None
+
+
+class Task(Protocol):
+    """What the trainer asks of a task."""
+
+    alphabet: str | None
+    """Characters of prompts and answers, for a model built with a character vocabulary."""
+    stop: str | None
+    """A completion ends at this string; it must fit in one token, e.g. a newline. None = EOS only."""
+
+    def problem(self, rng: random.Random) -> Problem:
+        """Draw one problem, using no randomness but `rng`."""
+
+    def reward(self, problem: Problem, completion: str) -> float:
+        """Judge a completion, by a program that always ends: 1.0 = right, anything less = wrong.
+
+        A NaN reward takes the completion out of the batch (say, a judge that timed out).
+        """
+
+
+def last_line_integer(text: str, max_digits: int = 30) -> int | None:
+    """The integer that `text` consists of, or None: bounded, and no `eval` of what a model wrote."""
+    digits = text.strip()
+    body = digits[1:] if digits[:1] in ("-", "+") else digits
+    if not body.isascii() or not body.isdigit() or len(body) > max_digits:
+        return None
+    return int(digits)
+
+
+class SortDigits:
+    """`5301=` -> `0135`: the digits in ascending order; 1.0 for an exact answer, else 0.0."""
+
+    alphabet = "0123456789="
+    stop = None
+
+    def __init__(self, digits: int = 6):
+        if digits < 1:
+            raise ValueError(f"digits is {digits}, expected at least 1")
+        self.digits = digits
+
+    def problem(self, rng: random.Random) -> Problem:
+        """Digits drawn uniformly, with repetition."""
+        text = "".join(rng.choices("0123456789", k=self.digits))
+        return Problem(prompt=f"{text}=", answer="".join(sorted(text)))
+
+    def reward(self, problem: Problem, completion: str) -> float:
+        """1.0 if the completion is exactly the sorted digits."""
+        return float(completion == problem.answer)
+
+
+TASKS = {"sort": SortDigits}
+
+
+def load_task(name: str, arguments: dict[str, Any]) -> Task:
+    """Make the task called `name`: one of TASKS, or `module:attribute` (also from the cwd).
+
+    Raises:
+        RecipeError: no such task, or it does not take these arguments.
+    """
+    factory = TASKS.get(name) or _import_attribute(name)
+    try:
+        return factory(**arguments)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"task {name!r} does not take task_args {arguments}: {error}") from None
+
+
+def _import_attribute(name: str) -> Any:
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        known = ", ".join(TASKS)
+        raise RecipeError(
+            f"task is {name!r}, expected one of {known}, or module:attribute of yours"
+        )
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise RecipeError(f"cannot import task {name!r}: {error}") from None
+
+
+def judge(task: Task, problem: Problem, completion: str) -> float:
+    """The task's reward as a float; whatever the verifier raises becomes one line that names it."""
+    try:
+        return float(task.reward(problem, completion))
+    except Exception as error:
+        raise TrainerError(
+            f"{type(task).__name__}.reward raised {type(error).__name__}: {error}, for prompt "
+            f"{problem.prompt!r} and completion {completion!r}; a verifier must judge any text"
+        ) from error
+
+
+class ProblemStream:
+    """An endless, resumable stream of problems without the held-out ones."""
+
+    MAX_TRIES = 1000
+
+    def __init__(self, task: Task, seed: str, exclude: frozenset[str] = frozenset()):
+        self.task = task
+        self.exclude = exclude
+        self.rng = random.Random(seed)
+
+    def __iter__(self) -> Iterator[Problem]:
+        return self
+
+    def __next__(self) -> Problem:
+        for _ in range(self.MAX_TRIES):
+            problem = self.task.problem(self.rng)
+            if problem.prompt not in self.exclude:
+                return problem
+        raise TrainerError(
+            f"{self.MAX_TRIES} problems in a row were held-out ones: "
+            f"{type(self.task).__name__} makes too few different prompts, lower eval.problems"
+        )
+
+    def take(self, count: int) -> list[Problem]:
+        """The next `count` problems."""
+        return [next(self) for _ in range(count)]
+
+
+def held_out(task: Task, count: int) -> list[Problem]:
+    """`count` different problems, the same for every seed of a run."""
+    problems: dict[str, Problem] = {}
+    rng = random.Random("held-out")
+    for _ in range(count * 20):
+        problem = task.problem(rng)
+        problems.setdefault(problem.prompt, problem)
+        if len(problems) == count:
+            return list(problems.values())
+    raise TrainerError(
+        f"{type(task).__name__} makes fewer than eval.problems = {count} different prompts; lower it"
+    )

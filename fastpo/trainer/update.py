@@ -1,0 +1,193 @@
+"""From a batch of samples to optimizer updates.
+
+On-policy the surrogate's ratio is exactly 1: the loss is minus the mean advantage, which is about 0,
+and nothing is clipped, while its gradient is the full policy gradient. Watch the reward, not the
+loss. Clipping begins with the second update on one batch (`updates_per_batch`, `epochs`).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import fastpo
+from fastpo.trainer.config import OptimConfig
+from fastpo.trainer.errors import TrainerError
+from fastpo.trainer.experience import Sample
+from fastpo.trainer.policy import Policy
+
+
+@dataclass(kw_only=True)
+class MicroBatch:
+    """Right-padded sequences [B, T], and the positions that predict completion tokens: (N,) each."""
+
+    ids: Tensor  # [B, T]
+    rows: Tensor  # (N,) sequence of each prediction
+    columns: Tensor  # (N,) position of each prediction
+    tokens: Tensor  # (N,) what was sampled there
+    cu_seqlens: Tensor  # (B + 1,) int32
+    advantages: Tensor  # (B,)
+    old_logprobs: Tensor  # (N,) of the policy that sampled
+
+    @classmethod
+    def of(cls, samples: list[Sample], device: torch.device) -> MicroBatch:
+        """Lay samples out; predictions of one sample stand side by side, in order."""
+        sequences = [torch.tensor(s.prompt + s.completion.tokens[:-1]) for s in samples]
+        lengths = torch.tensor([s.length for s in samples])
+        cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+        rows = torch.arange(len(samples)).repeat_interleave(lengths)
+        starts = torch.tensor([len(s.prompt) - 1 for s in samples])
+        columns = torch.arange(int(cu_seqlens[-1])) - cu_seqlens[rows] + starts[rows]
+        tensors = {
+            "ids": torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True),
+            "rows": rows,
+            "columns": columns,
+            "tokens": torch.tensor([t for s in samples for t in s.completion.tokens]),
+            "cu_seqlens": cu_seqlens.int(),
+            "advantages": torch.tensor([s.advantage for s in samples]),
+            "old_logprobs": torch.tensor([p for s in samples for p in s.completion.logprobs]),
+        }
+        return cls(**{name: tensor.to(device) for name, tensor in tensors.items()})
+
+    def hidden(self, policy: Policy) -> Tensor:
+        """The hidden states (N, D) that predict the completion tokens: no other row meets the head."""
+        return policy.hidden_states(self.ids)[self.rows, self.columns]
+
+
+class Sums(defaultdict):
+    """Sums over the micro-batches of a step, kept on the device: `read` synchronizes once."""
+
+    def __init__(self) -> None:
+        super().__init__(float)
+
+    def add(self, values: dict[str, Tensor | float]) -> None:
+        """Add every value to the sum of its name."""
+        for name, value in values.items():
+            self[name] = self[name] + value
+
+    def read(self) -> dict[str, float]:
+        """All sums as Python numbers."""
+        return {name: float(value) for name, value in self.items()}
+
+
+class Learner:
+    """A policy with its optimizer and, where there is a KL penalty, its reference policy."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        config: OptimConfig,
+        objective: fastpo.Objective,
+        temperature: float,
+        reference: Policy | None = None,
+    ):
+        self.policy = policy
+        self.config = config
+        self.objective = objective
+        self.temperature = temperature
+        self.reference = reference
+        self.updates = 0
+        self.parameters = [p for p in policy.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=config.learning_rate,
+            betas=(config.beta1, config.beta2),
+            weight_decay=config.weight_decay,
+        )
+
+    def learn(self, samples: list[Sample], generator: torch.Generator) -> Sums:
+        """`epochs` passes of `updates_per_batch` updates over one batch of samples."""
+        sums = Sums()
+        on_policy = self.config.updates_per_batch == 1 and self.config.epochs == 1
+        for _ in range(self.config.epochs):
+            order = torch.randperm(len(samples), generator=generator)
+            for part in order.tensor_split(self.config.updates_per_batch):
+                self.update([samples[i] for i in part.tolist()], sums, on_policy=on_policy)
+        return sums
+
+    def update(self, samples: list[Sample], sums: Sums, *, on_policy: bool) -> None:
+        """One optimizer update; gradients are accumulated over micro-batches of bounded size.
+
+        Every micro-batch divides by the token count (sequence count) of the whole mini-batch, so
+        that how it is cut changes nothing. Samples without loss never meet the model.
+
+        Raises:
+            TrainerError: loss or gradient is not finite; the parameters are left as they were.
+        """
+        live = [sample for sample in samples if sample.live]
+        if not live:
+            return
+        by_tokens = self.objective.aggregation == "token_mean"
+        normalizer = sum(sample.length for sample in live) if by_tokens else len(samples)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = torch.zeros((), device=self.policy.device)
+        for part in by_token_budget(live, self.config.token_budget):
+            batch = MicroBatch.of(part, self.policy.device)
+            result = self._loss(batch, normalizer, on_policy)
+            result.loss.backward()
+            loss += result.loss.detach()
+            sums.add(result.metrics)
+            difference = (result.logprobs - batch.old_logprobs).abs()
+            sums.add({"logprob_difference": difference.sum()})
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+        if not torch.isfinite(loss + norm):
+            raise TrainerError(
+                f"loss {loss.item():.4g}, gradient norm {norm.item():.4g}: not finite, no update was "
+                "made; lower optim.learning_rate, or look for infinite rewards or log-probs"
+            )
+        self._set_learning_rate()
+        self.optimizer.step()
+        self.updates += 1
+        sums.add({"loss": loss, "grad_norm": norm, "updates": 1})
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate of the next update: linear from 0 over `warmup_steps` updates, then constant."""
+        warm = self.config.warmup_steps
+        return self.config.learning_rate * min(1.0, (self.updates + 1) / max(warm, 1))
+
+    def _set_learning_rate(self) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate
+
+    def _loss(self, batch: MicroBatch, normalizer: int, on_policy: bool) -> fastpo.PolicyLoss:
+        return fastpo.linear_policy_loss(
+            batch.hidden(self.policy),
+            tokens=batch.tokens,
+            advantages=batch.advantages,
+            objective=self.objective,
+            old_logprobs=None if on_policy else batch.old_logprobs,
+            ref_logprobs=self._reference_logprobs(batch),
+            temperature=self.temperature,
+            cu_seqlens=batch.cu_seqlens,
+            normalizer=normalizer,
+            **self.policy.head(),
+        )
+
+    @torch.no_grad()
+    def _reference_logprobs(self, batch: MicroBatch) -> Tensor | None:
+        if self.reference is None:
+            return None
+        return fastpo.linear_token_logprobs(
+            batch.hidden(self.reference),
+            tokens=batch.tokens,
+            temperature=self.temperature,
+            **self.reference.head(),
+        ).logprobs
+
+
+def by_token_budget(samples: list[Sample], budget: int) -> Iterator[list[Sample]]:
+    """Micro-batches of similar lengths whose padded size stays within `budget` tokens."""
+    part: list[Sample] = []
+    for sample in sorted(samples, key=lambda s: len(s.prompt) + s.length):
+        width = len(sample.prompt) + sample.length  # the longest so far
+        if part and width * (len(part) + 1) > budget:
+            yield part
+            part = []
+        part.append(sample)
+    if part:
+        yield part
