@@ -42,6 +42,8 @@ __all__ = [
     "vespo",
 ]
 
+_FIELDS = tuple(field.name for field in fields(Objective))
+
 
 def ppo(**overrides: Any) -> Objective:
     """PPO's clipped surrogate: -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A); token mean.
@@ -64,7 +66,7 @@ def grpo(**overrides: Any) -> Objective:
 
 
 def dapo(**overrides: Any) -> Objective:
-    """DAPO: PPO's surrogate with the upper clip raised, 0.2 / 0.28; mean over all the batch's tokens.
+    """DAPO: PPO's surrogate with the upper clip raised, 0.2 / 0.28; token mean over the batch.
 
     Source: Yu et al. 2025, arXiv 2503.14476, eq. 8 to 12. Give `normalizer` (tokens of the global
     batch) under gradient accumulation or data parallelism, where TRL 1.16 (`loss_type="dapo"`)
@@ -187,12 +189,11 @@ def reinforce(**overrides: Any) -> Objective:
 
 
 def _make(name: str, overrides: dict[str, Any], **defaults: Any) -> Objective:
-    known = [field.name for field in fields(Objective)]
     for key in overrides:
-        if key not in known:
-            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+        if key not in _FIELDS:
+            nearest = difflib.get_close_matches(key, _FIELDS, n=1, cutoff=0.0)[0]
             raise TypeError(
                 f"{name}() got an unknown override {key!r}; did you mean {nearest!r}? "
-                f"Fields: {', '.join(known)}"
+                f"Fields: {', '.join(_FIELDS)}"
             )
     return Objective(**{"name": name, **defaults, **overrides})

@@ -1,0 +1,87 @@
+"""The named objectives: their published defaults, overrides and docstrings."""
+
+import pytest
+
+from fastpo import presets
+from fastpo.objective import Objective
+
+DEFAULTS = {
+    "ppo": {},
+    "grpo": {"aggregation": "sequence_mean"},
+    "dapo": {"clip_high": 0.28},
+    "dr_grpo": {"aggregation": "constant"},
+    "bnpo": {},
+    "gspo": {
+        "ratio_level": "sequence",
+        "aggregation": "sequence_mean",
+        "clip_low": 3e-4,
+        "clip_high": 4e-4,
+    },
+    "luspo": {
+        "ratio_level": "sequence",
+        "aggregation": "sequence_sum",
+        "clip_low": 2e-3,
+        "clip_high": 2.5e-3,
+    },
+    "cispo": {"surrogate": "cispo", "ratio_max": 5.0},
+    "sapo": {"surrogate": "sapo", "aggregation": "sequence_mean"},
+    "gmpo": {
+        "surrogate": "gmpo",
+        "aggregation": "sequence_mean",
+        "clip_low": 0.4,
+        "clip_high": 0.4,
+    },
+    "vespo": {"surrogate": "vespo"},
+    "gpg": {"surrogate": "reinforce"},
+    "reinforce": {"surrogate": "reinforce"},
+}
+SEQUENCE_LEVEL = {"gspo", "luspo", "gmpo", "vespo"}
+
+
+def test_every_preset_is_listed():
+    assert set(presets.__all__) == set(DEFAULTS)
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_defaults(name):
+    base = {"clip_low": 0.2, "clip_high": 0.2, "aggregation": "token_mean", "surrogate": "clip"}
+    objective = getattr(presets, name)()
+    assert objective == Objective(**{"name": name, **base, **DEFAULTS[name]})
+    assert objective.kl_coef == objective.entropy_coef == 0
+    assert objective.is_token_level == (name not in SEQUENCE_LEVEL)
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_any_field_can_be_overridden(name):
+    overrides = {"kl_coef": 0.04, "kl_estimator": "k1+", "aggregation": "constant", "max_length": 7}
+    objective = getattr(presets, name)(**overrides, name="mine", entropy_coef=-0.1)
+    assert {key: getattr(objective, key) for key in overrides} == overrides
+    assert (objective.name, objective.entropy_coef) == ("mine", -0.1)
+    assert objective.surrogate == getattr(presets, name)().surrogate
+
+
+@pytest.mark.parametrize(
+    "wrong, nearest",
+    [("clip_hgh", "clip_high"), ("beta_kl_coef", "kl_coef"), ("maxlength", "max_length")],
+)
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_unknown_override_names_the_nearest_field(name, wrong, nearest):
+    with pytest.raises(TypeError) as error:
+        getattr(presets, name)(**{wrong: 1.0})
+    message = str(error.value)
+    assert f"{name}()" in message and repr(wrong) in message
+    assert f"did you mean {nearest!r}" in message
+    assert "\n" not in message
+
+
+def test_bad_values_are_refused_through_a_preset():
+    with pytest.raises(ValueError, match="clip_low is -1, expected a number >= 0"):
+        presets.dapo(clip_low=-1)
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_docstrings_name_formula_and_source(name):
+    doc = getattr(presets, name).__doc__
+    assert "Source: " in doc
+    assert "arXiv" in doc or "doi" in doc
+    assert "verl" in doc or "TRL" in doc
