@@ -1,0 +1,216 @@
+"""`token_logprobs`: values, both gradients, hostile logits, on every backend of this machine."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastpo
+from fastpo import backends
+from fastpo.testing.budget import assert_within_budget
+
+BACKENDS = [name for name in ("torch", "cpp") if backends.unavailable(name) is None]
+NEG_INF = float("-inf")
+
+
+def eager(logits, tokens, temperature, dtype):
+    """log_softmax, gather and entropy in `dtype`; -inf logits contribute nothing to the entropy."""
+    leaf = logits.to(dtype, copy=True).requires_grad_()
+    scaled = (leaf / temperature).log_softmax(-1)
+    terms = scaled.exp() * scaled.masked_fill(scaled == NEG_INF, 0)
+    return leaf, scaled.gather(-1, tokens[..., None])[..., 0], -terms.sum(-1)
+
+
+def gradients(leaf, logprobs, entropy, upstream):
+    loss = sum(
+        (out * grad).sum()
+        for out, grad in zip((logprobs, entropy), upstream, strict=True)
+        if grad is not None
+    )
+    return torch.autograd.grad(loss, leaf)[0]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("vocab", [1, 7, 1000, 1152, 50257])
+@pytest.mark.parametrize("through", ["logprobs", "entropy", "both"])
+def test_values_and_gradients(vocab, dtype, through, backend):
+    """REGRESSIONS 7: entropy carries its gradient, alone and together with the log-prob."""
+    gen = torch.Generator().manual_seed(vocab)
+    logits = (2 * torch.randn(5, vocab, generator=gen)).to(dtype)
+    tokens = torch.randint(0, vocab, (5,), generator=gen)
+    upstream = torch.randn(2, 5, generator=gen)
+    upstream = (
+        None if through == "entropy" else upstream[0],
+        None if through == "logprobs" else upstream[1],
+    )
+    exact = eager(logits, tokens, 0.7, torch.float64)
+    rough = eager(logits, tokens, 0.7, dtype)
+    leaf = logits.clone().requires_grad_()
+    fused = fastpo.token_logprobs(leaf, tokens, temperature=0.7, backend=backend)
+    assert_within_budget(
+        fused.logprobs.detach(), exact[1].detach(), rough[1].detach(), name="logprobs"
+    )
+    assert_within_budget(
+        fused.entropy.detach(), exact[2].detach(), rough[2].detach(), name="entropy"
+    )
+    assert_within_budget(
+        gradients(leaf, *fused, upstream), gradients(*exact, upstream), gradients(*rough, upstream)
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shift", [-110.0, 80.0, 1e4])
+def test_shifted_logits(shift, backend):
+    """All logits near -110 underflow exp, near 80 overflow its sum, near 1e4 round an lse."""
+    base = torch.randn(4, 1152, generator=torch.Generator().manual_seed(1))
+    logits = base + shift
+    tokens = torch.tensor([0, 1, 1150, 1151])
+    _, logprobs, entropy = eager(logits, tokens, 1.0, torch.float64)
+    _, rough, rough_entropy = eager(logits, tokens, 1.0, torch.float32)
+    fused = fastpo.token_logprobs(logits, tokens, backend=backend)
+    assert_within_budget(fused.logprobs, logprobs.detach(), rough.detach())
+    assert_within_budget(fused.entropy, entropy.detach(), rough_entropy.detach())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("vocab", [1000, 9001])
+@pytest.mark.parametrize(
+    "hidden",
+    [
+        pytest.param(slice(0, 600), id="first block"),
+        pytest.param(slice(-300, None), id="last block"),
+        pytest.param(slice(None), id="all but the token"),
+    ],
+)
+def test_minus_infinity_has_no_probability(hidden, vocab, backend):
+    """REGRESSIONS 10: no -inf minus -inf, no 0 * -inf."""
+    logits = torch.randn(2, vocab, generator=torch.Generator().manual_seed(2))
+    tokens = torch.tensor([650, 660])
+    kept = logits[torch.arange(2), tokens]
+    logits[:, hidden] = NEG_INF
+    logits[torch.arange(2), tokens] = kept
+    exact = eager(logits, tokens, 1.0, torch.float64)
+    rough = eager(logits, tokens, 1.0, torch.float32)
+    leaf = logits.clone().requires_grad_()
+    fused = fastpo.token_logprobs(leaf, tokens, backend=backend)
+    assert_within_budget(fused.logprobs.detach(), exact[1].detach(), rough[1].detach())
+    assert_within_budget(fused.entropy.detach(), exact[2].detach(), rough[2].detach())
+    upstream = (torch.tensor([1.0, -2.0]), torch.tensor([0.5, 0.25]))
+    grad = gradients(leaf, *fused, upstream)
+    assert (grad[logits == NEG_INF] == 0).all() and grad.isfinite().all()
+    probs = logits.double().softmax(-1)
+    onehot = torch.nn.functional.one_hot(tokens, vocab)
+    inner = logits.double().masked_fill(logits == NEG_INF, 0)
+    spread = probs * ((probs * inner).sum(-1, keepdim=True) - inner)
+    truth = upstream[0][:, None] * (onehot - probs) + upstream[1][:, None] * spread
+    assert_within_budget(grad, truth, truth.float())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_token_with_minus_infinity(backend):
+    """REGRESSIONS 10: the sampled token itself at -inf: log-prob -inf, entropy finite."""
+    logits = torch.zeros(1, 100)
+    logits[0, 3] = NEG_INF
+    fused = fastpo.token_logprobs(logits, torch.tensor([3]), backend=backend)
+    assert fused.logprobs.item() == NEG_INF
+    torch.testing.assert_close(fused.entropy, torch.tensor([99.0]).log())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bounds(backend):
+    """REGRESSIONS 25: logp <= 0 and 0 <= entropy <= log V, also for one-hot and uniform rows."""
+    gen = torch.Generator().manual_seed(3)
+    logits = torch.cat([torch.randn(64, 777, generator=gen) * s for s in (1e-3, 1, 30, 1e4)])
+    tokens = logits.argmax(-1)
+    fused = fastpo.token_logprobs(logits, tokens, backend=backend)
+    limit = torch.tensor(777.0).log().item()
+    assert (fused.logprobs <= 0).all()
+    assert (fused.entropy >= 0).all()
+    assert (fused.entropy <= limit * (1 + 1e-6)).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strided_upstream_gradients(backend):
+    """REGRESSIONS 5: expanded, strided and offset incoming gradients."""
+    logits = torch.randn(6, 33, generator=torch.Generator().manual_seed(4))
+    tokens = torch.arange(6)
+    results = []
+    upstreams = (
+        torch.ones(6),
+        torch.ones(1).expand(6),
+        torch.ones(12)[::2],
+        torch.ones(9)[3:],
+    )
+    for upstream in upstreams:
+        leaf = logits.clone().requires_grad_()
+        out = fastpo.token_logprobs(leaf, tokens, backend=backend)
+        torch.autograd.backward([out.logprobs, out.entropy], [upstream, upstream])
+        results.append(leaf.grad)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_inplace_backward(backend):
+    """REGRESSIONS 9: same bits, no second buffer, second use raises."""
+    logits = torch.randn(6, 33, generator=torch.Generator().manual_seed(5))
+    tokens = torch.arange(6)
+    plain = logits.clone().requires_grad_()
+    fastpo.token_logprobs(plain, tokens, backend=backend).logprobs.sum().backward()
+    leaf = logits.clone().requires_grad_()
+    loss = fastpo.token_logprobs(
+        leaf, tokens, inplace_backward=True, backend=backend
+    ).logprobs.sum()
+    loss.backward(retain_graph=True)
+    assert torch.equal(leaf.grad, plain.grad) and leaf.grad.data_ptr() == leaf.data_ptr()
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_int32_tokens(backend):
+    logits = torch.randn(6, 33)
+    tokens = torch.arange(6)
+    a = fastpo.token_logprobs(logits, tokens, backend=backend)
+    b = fastpo.token_logprobs(logits, tokens.int(), backend=backend)
+    assert torch.equal(a.logprobs, b.logprobs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiles_without_graph_breaks(backend):
+    """torch.compile(fullgraph=True) sees the row primitives as opaque ops."""
+    tokens = torch.arange(6)
+
+    def loss(logits, advantages):
+        return fastpo.policy_loss(
+            logits, tokens, advantages, objective=fastpo.dapo(entropy_coef=0.01), backend=backend
+        ).loss
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    logits = torch.randn(6, 33, generator=torch.Generator().manual_seed(6))
+    grads = []
+    for call in (loss, compiled):
+        leaf = logits.clone().requires_grad_()
+        call(leaf, torch.linspace(-1, 1, 6)).backward()
+        grads.append(leaf.grad)
+    torch.testing.assert_close(*grads)
+    assert grads[0].norm() > 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_under_gradient_checkpointing_and_autocast(backend):
+    weight = torch.randn(33, 8, requires_grad=True)
+    hidden = torch.randn(6, 8)
+    advantages = torch.linspace(-1, 1, 6)
+
+    def head(hidden):
+        logits = hidden @ weight.T
+        return fastpo.policy_loss(
+            logits, torch.arange(6), advantages, objective=fastpo.dapo(), backend=backend
+        ).loss
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (plain,) = torch.autograd.grad(head(hidden), weight)
+        checkpointed = torch.utils.checkpoint.checkpoint(head, hidden, use_reentrant=False)
+        (again,) = torch.autograd.grad(checkpointed, weight)
+    assert torch.equal(plain, again) and plain.norm() > 0
