@@ -1,0 +1,269 @@
+"""Every wrong argument of the ops: what was got, what is expected, what to do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastpo
+
+B, T, V = 2, 3, 11
+
+
+def good(**changes):
+    """Arguments of a valid call; each test breaks one of them."""
+    call = {
+        "logits": torch.randn(B, T, V),
+        "tokens": torch.zeros(B, T, dtype=torch.long),
+        "advantages": torch.ones(B),
+        "objective": fastpo.dapo(),
+        "mask": torch.ones(B, T, dtype=torch.bool),
+        "old_logprobs": torch.zeros(B, T),
+    }
+    return call | changes
+
+
+BAD = {
+    "logits is a list": ({"logits": [[1.0]]}, TypeError, r"logits is list, expected a tensor"),
+    "logits are integers": (
+        {"logits": torch.zeros(B, T, V, dtype=torch.long)},
+        TypeError,
+        r"torch.int64, expected float32, bfloat16 or float16",
+    ),
+    "logits are 1-d": ({"logits": torch.zeros(V)}, ValueError, r"\[11\], expected \[N, V\]"),
+    "logits without a vocabulary": (
+        {"logits": torch.zeros(B, T, 0)},
+        ValueError,
+        r"V is 0, expected at least 1",
+    ),
+    "logits with a strided vocabulary": (
+        {"logits": torch.randn(B, V, T).transpose(1, 2)},
+        ValueError,
+        r"stride 3 in its last dimension, expected 1: call .contiguous\(\)",
+    ),
+    "tokens not a tensor": ({"tokens": 3}, TypeError, r"tokens is int"),
+    "tokens of another shape": (
+        {"tokens": torch.zeros(B, T + 1, dtype=torch.long)},
+        ValueError,
+        r"tokens has shape \[2, 4\], expected \[2, 3\].*never shift",
+    ),
+    "tokens are floats": ({"tokens": torch.zeros(B, T)}, TypeError, r"expected int64 or int32"),
+    "tokens outside the vocabulary": (
+        {"tokens": torch.full((B, T), V)},
+        ValueError,
+        r"tokens\[0, 0\] is 11, expected an id in \[0, 11\)",
+    ),
+    "negative tokens": (
+        {"tokens": torch.full((B, T), -100)},
+        ValueError,
+        r"is -100, expected an id in \[0, 11\): mask positions",
+    ),
+    "tokens on another device": (
+        {"tokens": torch.zeros(B, T, dtype=torch.long, device="meta")},
+        ValueError,
+        r"tokens is on meta, expected cpu",
+    ),
+    "advantages of a wrong shape": (
+        {"advantages": torch.ones(B + 1)},
+        ValueError,
+        r"advantages has shape \[3\], expected one per token, \[2, 3\] or one per sequence, \[2\]",
+    ),
+    "advantages are integers": (
+        {"advantages": torch.ones(B, dtype=torch.long)},
+        TypeError,
+        r"advantages has dtype torch.int64, expected a floating dtype",
+    ),
+    "advantages is a list": ({"advantages": [1.0, 2.0]}, TypeError, r"advantages is list"),
+    "mask of integers": (
+        {"mask": torch.ones(B, T, dtype=torch.long)},
+        TypeError,
+        r"expected torch.bool: call mask.bool\(\)",
+    ),
+    "mask of a wrong shape": (
+        {"mask": torch.ones(B, dtype=torch.bool)},
+        ValueError,
+        r"mask has shape \[2\], expected \[2, 3\]",
+    ),
+    "old_logprobs of a wrong shape": (
+        {"old_logprobs": torch.zeros(B, T - 1)},
+        ValueError,
+        r"old_logprobs has shape \[2, 2\]",
+    ),
+    "objective is a string": (
+        {"objective": "dapo"},
+        TypeError,
+        r"objective is str, expected a fastpo.Objective, e.g. fastpo.dapo\(\)",
+    ),
+    "KL without a reference": (
+        {"objective": fastpo.dapo(kl_coef=0.1)},
+        ValueError,
+        r"kl_coef=0.1 but ref_logprobs is None: pass",
+    ),
+    "a reference without KL": (
+        {"ref_logprobs": torch.zeros(B, T)},
+        ValueError,
+        r"kl_coef=0 and would ignore them",
+    ),
+    "temperature 0": ({"temperature": 0.0}, ValueError, r"is 0.0, expected a finite number > 0"),
+    "temperature NaN": ({"temperature": float("nan")}, ValueError, r"is nan, expected a finite"),
+    "temperature is a string": ({"temperature": "hot"}, TypeError, r"temperature is str"),
+    "negative temperature of a token": (
+        {"temperature": torch.tensor([[1.0, 1.0, -1.0]] * B)},
+        ValueError,
+        r"not finite and positive on a live row",
+    ),
+    "temperature per sequence": (
+        {"temperature": torch.ones(B)},
+        ValueError,
+        r"temperature has shape \[2\], expected \[2, 3\] or a Python float",
+    ),
+    "negative normalizer": ({"normalizer": -1}, ValueError, r"expected a finite count >= 0"),
+    "normalizer per sequence": (
+        {"normalizer": torch.ones(B)},
+        ValueError,
+        r"expected a 0-d tensor or a number",
+    ),
+    "normalizer is a bool": ({"normalizer": True}, TypeError, r"normalizer is bool"),
+    "cu_seqlens on a padded batch": (
+        {"cu_seqlens": torch.tensor([0, 3, 6])},
+        ValueError,
+        r"flatten the batch to \[N\], or leave cu_seqlens None",
+    ),
+    "unknown backend": ({"backend": "cudnn"}, ValueError, r"'cudnn', expected one of torch, cpp"),
+    "cuda backend": ({"backend": "cuda"}, ValueError, r"backend 'cuda' cannot run on cpu"),
+    "importance weights of a wrong shape": (
+        {"importance_weights": torch.ones(T)},
+        ValueError,
+        r"importance_weights has shape \[3\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_policy_loss_refuses(case):
+    changes, error, message = BAD[case]
+    call = good(**changes)
+    with pytest.raises(error, match=message):
+        fastpo.policy_loss(call.pop("logits"), call.pop("tokens"), call.pop("advantages"), **call)
+
+
+SHARED = [
+    case
+    for case in BAD
+    if case.split()[0] not in ("logits", "tokens", "negative") and "backend" not in case
+]
+
+
+@pytest.mark.parametrize("case", [case for case in SHARED if "temperature" not in case])
+def test_policy_loss_from_logprobs_refuses_the_same(case):
+    changes, error, message = BAD[case]
+    call = good(**changes)
+    del call["logits"], call["tokens"]
+    with pytest.raises(error, match=message):
+        fastpo.policy_loss_from_logprobs(torch.zeros(B, T), call.pop("advantages"), **call)
+
+
+PACKED = {
+    "not starting at 0": (torch.tensor([1, 3, 6]), ValueError, r"non-decreasing offsets from 0"),
+    "not ending at N": (torch.tensor([0, 3, 5]), ValueError, r"to the number of rows, 6"),
+    "decreasing": (torch.tensor([0, 4, 3, 6]), ValueError, r"expected non-decreasing offsets"),
+    "2-d": (torch.tensor([[0, 6]]), ValueError, r"expected \(B \+ 1,\)"),
+    "floats": (torch.tensor([0.0, 6.0]), TypeError, r"expected int32"),
+    "a list": ([0, 6], TypeError, r"cu_seqlens is list"),
+}
+
+
+@pytest.mark.parametrize("case", PACKED)
+def test_wrong_cu_seqlens(case):
+    cu_seqlens, error, message = PACKED[case]
+    with pytest.raises(error, match=message):
+        fastpo.policy_loss_from_logprobs(
+            torch.zeros(6), torch.ones(6), objective=fastpo.grpo(), cu_seqlens=cu_seqlens
+        )
+
+
+@pytest.mark.parametrize("preset", ["grpo", "dr_grpo", "gspo", "luspo", "gmpo", "vespo", "sapo"])
+def test_sequences_are_needed_on_packed_rows(preset):
+    """REGRESSIONS 4: never a silent guess about where sequences end."""
+    with pytest.raises(ValueError, match=r"needs to know the sequences.*pass cu_seqlens"):
+        fastpo.policy_loss(
+            torch.randn(6, V),
+            torch.zeros(6, dtype=torch.long),
+            torch.ones(6),
+            objective=getattr(fastpo, preset)(),
+        )
+
+
+def test_one_advantage_per_sequence_needs_sequences():
+    with pytest.raises(
+        ValueError, match=r"advantages has shape \[1\], expected one per token, \[6\]"
+    ):
+        fastpo.policy_loss_from_logprobs(torch.zeros(6), torch.ones(1), objective=fastpo.dapo())
+
+
+def test_constant_aggregation_needs_a_length_when_packed():
+    with pytest.raises(ValueError, match=r"needs Objective.max_length"):
+        fastpo.policy_loss_from_logprobs(
+            torch.zeros(6),
+            torch.ones(2),
+            objective=fastpo.dr_grpo(),
+            cu_seqlens=torch.tensor([0, 2, 6]),
+        )
+
+
+def test_entropy_bonus_needs_entropy_and_a_token_count():
+    with pytest.raises(ValueError, match="needs `entropy`"):
+        fastpo.policy_loss_from_logprobs(
+            torch.zeros(6), torch.ones(6), objective=fastpo.dapo(entropy_coef=0.1)
+        )
+    with pytest.raises(ValueError, match="entropy_coef is a token mean, but normalizer counts"):
+        fastpo.policy_loss_from_logprobs(
+            torch.zeros(B, T),
+            torch.ones(B),
+            entropy=torch.zeros(B, T),
+            objective=fastpo.grpo(entropy_coef=0.1),
+            normalizer=4,
+        )
+
+
+def test_float64_is_for_the_reference_backend():
+    with pytest.raises(ValueError, match=r"float64 logits: use backend='torch'|cannot run"):
+        fastpo.token_logprobs(
+            torch.randn(2, V).double(), torch.zeros(2, dtype=torch.long), backend="cpp"
+        )
+
+
+def test_inplace_on_expanded_logits():
+    logits = torch.randn(1, V).expand(4, V)
+    with pytest.raises(ValueError, match=r"expanded logits.*clone them"):
+        fastpo.policy_loss(
+            logits,
+            torch.zeros(4, dtype=torch.long),
+            torch.ones(4),
+            objective=fastpo.dapo(),
+            inplace=True,
+        )
+
+
+def test_bad_values_under_a_false_mask_are_fine():
+    call = good(temperature=torch.tensor([[1.0, 1.0, -1.0]] * B))
+    call["mask"][:, 2] = False
+    call["tokens"][:, 2] = -100
+    result = fastpo.policy_loss(
+        call.pop("logits"), call.pop("tokens"), call.pop("advantages"), **call
+    )
+    assert result.loss.isfinite()
+
+
+def test_out_of_range_token_past_the_check_is_nan_in_its_row_only(monkeypatch):
+    """REGRESSIONS 21: what an unchecked GPU call does: NaN in that row, never a wild read."""
+    from fastpo.ops import _checks
+
+    monkeypatch.setattr(_checks, "inspects_values", lambda tensor: False)
+    logits = torch.randn(4, V, requires_grad=True)
+    tokens = torch.tensor([0, V, -1, V - 1])
+    result = fastpo.policy_loss(logits, tokens, torch.ones(4), objective=fastpo.dapo())
+    assert result.logprobs.isnan().tolist() == [False, True, True, False]
+    assert result.loss.isnan()
+    result.loss.backward()
+    assert logits.grad[[0, 3]].isfinite().all()
