@@ -1,0 +1,171 @@
+// The row primitives, written once for any vector type S (simd_*.h) and compiled per instruction set.
+//
+// A row is swept three times: maximum; exponentials and their sums; gradient, backwards. The first
+// sweep brings the row from memory into the cache, where the others find it, and the exponentials wait
+// in a scratch row in cache, so that memory sees one read and one write of the row.
+#pragma once
+
+#include <math.h>
+
+#include "exp.h"
+#include "lanes.h"
+#include "rows.h"
+
+#ifdef __GNUC__
+#define FASTPO_UNROLL _Pragma("GCC unroll 4")
+#define FASTPO_PREFETCH(address) __builtin_prefetch(address, 0, 2)
+#else
+#define FASTPO_UNROLL
+#define FASTPO_PREFETCH(address) (void)(address)
+#endif
+
+namespace fastpo {
+
+template <class S>
+struct RowKernels {
+  using Vec = typename S::Vec;
+  static constexpr int64_t W = S::width;
+  static constexpr int kChains = 4;  // independent sums: shorter dependency chains, smaller error
+
+  // What a sweep over a row leaves: x_j = u_j - m, s = sum exp x_j.
+  struct Summary {
+    float row_max;     // m
+    float exp_sum;     // s
+    float log_sum;     // log s
+    float mean_shift;  // E_p[x]
+    float logprob;
+    float entropy;
+  };
+
+  // dz_j = exp(x_j) * (scale + spread * (mean_shift - x_j)) for every column but the token's.
+  struct Slopes {
+    float scale;       // -c / (s T)
+    float spread;      // e / (s T)
+    float mean_shift;  // E_p[x]
+    float token_grad;  // dz_y
+  };
+
+  // Calls body(chain, column, lanes) for the vectors of a row, first to last.
+  template <class Body>
+  static FASTPO_INLINE void forward(int64_t columns, Body&& body) {
+    int64_t j = 0;
+    for (; j + kChains * W <= columns; j += kChains * W)
+      FASTPO_UNROLL for (int chain = 0; chain < kChains; ++chain) body(chain, j + chain * W, All{});
+    for (; j + W <= columns; j += W) body(0, j, All{});
+    if (j < columns) body(1, j, First{int(columns - j)});
+  }
+
+  // Calls body(column, lanes) for the vectors of a row, last to first: a 2-byte gradient in the upper
+  // half of a row of fp32 logits then never overwrites a logit that has yet to be read.
+  template <class Body>
+  static FASTPO_INLINE void backward(int64_t columns, Body&& body) {
+    int64_t j = columns / W * W;
+    if (j < columns) body(j, First{int(columns - j)});
+    for (j -= W; j >= 0; j -= W) body(j, All{});
+  }
+
+  template <class T>
+  static float max_logit(const T* z, int64_t columns) {
+    Vec best[kChains];
+    for (Vec& b : best) b = S::all(-INFINITY);
+    forward(columns, [&](int chain, int64_t j, auto lanes) FASTPO_LAMBDA {
+      best[chain] = S::max(best[chain], S::load(z + j, lanes));
+    });
+    return S::maximum(S::max(S::max(best[0], best[1]), S::max(best[2], best[3])));
+  }
+
+  // x = z / T - m, with one rounding; -inf becomes kExpFloor so that x * exp(x) is 0, not NaN.
+  template <class T, class Lanes>
+  static FASTPO_INLINE Vec shifted(const T* z, Vec inverse_t, Vec minus_max, Lanes lanes) {
+    Vec x = S::mul_add_exact(S::load(z, lanes), inverse_t, minus_max);
+    return S::max(S::all(kExpFloor), x);
+  }
+
+  // The first two sweeps. Keeps exp(x_j) in `exps` if kKeep; fetches the row at `ahead` meanwhile.
+  template <bool kKeep, class T>
+  static Summary summarize(const RowsIn& in, int64_t i, const T* ahead, float* exps) {
+    const T* z = static_cast<const T*>(in.logits.row(i));
+    const float inverse_t = in.temperature.inverse(i);
+    Summary row;
+    row.row_max = max_logit(z, in.columns) * inverse_t;
+    const Vec scale = S::all(inverse_t), minus_max = S::all(-row.row_max);
+    Vec sums[kChains], weighted[kChains];
+    for (Vec& s : sums) s = S::all(0);
+    for (Vec& s : weighted) s = S::all(0);
+    forward(in.columns, [&](int chain, int64_t j, auto lanes) FASTPO_LAMBDA {
+      if (ahead) FASTPO_PREFETCH(ahead + j);
+      const Vec x = shifted(z + j, scale, minus_max, lanes);
+      const Vec e = exp<S>(x);
+      if (kKeep) S::store(exps + j, e, All{});
+      sums[chain] = S::add(sums[chain], e);
+      weighted[chain] = S::mul_add(x, e, weighted[chain]);
+    });
+    row.exp_sum = total(sums);
+    row.log_sum = logf(row.exp_sum);
+    row.mean_shift = total(weighted) / row.exp_sum;
+    const float entropy = row.log_sum - row.mean_shift;
+    row.entropy = entropy < 0 ? 0.0f : entropy;
+    row.logprob = token_logprob(in, i, z, row);
+    return row;
+  }
+
+  static FASTPO_INLINE float total(const Vec* chains) {
+    return S::sum(S::add(S::add(chains[0], chains[1]), S::add(chains[2], chains[3])));
+  }
+
+  // log p of the row's token: NaN for a token outside the row. Rounding must not lift it above 0.
+  template <class T>
+  static float token_logprob(const RowsIn& in, int64_t i, const T* z, const Summary& row) {
+    const int64_t token = in.tokens[i];
+    if (token < 0 || token >= in.columns) return NAN;
+    const Vec inverse_t = S::all(in.temperature.inverse(i)), minus_max = S::all(-row.row_max);
+    const Vec x = S::mul_add_exact(S::load(z + token, First{1}), inverse_t, minus_max);
+    const float logprob = S::first(x) - row.log_sum;
+    return logprob > 0 ? 0.0f : logprob;
+  }
+
+  // The two slopes and the token's own gradient from c, e and the statistics of a row; `inverse_s` = 1 / s.
+  static Slopes slopes_of(float c, float e, float inverse_t, float inverse_s, const Summary& row) {
+    const float p = expf(row.logprob);
+    const float x = p > 0 ? row.logprob + row.log_sum : row.mean_shift;  // p = 0: the term is 0
+    const float entropy_part = e != 0 ? e * p * (row.mean_shift - x) : 0.0f;
+    const float token_grad = inverse_t * (entropy_part - c * expm1f(row.logprob));
+    return {-c * inverse_t * inverse_s, e * inverse_t * inverse_s, row.mean_shift, token_grad};
+  }
+
+  template <class O>
+  static FASTPO_INLINE void fill_zero(O* out, int64_t columns) {
+    backward(columns, [&](int64_t j, auto lanes) FASTPO_LAMBDA {
+      S::store(out + j, S::all(0), lanes);
+    });
+  }
+
+  template <class T>
+  static void scale_row(T* row, int64_t columns, float factor) {
+    backward(columns, [&](int64_t j, auto lanes) FASTPO_LAMBDA {
+      S::store(row + j, S::mul(S::load(row + j, lanes), S::all(factor)), lanes);
+    });
+  }
+
+  // Third sweep. kKept: exp(x_j) stands in `exps`; kEntropy: the entropy term is there, and needs x_j.
+  template <bool kKept, bool kEntropy, class T, class O>
+  static void write_grad(const RowsIn& in, int64_t i, float row_max, const Slopes& slopes,
+                         const float* exps, O* out) {
+    const T* z = static_cast<const T*>(in.logits.row(i));
+    const Vec inverse_t = S::all(in.temperature.inverse(i)), minus_max = S::all(-row_max);
+    const Vec scale = S::all(slopes.scale), spread = S::all(slopes.spread);
+    const Vec mean_shift = S::all(slopes.mean_shift);
+    const int64_t token = in.tokens[i];
+    backward(in.columns, [&](int64_t j, auto lanes) FASTPO_LAMBDA {
+      Vec x = S::all(0), factor = scale;
+      if (kEntropy || !kKept) x = shifted(z + j, inverse_t, minus_max, lanes);
+      if (kEntropy) factor = S::mul_add(S::sub(mean_shift, x), spread, scale);
+      const Vec e = kKept ? S::load(exps + j, All{}) : exp<S>(x);
+      S::store(out + j, S::mul(e, factor), lanes);
+    });
+    if (token >= 0 && token < in.columns)
+      S::store(out + token, S::all(slopes.token_grad), First{1});
+  }
+};
+
+}  // namespace fastpo

@@ -1,0 +1,145 @@
+// The primitives over a range of rows: what is dead, which types meet, and the table of entry points.
+#pragma once
+
+#include "row_kernels.h"
+
+namespace fastpo {
+
+template <class S>
+struct RowTable {
+  using Kernels = RowKernels<S>;
+  using Summary = typename Kernels::Summary;
+  using Slopes = typename Kernels::Slopes;
+
+  static constexpr RowKernelTable table() { return {S::name, row_stats, row_grad, row_policy_loss, scale}; }
+
+  static void row_stats(const StatsParams& p, int64_t begin, int64_t end) {
+    with_type(p.in.logits.dtype, [&](auto zero) {
+      for (int64_t i = begin; i < end; ++i) stats_row<decltype(zero)>(p, i);
+    });
+  }
+
+  static void row_grad(const GradParams& p, int64_t begin, int64_t end) {
+    with_types(p.in.logits.dtype, p.out.dtype, [&](auto zero, auto zero_out) {
+      for (int64_t i = begin; i < end; ++i) grad_row<decltype(zero), decltype(zero_out)>(p, i);
+    });
+  }
+
+  static void row_policy_loss(const LossParams& p, int64_t begin, int64_t end, float* exps) {
+    const DType out_dtype = p.out.data ? p.out.dtype : p.in.logits.dtype;
+    with_types(p.in.logits.dtype, out_dtype, [&](auto zero, auto zero_out) {
+      using T = decltype(zero);
+      for (int64_t i = begin; i < end; ++i) {
+        const bool fetch = i + 1 < end && is_live(p, i + 1);
+        const T* ahead = fetch ? static_cast<const T*>(p.in.logits.row(i + 1)) : nullptr;
+        loss_row<T, decltype(zero_out)>(p, i, ahead, exps);
+      }
+    });
+  }
+
+  static void scale(const ScaleParams& p, int64_t begin, int64_t end) {
+    with_type(p.grad.dtype, [&](auto zero) {
+      using T = decltype(zero);
+      for (int64_t i = begin; i < end; ++i)
+        Kernels::scale_row(static_cast<T*>(p.grad.row(i)), p.columns, p.factor);
+    });
+  }
+
+ private:
+  template <class T>
+  static void stats_row(const StatsParams& p, int64_t i) {
+    const bool live = !p.live || p.live[i];
+    const Summary row = live ? Kernels::template summarize<false, T>(p.in, i, nullptr, nullptr) : Summary{};
+    p.logprobs[i] = row.logprob;
+    p.entropy[i] = row.entropy;
+    p.row_max[i] = row.row_max;
+    p.log_sum[i] = row.log_sum;
+  }
+
+  template <class T, class O>
+  static void grad_row(const GradParams& p, int64_t i) {
+    O* out = static_cast<O*>(p.out.row(i));
+    const float c = p.logprob_grad[i], e = p.entropy_grad ? p.entropy_grad[i] : 0.0f;
+    if (c == 0 && e == 0) return Kernels::fill_zero(out, p.in.columns);
+    Summary row;
+    row.row_max = p.row_max[i];
+    row.log_sum = p.log_sum[i];
+    row.mean_shift = row.log_sum - p.entropy[i];
+    row.logprob = p.logprobs[i];
+    const Slopes slopes = Kernels::slopes_of(c, e, p.in.temperature.inverse(i), expf(-row.log_sum), row);
+    if (e == 0)
+      Kernels::template write_grad<false, false, T>(p.in, i, row.row_max, slopes, nullptr, out);
+    else
+      Kernels::template write_grad<false, true, T>(p.in, i, row.row_max, slopes, nullptr, out);
+  }
+
+  static FASTPO_INLINE bool is_live(const LossParams& p, int64_t i) {
+    return p.weight[i] != 0 || (p.entropy_weight && p.entropy_weight[i] != 0);
+  }
+
+  template <class T, class O>
+  static void loss_row(const LossParams& p, int64_t i, const T* ahead, float* exps) {
+    O* out = p.out.data ? static_cast<O*>(p.out.row(i)) : nullptr;
+    if (!is_live(p, i)) {
+      p.loss[i] = p.logprobs[i] = p.entropy[i] = 0;
+      p.clipped[i] = 0;
+      if (out) Kernels::fill_zero(out, p.in.columns);
+      return;
+    }
+    const Summary row = out ? Kernels::template summarize<true, T>(p.in, i, ahead, exps)
+                            : Kernels::template summarize<false, T>(p.in, i, ahead, nullptr);
+    const float c = write_loss(p, i, row);
+    if (out) write_kept_grad<T>(p, i, row, c, exps, out);
+  }
+
+  // Writes the row's loss and returns c = dloss/dlogprob.
+  static float write_loss(const LossParams& p, int64_t i, const Summary& row) {
+    const float weight = p.weight[i], entropy_weight = p.entropy_weight ? p.entropy_weight[i] : 0.0f;
+    const float* old_logprob = p.old_logprobs ? p.old_logprobs + i : nullptr;
+    const float* ref_logprob = p.ref_logprobs ? p.ref_logprobs + i : nullptr;
+    const TokenLoss token = token_loss(p.rule, row.logprob, p.advantages[i], old_logprob, ref_logprob);
+    p.loss[i] = weight * token.loss.value;
+    if (entropy_weight != 0) p.loss[i] -= entropy_weight * row.entropy;
+    p.logprobs[i] = row.logprob;
+    p.entropy[i] = row.entropy;
+    p.clipped[i] = token.clipped;
+    return weight * token.loss.slope;
+  }
+
+  template <class T, class O>
+  static void write_kept_grad(const LossParams& p, int64_t i, const Summary& row, float c,
+                              const float* exps, O* out) {
+    const float e = p.entropy_weight ? -p.entropy_weight[i] : 0.0f;
+    if (c == 0 && e == 0) return Kernels::fill_zero(out, p.in.columns);
+    const Slopes slopes = Kernels::slopes_of(c, e, p.in.temperature.inverse(i), 1.0f / row.exp_sum, row);
+    if (e == 0)
+      Kernels::template write_grad<true, false, T>(p.in, i, row.row_max, slopes, exps, out);
+    else
+      Kernels::template write_grad<true, true, T>(p.in, i, row.row_max, slopes, exps, out);
+  }
+
+  // Calls f with a zero of the element type, so that generic lambdas can name it.
+  template <class F>
+  static void with_type(DType dtype, F&& f) {
+    switch (dtype) {
+      case DType::kFloat32:
+        return f(float{});
+      case DType::kBFloat16:
+        return f(BFloat16{});
+      case DType::kFloat16:
+        return f(Half{});
+    }
+  }
+
+  // The pairs that occur: a gradient has the logits' type, or a 2-byte type under fp32 logits.
+  template <class F>
+  static void with_types(DType dtype, DType out_dtype, F&& f) {
+    with_type(dtype, [&](auto zero) {
+      if (dtype == out_dtype) return f(zero, zero);
+      if (out_dtype == DType::kBFloat16) return f(float{}, BFloat16{});
+      return f(float{}, Half{});
+    });
+  }
+};
+
+}  // namespace fastpo

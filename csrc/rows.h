@@ -1,0 +1,129 @@
+// The three row primitives on the CPU, as plain structs and functions: no torch header here.
+//
+// A row is one token position's logits z (V). With u = z / temperature, m = max u and s = sum exp(u - m),
+// the primitives compute what fastpo/backends/base.py specifies. N and V count rows and columns; strides
+// are in elements; a null pointer means "not given".
+#pragma once
+
+#include <cstdint>
+
+#include "rule.h"
+
+// Functions used in files compiled for different instruction sets are inlined without exception: a
+// copy emitted from the AVX-512 file could otherwise be the one that the linker keeps for everyone.
+#ifdef _MSC_VER
+#define FASTPO_INLINE __forceinline
+#define FASTPO_LAMBDA
+#else
+#define FASTPO_INLINE inline __attribute__((always_inline))
+#define FASTPO_LAMBDA __attribute__((always_inline))
+#endif
+
+namespace fastpo {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+struct Half {
+  uint16_t bits;
+};
+
+enum class DType { kFloat32, kBFloat16, kFloat16 };
+
+FASTPO_INLINE int64_t item_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+// Rows of a matrix with unit stride along V.
+struct Matrix {
+  void* data = nullptr;
+  DType dtype = DType::kFloat32;
+  int64_t row_stride = 0;
+
+  FASTPO_INLINE void* row(int64_t i) const {
+    return static_cast<char*>(data) + i * row_stride * item_size(dtype);
+  }
+};
+
+struct Temperature {
+  const float* per_row = nullptr;  // (N,), wins over `value`
+  float value = 1;
+
+  FASTPO_INLINE float inverse(int64_t i) const { return 1.0f / (per_row ? per_row[i] : value); }
+};
+
+// What every primitive reads.
+struct RowsIn {
+  Matrix logits;                    // (N, V)
+  int64_t columns = 0;              // V
+  const int64_t* tokens = nullptr;  // (N,)
+  Temperature temperature;
+};
+
+struct StatsParams {
+  RowsIn in;
+  const bool* live = nullptr;  // (N,)
+  float* logprobs = nullptr;   // (N,), out, as all below
+  float* entropy = nullptr;
+  float* row_max = nullptr;
+  float* log_sum = nullptr;
+};
+
+struct GradParams {
+  RowsIn in;
+  const float* logprobs = nullptr;  // (N,), of row_stats, as the next three
+  const float* entropy = nullptr;
+  const float* row_max = nullptr;
+  const float* log_sum = nullptr;
+  const float* logprob_grad = nullptr;  // (N,), c
+  const float* entropy_grad = nullptr;  // (N,), e
+  Matrix out;                           // (N, V), may lie in the logits' own rows
+};
+
+struct LossParams {
+  RowsIn in;
+  const float* weight = nullptr;  // (N,), as all below
+  const float* advantages = nullptr;
+  const float* old_logprobs = nullptr;
+  const float* ref_logprobs = nullptr;
+  const float* entropy_weight = nullptr;
+  Rule rule;
+  Matrix out;               // gradient (N, V), may lie in the logits' own rows; data null: not wanted
+  float* loss = nullptr;    // (N,), out, as all below
+  float* logprobs = nullptr;
+  float* entropy = nullptr;
+  uint8_t* clipped = nullptr;
+};
+
+struct ScaleParams {
+  Matrix grad;  // (N, V), in place
+  int64_t columns = 0;
+  float factor = 1;
+};
+
+// The primitives compiled for one instruction set, each over rows [begin, end).
+struct RowKernelTable {
+  const char* simd;
+  void (*row_stats)(const StatsParams&, int64_t begin, int64_t end);
+  void (*row_grad)(const GradParams&, int64_t begin, int64_t end);
+  // `exps` is scratch for padded_columns(V) floats, 64-byte aligned; unused without a gradient.
+  void (*row_policy_loss)(const LossParams&, int64_t begin, int64_t end, float* exps);
+  void (*scale)(const ScaleParams&, int64_t begin, int64_t end);
+};
+
+extern const RowKernelTable kPortableRows;
+#ifdef FASTPO_X86
+extern const RowKernelTable kAvx2Rows;
+extern const RowKernelTable kAvx512Rows;
+#endif
+
+// The widest table this CPU runs, or the one that environment variable FASTPO_SIMD names. Chosen once.
+// Throws std::runtime_error when FASTPO_SIMD names a level that is unknown or that this CPU lacks.
+const RowKernelTable& row_kernels();
+
+// Tables compiled into this build, widest first, ending in a null pointer.
+const RowKernelTable* const* compiled_row_kernels();
+
+// Room for V floats when the last vector of a row is stored whole.
+FASTPO_INLINE int64_t padded_columns(int64_t columns) { return (columns + 15) / 16 * 16; }
+
+}  // namespace fastpo

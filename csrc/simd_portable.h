@@ -1,0 +1,91 @@
+// Any CPU: 8 float lanes in plain C++, written so that compilers vectorise the lane loops.
+#pragma once
+
+#include <string.h>
+
+#include "lanes.h"
+#include "rows.h"
+#include "small_floats.h"
+
+namespace fastpo {
+
+struct Portable {
+  static constexpr int64_t width = 8;
+  static constexpr const char* name = "portable";
+
+  struct Vec {
+    float lane[width];
+  };
+
+  template <class T>
+  static FASTPO_INLINE Vec load(const T* p, All) {
+    return map([=](int k) { return to_float(p[k]); });
+  }
+  template <class T>
+  static FASTPO_INLINE Vec load(const T* p, First part) {
+    return map([=](int k) { return k < part.count ? to_float(p[k]) : -INFINITY; });
+  }
+  template <class T>
+  static FASTPO_INLINE void store(T* p, const Vec& v, All) {
+    for (int k = 0; k < width; ++k) assign(p[k], v.lane[k]);
+  }
+  template <class T>
+  static FASTPO_INLINE void store(T* p, const Vec& v, First part) {
+    for (int k = 0; k < part.count; ++k) assign(p[k], v.lane[k]);
+  }
+
+  static FASTPO_INLINE Vec all(float x) {
+    return map([=](int) { return x; });
+  }
+  static FASTPO_INLINE Vec add(const Vec& a, const Vec& b) {
+    return map([&](int k) { return a.lane[k] + b.lane[k]; });
+  }
+  static FASTPO_INLINE Vec sub(const Vec& a, const Vec& b) {
+    return map([&](int k) { return a.lane[k] - b.lane[k]; });
+  }
+  static FASTPO_INLINE Vec mul(const Vec& a, const Vec& b) {
+    return map([&](int k) { return a.lane[k] * b.lane[k]; });
+  }
+  static FASTPO_INLINE Vec mul_add(const Vec& a, const Vec& b, const Vec& c) {
+    return map([&](int k) { return a.lane[k] * b.lane[k] + c.lane[k]; });
+  }
+  // The product is not rounded before the sum: double holds a product of two floats exactly.
+  static FASTPO_INLINE Vec mul_add_exact(const Vec& a, const Vec& b, const Vec& c) {
+    return map([&](int k) { return float(double(a.lane[k]) * b.lane[k] + c.lane[k]); });
+  }
+  // As maxps: NaN in `b` survives.
+  static FASTPO_INLINE Vec max(const Vec& a, const Vec& b) {
+    return map([&](int k) { return a.lane[k] > b.lane[k] ? a.lane[k] : b.lane[k]; });
+  }
+  static FASTPO_INLINE Vec power_of_two(const Vec& biased) {
+    return map([&](int k) {
+      uint32_t bits;
+      memcpy(&bits, &biased.lane[k], sizeof bits);
+      bits <<= 23;
+      float power;
+      memcpy(&power, &bits, sizeof power);
+      return power;
+    });
+  }
+  static FASTPO_INLINE float first(const Vec& v) { return v.lane[0]; }
+  static FASTPO_INLINE float sum(const Vec& v) {
+    float low = (v.lane[0] + v.lane[4]) + (v.lane[2] + v.lane[6]);
+    float high = (v.lane[1] + v.lane[5]) + (v.lane[3] + v.lane[7]);
+    return low + high;
+  }
+  static FASTPO_INLINE float maximum(const Vec& v) {
+    float best = v.lane[0];
+    for (float x : v.lane) best = best > x ? best : x;
+    return best;
+  }
+
+ private:
+  template <class F>
+  static FASTPO_INLINE Vec map(F&& lane) {
+    Vec v;
+    for (int k = 0; k < width; ++k) v.lane[k] = lane(k);
+    return v;
+  }
+};
+
+}  // namespace fastpo

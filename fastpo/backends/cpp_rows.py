@@ -1,0 +1,106 @@
+"""The CPU backend: the row primitives in C++ (csrc/), AVX-512, AVX2 or portable, threaded over rows.
+
+A thin layer over `torch.ops.fastpo.cpp_*`. A gradient that shares the logits' storage goes through the
+operators whose schema says that the logits are overwritten, so that torch.compile stays correct.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+
+import torch
+from torch import Tensor
+
+from fastpo.backends.base import RowInputs, RowLosses, RowStats, Rule, alias_rows
+from fastpo.objective import Objective
+
+ops = torch.ops.fastpo
+
+
+def unavailable(device: torch.device | None = None) -> str | None:
+    """None if the extension is built and `device` is a CPU, else one line that says what would help."""
+    if device is not None and torch.device(device).type != "cpu":
+        return f"it runs on CPU tensors, got {device}; use backend='triton' or 'torch' there"
+    return _import_error()
+
+
+@functools.cache
+def _import_error() -> str | None:
+    try:
+        importlib.import_module("fastpo._C").build_info()
+    except (ImportError, RuntimeError) as error:
+        return (
+            f"the C++ extension does not load ({error}); with a C++17 compiler, run "
+            "`pip install --no-build-isolation -e .` beside torch >= 2.10"
+        )
+    importlib.import_module("fastpo.backends._cpp_fakes")
+    return None
+
+
+def row_stats(
+    logits: Tensor, tokens: Tensor, temperature: float | Tensor, live: Tensor | None = None
+) -> RowStats:
+    """See `fastpo.backends.base.Backend`."""
+    return RowStats(*ops.cpp_row_stats(logits, tokens, *_temperature(temperature), live))
+
+
+def row_grad(
+    logits: Tensor,
+    tokens: Tensor,
+    stats: RowStats,
+    logprob_grad: Tensor,
+    entropy_grad: Tensor | None,
+    temperature: float | Tensor,
+    out: Tensor,
+) -> None:
+    """See `fastpo.backends.base.Backend`."""
+    arguments = (logits, tokens, *stats, logprob_grad, entropy_grad, *_temperature(temperature))
+    if _overwrites(logits, out):
+        ops.cpp_row_grad_(*arguments, out.dtype)
+    else:
+        ops.cpp_row_grad_out(*arguments, out)
+
+
+def row_policy_loss(
+    logits: Tensor,
+    tokens: Tensor,
+    inputs: RowInputs,
+    objective: Objective,
+    temperature: float | Tensor,
+    out: Tensor | None,
+) -> RowLosses:
+    """See `fastpo.backends.base.Backend`."""
+    rule = [float(number) for number in Rule.of(objective)]
+    arguments = (logits, tokens, *inputs, rule, *_temperature(temperature))
+    if out is None:
+        return RowLosses(*ops.cpp_row_policy_loss(*arguments))
+    if _overwrites(logits, out):
+        return RowLosses(*ops.cpp_row_policy_loss_(*arguments, out.dtype))
+    return RowLosses(*ops.cpp_row_policy_loss_out(*arguments, out))
+
+
+def scale_(grad: Tensor, factor: Tensor) -> None:
+    """See `fastpo.backends.base.Backend`."""
+    ops.cpp_scale_(grad, factor.float())
+
+
+def _temperature(temperature: float | Tensor) -> tuple[float, Tensor | None]:
+    if isinstance(temperature, Tensor):
+        return 1.0, temperature
+    return float(temperature), None
+
+
+def _overwrites(logits: Tensor, out: Tensor) -> bool:
+    """Whether `out` lies in the storage of `logits`; it must then be `logits` or `alias_rows` of it."""
+    if out is logits:
+        return True
+    if not torch._C._is_alias_of(out, logits):
+        return False
+    own = alias_rows(logits, out.dtype)
+    if out.storage_offset() == own.storage_offset() and out.stride() == own.stride():
+        return True
+    raise ValueError(
+        "out shares the storage of logits but is neither logits nor alias_rows(logits, dtype): its rows "
+        "would overwrite logits that have yet to be read; pass one of those, or a tensor of its own"
+    )
