@@ -93,8 +93,8 @@ def _temperature(temperature: float | Tensor) -> tuple[float, Tensor | None]:
 
 def _overwrites(logits: Tensor, out: Tensor) -> bool:
     """Whether `out` lies in the storage of `logits`; it must then be `logits` or `alias_rows` of it."""
-    if out is logits:
-        return True
+    if out is logits or torch.compiler.is_compiling():  # traced ops never pass an alias
+        return out is logits
     if not torch._C._is_alias_of(out, logits):
         return False
     own = alias_rows(logits, out.dtype)

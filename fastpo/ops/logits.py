@@ -90,6 +90,9 @@ def policy_loss(
     temperature = flat_temperature(temperature)
     needs_grad = torch.is_grad_enabled() and logits.requires_grad
     if not objective.is_token_level or torch.compiler.is_compiling():
+        inplace = (
+            inplace and not torch.compiler.is_compiling()
+        )  # the compiler reuses buffers itself
         logprobs, entropy = _TokenLogprobs.apply(
             logits, tokens.reshape(-1).long(), batch.mask, temperature, backend, inplace
         )
@@ -136,6 +139,7 @@ def token_logprobs(
     _checks.check_mask(mask, leading, logits)
     backend = _prepare(logits, tokens, mask, temperature, inplace_backward, backend)
     live = None if mask is None else mask.reshape(-1)
+    inplace_backward = inplace_backward and not torch.compiler.is_compiling()
     logprobs, entropy = _TokenLogprobs.apply(
         logits,
         tokens.reshape(-1).long(),
