@@ -71,7 +71,7 @@ $(STAMPS)/lint: constraints-dev.txt | $(STAMPS)/venv
 
 $(STAMPS)/torch: constraints-dev.txt | $(STAMPS)/venv
 	@echo "setup: torch and the build tools (the longest download)"
-	@$(PIP) torch numpy setuptools pybind11 ninja
+	@$(PIP) torch numpy setuptools pybind11
 	@touch $@
 
 $(STAMPS)/fastpo: pyproject.toml $(EXTENSION_SOURCES) $(STAMPS)/torch
