@@ -1,0 +1,104 @@
+"""How a row of V logits is cut into blocks, and the launch of one program per row.
+
+A row is a *body* of whole blocks and a *kept* tail. The tail, read last by the first sweep, stays in
+registers until the second sweep, which runs from the last column to the first, so it is read once.
+
+Registers decide how much is kept (figures from ahead-of-time compilation, tests/test_aot.py):
+
+    logits                  kept per thread     why
+    2 bytes, 16-byte loads  64, two a register  fits a whole row of 32,768; 96 spill on sm_80
+    4 bytes, 16-byte loads  48                  64 spill on sm_100
+    not aligned             32                  one register each, and one address a logit; 48 spill
+
+512 threads leave 128 registers each, so that one row's program fills an SM, and what a second sweep
+reads again (V = 151,936 in bf16: 304 KB less 64 KB kept) times 132 SMs is 32 MB, within an L2 of 50.
+Shorter rows take fewer threads, several rows to an SM.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+MAX_LANES = 512
+CHUNK_PER_LANE = 8
+
+
+class RowLayout(NamedTuple):
+    """Constants of a compiled row kernel; they depend on V's size class and on alignment only."""
+
+    LANES: int  # threads, each with running statistics of its own columns
+    VECTOR: int  # neighbouring logits one thread loads at once
+    BLOCK_V: int  # columns per step in the body
+    KEPT: int  # chunks of 8 * LANES columns in the kept tail
+
+    def body(self, V: int) -> int:
+        """Columns before the kept tail: a whole number of blocks such that the tail reaches V."""
+        beyond_kept = max(V - self.KEPT * CHUNK_PER_LANE * self.LANES, 0)
+        return -(-beyond_kept // self.BLOCK_V) * self.BLOCK_V
+
+
+@functools.cache
+def _layout(V: int, itemsize: int, aligned: bool) -> RowLayout:
+    packed = aligned and itemsize == 2
+    most_kept = (8 if packed else 6) if aligned else 4
+    lanes = 128
+    while lanes < MAX_LANES and lanes * CHUNK_PER_LANE * most_kept < V:
+        lanes *= 2
+    chunks = -(-V // (lanes * CHUNK_PER_LANE))
+    return RowLayout(
+        LANES=lanes,
+        VECTOR=16 // itemsize if aligned else 1,
+        BLOCK_V=lanes * (32 if packed else 16),
+        KEPT=min(1 << (chunks - 1).bit_length(), most_kept),
+    )
+
+
+def row_layout(logits: Tensor) -> RowLayout:
+    """The layout for (N, V) logits.
+
+    16-byte loads need V, the row stride and the address to be multiples of 16. Rows that are not
+    aligned take narrow loads; shifting each row to its next 16-byte boundary would tie the order of
+    its sums, and so its bits, to its place in memory.
+    """
+    V = logits.shape[1]
+    aligned = V % 16 == 0 and logits.stride(0) % 16 == 0 and logits.data_ptr() % 16 == 0
+    return _layout(V, logits.element_size(), aligned)
+
+
+@functools.cache
+def _warp_size(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 32
+    return torch.cuda.get_device_properties(device).warp_size  # 64 on AMD's CDNA
+
+
+def launch_rows(kernel, logits: Tensor, layout: RowLayout, *arguments, **constants) -> None:
+    """Run `kernel` with one program per row of `logits` on its device; nothing for an empty batch.
+
+    Fused multiply-adds that the source does not ask for stay off: which ones a compiler forms may
+    differ between kernels, and with them the last bit of a log-prob.
+    """
+    rows = logits.shape[0]
+    if rows == 0:
+        return
+    device = torch.cuda.device(logits.device) if logits.is_cuda else contextlib.nullcontext()
+    with device:
+        kernel[(rows,)](
+            *arguments,
+            **constants,
+            num_warps=layout.LANES // _warp_size(logits.device),
+            enable_fp_fusion=False,
+        )
+
+
+def shares_rows(logits: Tensor, out: Tensor) -> bool:
+    """True where a narrower `out` lies in the rows of `logits`, so that stores must wait for loads."""
+    return (
+        out.element_size() < logits.element_size()
+        and out.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr()
+    )

@@ -1,0 +1,130 @@
+"""Gradient of a loss with respect to the logits, from its gradients c and e with respect to every
+row's log-prob and entropy: one read of the logits and one write.
+
+    dz_j = (1 / T) * (c * (1[j = y] - p_j) + e * p_j * (E_p[u] - u_j))
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._layout import launch_rows, row_layout, shares_rows
+from ._rows import (
+    block_columns,
+    block_gradient,
+    fill_row_with_zero,
+    load_inverse_temperature,
+    row_offset,
+    store_block,
+    token_column,
+    write_body_gradient,
+)
+
+_PER_ROW = ["tokens_ptr", "row_max_ptr", "log_sum_ptr", "entropy_ptr", "temperatures_ptr"]
+_GRADS = ["logprob_grad_ptr", "entropy_grad_ptr"]
+
+
+@triton.jit(do_not_specialize_on_alignment=[*_PER_ROW, *_GRADS])
+def _row_grad_kernel(
+    logits_ptr,  # (N, V)
+    out_ptr,  # (N, V), may share rows with the logits
+    tokens_ptr,  # (N,)
+    row_max_ptr,  # (N,)
+    log_sum_ptr,  # (N,)
+    entropy_ptr,  # (N,)
+    logprob_grad_ptr,  # (N,)
+    entropy_grad_ptr,  # (N,) or None
+    temperatures_ptr,  # (N,) or None
+    logits_stride,
+    out_stride,
+    V,
+    body,
+    temperature,
+    SHARED_ROWS: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    HAS_ENTROPY_GRAD: tl.constexpr = entropy_grad_ptr is not None
+    row = tl.program_id(0)
+    row_ptr = logits_ptr + row_offset(logits_stride)
+    out_row_ptr = out_ptr + row_offset(out_stride)
+    c = tl.load(logprob_grad_ptr + row)
+    e = tl.load(entropy_grad_ptr + row) if HAS_ENTROPY_GRAD else 0.0
+    if (c == 0) & (e == 0):
+        fill_row_with_zero(out_row_ptr, V, BLOCK_V, LANES, VECTOR)
+    else:
+        inverse_temperature = load_inverse_temperature(temperature, temperatures_ptr)
+        c = c * inverse_temperature
+        e = e * inverse_temperature
+        token = token_column(tl.load(tokens_ptr + row), V)
+        log_sum = tl.load(log_sum_ptr + row)
+        stats = (tl.load(row_max_ptr + row), log_sum, log_sum - tl.load(entropy_ptr + row))
+        columns = block_columns(body, BLOCK_V, LANES, VECTOR)
+        logits = tl.load(row_ptr + columns, mask=columns < V, other=float("-inf"))
+        if SHARED_ROWS:
+            tl.debug_barrier()
+        gradient = block_gradient(
+            logits, columns, token, stats, inverse_temperature, c, e, HAS_ENTROPY_GRAD
+        )
+        store_block(out_row_ptr, columns, gradient, V)
+        write_body_gradient(
+            row_ptr,
+            out_row_ptr,
+            body,
+            token,
+            stats,
+            inverse_temperature,
+            c,
+            e,
+            HAS_ENTROPY_GRAD,
+            SHARED_ROWS,
+            BLOCK_V,
+            LANES,
+            VECTOR,
+        )
+
+
+def row_grad(
+    logits: Tensor,
+    tokens: Tensor,
+    row_max: Tensor,
+    log_sum: Tensor,
+    entropy: Tensor,
+    logprob_grad: Tensor,
+    entropy_grad: Tensor | None,
+    temperature: float,
+    temperatures: Tensor | None,
+    out: Tensor,
+) -> None:
+    """Fill `out` (N, V) from the statistics of `row_stats` and the row gradients, all (N,) fp32.
+
+    Rows with c = e = 0 are not read and get zeros. `out` may be `logits`, or narrower and in the
+    upper half of each logits row.
+    """
+    layout, V = row_layout(logits), logits.shape[1]
+    launch_rows(
+        _row_grad_kernel,
+        logits,
+        layout,
+        logits,
+        out,
+        tokens,
+        row_max,
+        log_sum,
+        entropy,
+        logprob_grad,
+        entropy_grad,
+        temperatures,
+        logits.stride(0),
+        out.stride(0),
+        V,
+        V // layout.BLOCK_V * layout.BLOCK_V,
+        temperature,
+        SHARED_ROWS=shares_rows(logits, out),
+        BLOCK_V=layout.BLOCK_V,
+        LANES=layout.LANES,
+        VECTOR=layout.VECTOR,
+    )

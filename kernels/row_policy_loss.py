@@ -1,0 +1,234 @@
+"""A token-level policy loss from logits, with its gradient, in one launch.
+
+First sweep: the row's statistics. Then a handful of scalars turn the token's log-prob into its loss
+and c = dL/dlogp. Second sweep, from the last column to the first, beginning with the tail of the row
+that is still in registers:
+
+    dz_j = (1 / T) * (c * (1[j = y] - p_j) + e * p_j * (E_p[u] - u_j)),    e = -entropy weight
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._layout import launch_rows, row_layout, shares_rows
+from ._rows import (
+    as_fp32,
+    fill_row_with_zero,
+    load_inverse_temperature,
+    load_token_logit,
+    row_offset,
+    sweep_row,
+    token_column,
+    token_logprob,
+    write_body_gradient,
+    write_kept_gradient,
+)
+from ._token_loss import importance_ratio, kl_penalty, surrogate_loss
+
+_PER_ROW = ["tokens_ptr", "weight_ptr", "advantages_ptr", "old_logprobs_ptr", "ref_logprobs_ptr"]
+_OPTIONAL = ["entropy_weight_ptr", "temperatures_ptr"]
+_OUTPUTS = ["loss_ptr", "logprobs_ptr", "entropy_ptr", "clipped_ptr"]
+
+
+@triton.jit(do_not_specialize_on_alignment=[*_PER_ROW, *_OPTIONAL, *_OUTPUTS])
+def _row_policy_loss_kernel(
+    logits_ptr,  # (N, V)
+    out_ptr,  # (N, V), may share rows with the logits; None = no gradient
+    tokens_ptr,  # (N,)
+    weight_ptr,  # (N,)
+    advantages_ptr,  # (N,)
+    old_logprobs_ptr,  # (N,) or None
+    ref_logprobs_ptr,  # (N,) or None
+    entropy_weight_ptr,  # (N,) or None
+    temperatures_ptr,  # (N,) or None
+    loss_ptr,  # (N,)
+    logprobs_ptr,  # (N,)
+    entropy_ptr,  # (N,)
+    clipped_ptr,  # (N,)
+    logits_stride,
+    out_stride,
+    V,
+    body,
+    temperature,
+    ratio_low,
+    ratio_high,
+    ratio_max,
+    kl_coef,
+    tau_pos,
+    tau_neg,
+    SURROGATE: tl.constexpr,
+    KL: tl.constexpr,
+    KL_RATIO_WEIGHTED: tl.constexpr,
+    SHARED_ROWS: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    KEPT: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    HAS_ENTROPY_GRAD: tl.constexpr = entropy_weight_ptr is not None
+    row = tl.program_id(0)
+    weight = tl.load(weight_ptr + row)
+    entropy_weight = tl.load(entropy_weight_ptr + row) if HAS_ENTROPY_GRAD else 0.0
+    if (weight == 0) & (entropy_weight == 0):
+        tl.store(loss_ptr + row, 0.0)
+        tl.store(logprobs_ptr + row, 0.0)
+        tl.store(entropy_ptr + row, 0.0)
+        tl.store(clipped_ptr + row, 0)
+        if out_ptr is not None:
+            out_row_ptr = out_ptr + row_offset(out_stride)
+            fill_row_with_zero(out_row_ptr, V, BLOCK_V, LANES, VECTOR)
+    else:
+        row_ptr = logits_ptr + row_offset(logits_stride)
+        inverse_temperature = load_inverse_temperature(temperature, temperatures_ptr)
+        token = tl.load(tokens_ptr + row)
+        token_logit = load_token_logit(row_ptr, token, V)
+        row_max, log_sum, entropy, kept = sweep_row(
+            row_ptr, V, body, inverse_temperature, BLOCK_V, KEPT, LANES, VECTOR
+        )
+        logprob = token_logprob(token_logit, inverse_temperature, row_max, log_sum)
+
+        if old_logprobs_ptr is None:
+            old_logprob = logprob
+        else:
+            old_logprob = tl.load(old_logprobs_ptr + row)
+        ratio, ratio_slope = importance_ratio(logprob, old_logprob)
+        loss, slope, clipped = surrogate_loss(
+            logprob,
+            ratio,
+            ratio_slope,
+            tl.load(advantages_ptr + row),
+            as_fp32(ratio_low),
+            as_fp32(ratio_high),
+            as_fp32(ratio_max),
+            as_fp32(tau_pos),
+            as_fp32(tau_neg),
+            SURROGATE,
+        )
+        if KL != 0:
+            kl, kl_slope = kl_penalty(logprob - tl.load(ref_logprobs_ptr + row), KL)
+            if KL_RATIO_WEIGHTED:
+                kl_slope = kl_slope * ratio + kl * ratio_slope
+                kl = kl * ratio
+            loss += as_fp32(kl_coef) * kl
+            slope += as_fp32(kl_coef) * kl_slope
+        loss = weight * loss
+        if HAS_ENTROPY_GRAD:
+            loss -= entropy_weight * entropy
+        tl.store(loss_ptr + row, loss)
+        tl.store(logprobs_ptr + row, logprob)
+        tl.store(entropy_ptr + row, entropy)
+        tl.store(clipped_ptr + row, clipped.to(tl.uint8))
+
+        if out_ptr is not None:
+            out_row_ptr = out_ptr + row_offset(out_stride)
+            c = weight * slope * inverse_temperature
+            e = -entropy_weight * inverse_temperature
+            column = token_column(token, V)
+            stats = (row_max, log_sum, log_sum - entropy)
+            if (c == 0) & (e == 0):
+                fill_row_with_zero(out_row_ptr, V, BLOCK_V, LANES, VECTOR)
+            else:
+                write_kept_gradient(
+                    kept,
+                    out_row_ptr,
+                    V,
+                    body,
+                    column,
+                    stats,
+                    inverse_temperature,
+                    c,
+                    e,
+                    HAS_ENTROPY_GRAD,
+                    KEPT,
+                    LANES,
+                    VECTOR,
+                )
+                write_body_gradient(
+                    row_ptr,
+                    out_row_ptr,
+                    body,
+                    column,
+                    stats,
+                    inverse_temperature,
+                    c,
+                    e,
+                    HAS_ENTROPY_GRAD,
+                    SHARED_ROWS,
+                    BLOCK_V,
+                    LANES,
+                    VECTOR,
+                )
+
+
+def row_policy_loss(
+    logits: Tensor,
+    tokens: Tensor,
+    weight: Tensor,
+    advantages: Tensor,
+    old_logprobs: Tensor | None,
+    ref_logprobs: Tensor | None,
+    entropy_weight: Tensor | None,
+    temperature: float,
+    temperatures: Tensor | None,
+    out: Tensor | None,
+    *,
+    surrogate: int,
+    kl: int,
+    kl_ratio_weighted: bool,
+    ratio_low: float,
+    ratio_high: float,
+    ratio_max: float,
+    kl_coef: float,
+    tau_pos: float,
+    tau_neg: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, logprobs, entropy) fp32 and clip bits uint8, each (N,); the gradient goes to `out`.
+
+    The loss stays per row: summing it is a second stage in a fixed order (`Tensor.sum`), so that no
+    float atomics are needed. Rows whose weight and entropy weight are 0 are not read: their outputs
+    and gradients are 0. `out` is None, (N, V) of its own, `logits`, or narrower and in the upper
+    half of each logits row. The keywords are the fields of `fastpo.backends.base.Rule`.
+    """
+    device, N = logits.device, logits.shape[0]
+    loss, logprobs, entropy = (torch.empty(N, dtype=torch.float32, device=device) for _ in range(3))
+    clipped = torch.empty(N, dtype=torch.uint8, device=device)
+    layout, V = row_layout(logits), logits.shape[1]
+    launch_rows(
+        _row_policy_loss_kernel,
+        logits,
+        layout,
+        logits,
+        out,
+        tokens,
+        weight,
+        advantages,
+        old_logprobs,
+        ref_logprobs,
+        entropy_weight,
+        temperatures,
+        loss,
+        logprobs,
+        entropy,
+        clipped,
+        logits.stride(0),
+        0 if out is None else out.stride(0),
+        V,
+        layout.body(V),
+        temperature,
+        ratio_low,
+        ratio_high,
+        ratio_max,
+        kl_coef,
+        tau_pos,
+        tau_neg,
+        SURROGATE=surrogate,
+        KL=kl,
+        KL_RATIO_WEIGHTED=kl_ratio_weighted,
+        SHARED_ROWS=out is not None and shares_rows(logits, out),
+        **layout._asdict(),
+    )
+    return loss, logprobs, entropy, clipped
