@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+SHOWN_ANSWERS = 3
 TRAIN_EXTRA = "the trainer needs more packages: pip install 'fastpo[train]'"
 
 
@@ -49,8 +50,8 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("overrides", nargs="*", metavar="key=value")
     train.add_argument("--resume", action="store_true", help="go on from the run's checkpoint")
     train.set_defaults(run=_train)
-    evaluate = commands.add_parser("eval", help="evaluate a run's checkpoint on held-out problems")
-    evaluate.add_argument("run_dir", type=Path, help="directory of a run")
+    evaluate = commands.add_parser("eval", help="accuracy on held-out problems")
+    evaluate.add_argument("path", type=Path, help="directory of a run, or a recipe")
     evaluate.add_argument("overrides", nargs="*", metavar="key=value")
     evaluate.set_defaults(run=_eval)
     plot = commands.add_parser("plot", help="draw a run's curves.png")
@@ -74,9 +75,16 @@ def _train(options: argparse.Namespace, command: str) -> int:
 
 
 def _eval(options: argparse.Namespace, command: str) -> int:
-    from fastpo.trainer.evaluation import evaluate_run
+    from fastpo.trainer.evaluation import evaluate_saved
 
-    evaluate_run(options.run_dir, options.overrides)
+    result = evaluate_saved(options.path, options.overrides)
+    for answer in result.answers[:SHOWN_ANSWERS]:
+        verdict = "right" if answer.reward >= 1 else "wrong"
+        print(f"{answer.problem.prompt!r} -> {answer.text!r}  ({verdict})")
+    print(
+        f"accuracy {result.accuracy:.3f}  reward {result.reward:.3f}  "
+        f"mean length {result.mean_length:.1f} tokens  ({len(result.answers)} completions)"
+    )
     return 0
 
 

@@ -1,4 +1,4 @@
-"""What a run optimizes: a preset's objective and techniques, with the recipe's own choices on top."""
+"""What a run optimizes: a preset's objective and techniques, the recipe's own choices on top."""
 
 from __future__ import annotations
 

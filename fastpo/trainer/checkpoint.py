@@ -1,4 +1,4 @@
-"""Checkpoints: a Hugging Face model directory plus `trainer_state.pt`, written as a whole or not at all.
+"""Checkpoints: a Hugging Face model directory plus `trainer_state.pt`, written whole or not at all.
 
 The state holds optimizer moments, random states, and the position in the data. It is loaded with
 `weights_only=True` and the weights are safetensors: reading a checkpoint runs no code from it.

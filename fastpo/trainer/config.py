@@ -32,7 +32,7 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the weights."""
     attention: str | None = None
-    """HF `attn_implementation`; none = flash_attention_2 where it is installed on GPU, else sdpa."""
+    """HF `attn_implementation`; none = flash_attention_2 where installed on GPU, else sdpa."""
     hidden_size: Count = 128
     """Width of the built model; a multiple of `heads`."""
     layers: Count = 2
@@ -43,7 +43,7 @@ class ModelConfig:
 
 @section()
 class WarmupConfig:
-    """Supervised steps on the task's reference answers: the stand-in for a pretrained checkpoint."""
+    """Supervised steps on reference answers: the stand-in for a pretrained checkpoint."""
 
     max_steps: Index = 0
     """Optimizer updates at most; 0 = no warm-up."""
@@ -78,7 +78,7 @@ class AlgorithmConfig:
     """The objective and the four DAPO techniques. `none` = what the preset says."""
 
     preset: str = "dapo"
-    """A fastpo preset: dapo, grpo, dr_grpo, gspo, cispo, ... Only dapo switches the techniques on."""
+    """dapo, grpo, dr_grpo, gspo, cispo, ...: only dapo switches its techniques on by itself."""
     clip_low: NonNegative | None = None
     """The ratio is clipped from below at 1 - clip_low."""
     clip_high: NonNegative | None = None

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from fastpo.trainer.config import RolloutConfig
-from fastpo.trainer.policy import Policy
+from fastpo.trainer import checkpoint, recipe, rundir
+from fastpo.trainer.config import Config, RolloutConfig
+from fastpo.trainer.policy import (
+    Policy,
+    default_device,
+    load_policy,
+    make_policy,
+    quiet_transformers,
+)
 from fastpo.trainer.rollout import sample
-from fastpo.trainer.tasks import Problem, Task, judge
+from fastpo.trainer.tasks import Problem, Task, held_out, judge, load_task
 
 
 class Answer(NamedTuple):
@@ -60,3 +69,39 @@ def evaluate(
         mean_length=sum(len(completion.tokens) for completion in completions) / count,
         answers=answers,
     )
+
+
+def evaluate_held_out(
+    policy: Policy, task: Task, problems: list[Problem], config: Config
+) -> Evaluation:
+    """`evaluate` as a recipe says; a generator of its own leaves training undisturbed."""
+    return evaluate(
+        policy,
+        task,
+        problems,
+        config.rollout,
+        config.eval.temperature,
+        torch.Generator(policy.device).manual_seed(0),
+        config.eval.samples,
+    )
+
+
+def evaluate_saved(path: Path, overrides: Sequence[str]) -> Evaluation:
+    """Evaluate the checkpoint of a run directory, or the model that a recipe starts from.
+
+    Raises:
+        TrainerError: no recipe, no checkpoint, or a damaged one.
+    """
+    saved = path.is_dir()
+    config = recipe.load(path / rundir.CONFIG if saved else path, overrides)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    quiet_transformers()
+    task = load_task(config.task, config.task_args)
+    device = default_device(config.device)
+    if saved:
+        policy = load_policy(checkpoint.find(path), config.model, device, stop=task.stop)
+    else:
+        torch.manual_seed(config.seed)
+        policy = make_policy(config.model, device, alphabet=task.alphabet, stop=task.stop)
+    return evaluate_held_out(policy, task, held_out(task, config.eval.problems), config)

@@ -137,11 +137,12 @@ def roll_out(
 
 def is_informative(group: list[Sample]) -> bool:
     """0 < correct < G: some answers right, some wrong (DAPO, arXiv 2503.14476, eq. 11)."""
-    return 0 < sum(member.correct for member in group) < len(group)
+    judged = [member.correct for member in group if math.isfinite(member.score)]
+    return 0 < sum(judged) < len(judged)
 
 
 def assign_advantages(groups: list[list[Sample]], estimator: str) -> None:
-    """Group-relative advantages; a sample whose reward is NaN leaves its group and carries no loss."""
+    """Group-relative advantages; a sample whose reward is NaN leaves its group, without a loss."""
     members = [
         (index, member)
         for index, group in enumerate(groups)

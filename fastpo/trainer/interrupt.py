@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first asks for a stop at the end of the step, the second stops at once."""
+"""Ctrl-C and SIGTERM: the first asks to stop at the end of the step, the second stops at once."""
 
 from __future__ import annotations
 

@@ -13,14 +13,21 @@ import torch
 from rich.console import Console
 
 import fastpo
-from fastpo.trainer import checkpoint, console, evaluation, rundir
+from fastpo.trainer import checkpoint, console, rundir
 from fastpo.trainer.algorithm import resolve
 from fastpo.trainer.config import Config
 from fastpo.trainer.errors import Interrupted, TrainerError
+from fastpo.trainer.evaluation import evaluate_held_out
 from fastpo.trainer.experience import Batch, collect
 from fastpo.trainer.interrupt import StopRequest
 from fastpo.trainer.metrics import rollout_metrics, update_metrics
-from fastpo.trainer.policy import Policy, load_policy, make_policy
+from fastpo.trainer.policy import (
+    Policy,
+    default_device,
+    load_policy,
+    make_policy,
+    quiet_transformers,
+)
 from fastpo.trainer.tasks import ProblemStream, held_out, load_task
 from fastpo.trainer.update import Learner
 from fastpo.trainer.warmup import warm_up
@@ -58,18 +65,15 @@ class Trainer:
         self.out = out
         if config.threads:
             torch.set_num_threads(config.threads)
-        self.device = torch.device(
-            config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        )
+        quiet_transformers()
+        self.device = default_device(config.device)
         self.algorithm = resolve(config.algorithm, config.rollout.max_new_tokens)
         self.task = load_task(config.task, config.task_args)
         self.held_out = held_out(self.task, config.eval.problems)
         exclude = frozenset(problem.prompt for problem in self.held_out)
         self.problems = ProblemStream(self.task, f"train-{config.seed}", exclude)
         self.generator = torch.Generator(self.device).manual_seed(config.seed)
-        self.order = torch.Generator().manual_seed(
-            config.seed
-        )  # of samples in mini-batches: on CPU
+        self.order = torch.Generator().manual_seed(config.seed)  # which samples share an update
         self.step, self.num_tokens, self.seconds = 0, 0, 0.0
         self.before: dict[str, Any] | None = None
         if resume:
@@ -93,10 +97,11 @@ class Trainer:
         state = checkpoint.load_state(saved)
         if state["step"] >= self.config.steps:
             raise TrainerError(
-                f"{self.dir} is at step {state['step']} of {self.config.steps}: nothing left to do, "
+                f"{self.dir} is at step {state['step']} of {self.config.steps}: nothing to do, "
                 "raise steps to train longer"
             )
         self.policy = load_policy(saved, self.config.model, self.device, stop=self.task.stop)
+        self.step = state["step"]
         self.learner = self._make_learner()
         self._load(state)
         rundir.write_config(self.dir, self.config)
@@ -208,8 +213,9 @@ class Trainer:
         return checkpoint.save(self.dir, self.policy, state)
 
     def _load(self, state: dict[str, Any]) -> None:
-        self.step, self.num_tokens = state["step"], state["num_tokens"]
-        self.seconds, self.before = state["seconds"], state["before"]
+        self.num_tokens, self.seconds, self.before = (
+            state[name] for name in ("num_tokens", "seconds", "before")
+        )
         self.learner.updates = state["updates"]
         self.learner.optimizer.load_state_dict(state["optimizer"])
         self.problems.rng.setstate(state["problems"])
@@ -244,29 +250,16 @@ class Trainer:
         if self.algorithm.objective.kl_coef == 0:
             return None
         directory = self.dir / REFERENCE
-        if not directory.exists():
+        if self.step == 0 and not directory.exists():
             self.policy.save(directory)
         return load_policy(directory, self.config.model, self.device, stop=self.task.stop)
 
     def _evaluate(self) -> dict[str, Any]:
-        """Held-out numbers, logged; a generator of its own keeps training undisturbed."""
-        config = self.config.eval
-        result = evaluation.evaluate(
-            self.policy,
-            self.task,
-            self.held_out,
-            self.config.rollout,
-            config.temperature,
-            torch.Generator(self.device).manual_seed(0),
-            config.samples,
-        )
-        numbers = {
-            "accuracy": result.accuracy,
-            "reward": result.reward,
-            "mean_length": result.mean_length,
-        }
+        result = evaluate_held_out(self.policy, self.task, self.held_out, self.config)
+        numbers = {name: getattr(result, name) for name in ("accuracy", "reward", "mean_length")}
         self.log.metrics(self.step, {f"eval_{name}": value for name, value in numbers.items()})
-        shown = result.answers[: SHOWN_ANSWERS * config.samples : config.samples]
+        per_problem = self.config.eval.samples
+        shown = result.answers[: SHOWN_ANSWERS * per_problem : per_problem]
         answers = [
             {
                 "prompt": a.problem.prompt,

@@ -81,14 +81,12 @@ def make_policy(
     """Load the model at `config.path`, or build a small Llama over the characters of `alphabet`.
 
     Raises:
-        RecipeError: nothing loadable there, no alphabet to build for, or a head fastpo cannot express.
+        RecipeError: nothing loadable there, no alphabet, or a head that fastpo cannot express.
     """
     if config.path is not None:
         return load_policy(config.path, config, device, stop=stop)
     if alphabet is None:
-        raise RecipeError(
-            "this task needs a real tokenizer: set model.path to a Hugging Face model"
-        )
+        raise RecipeError("this task needs a real tokenizer: set model.path")
     tokenizer = character_tokenizer(alphabet)
     if config.hidden_size % config.heads:
         raise RecipeError(
@@ -176,7 +174,7 @@ def _wrap(model: nn.Module, tokenizer: Any, device: torch.device, stop: str | No
 
 
 def stop_ids(model: nn.Module, tokenizer: Any, stop: str | None) -> list[int]:
-    """Every id that ends a completion: all EOS ids of tokenizer and model, and tokens with `stop`."""
+    """Every id that ends a completion: EOS ids of tokenizer and model, tokens that hold `stop`."""
     declared = model.generation_config.eos_token_id
     ids = set(declared if isinstance(declared, list) else [declared])
     ids.add(tokenizer.eos_token_id)
@@ -185,19 +183,14 @@ def stop_ids(model: nn.Module, tokenizer: Any, stop: str | None) -> list[int]:
         ids.update(index for index, piece in enumerate(pieces) if stop in piece)
     ids.discard(None)
     if not ids:
-        raise RecipeError(
-            "neither tokenizer nor model has an end token, and the task has no `stop`"
-        )
+        raise RecipeError("neither tokenizer nor model has an end token, nor the task a `stop`")
     return sorted(ids)
 
 
 @torch.no_grad()
 def _check_head(policy: Policy) -> None:
-    """Logits recomputed from hidden states must be the model's own (a scale we do not know, ...)."""
-    ids = (
-        torch.arange(4, device=policy.device)[None]
-        % policy.model.config.get_text_config().vocab_size
-    )
+    """Logits recomputed from hidden states must be the model's own: heads may hold surprises."""
+    ids = torch.tensor([[0, 1]], device=policy.device)
     expected = policy.model(input_ids=ids).logits.float()
     head = policy.head()
     logits = nn.functional.linear(policy.hidden_states(ids), head["weight"], head["bias"]).float()
@@ -210,6 +203,18 @@ def _check_head(policy: Policy) -> None:
             f"{type(policy.model).__name__} does more in its LM head than a bias, a scale and a "
             f"softcap (logits differ by {error:.3g}): this trainer cannot express it"
         )
+
+
+def quiet_transformers() -> None:
+    """Switch off the bars transformers draws when it reads and writes weights: we draw our own."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def default_device(name: str | None) -> torch.device:
+    """The device called `name`; None = cuda where there is one, else cpu."""
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _default_attention(device: torch.device) -> str:

@@ -130,7 +130,7 @@ def left_pad(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Te
 
 
 def choose(logits: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Sampled tokens (R,) and their fp32 log-probs (R,) from logits [R, V]; temperature 0 = greedy."""
+    """Tokens (R,) and their fp32 log-probs (R,) from logits [R, V]; temperature 0 = greedy."""
     logprobs = (logits.float() / (temperature or 1.0)).log_softmax(-1)
     if temperature == 0:
         tokens = logprobs.argmax(-1)

@@ -20,7 +20,7 @@ def path_of(config: Config) -> Path:
         return Path(config.run_dir.format(task=config.task.replace(":", "."), seed=config.seed))
     except (KeyError, IndexError, ValueError):
         raise RecipeError(
-            f"run_dir is {config.run_dir!r}, expected a path with no fields but {{task}} and {{seed}}"
+            f"run_dir is {config.run_dir!r}, expected no fields but {{task}} and {{seed}}"
         ) from None
 
 

@@ -1,7 +1,7 @@
 """Verifiable tasks: something that makes problems and a program that checks answers.
 
-Bring your own: `task = "my_module:MyTask"` in a recipe names any class (or function) that returns an
-object with the methods of `Task`, called with `task_args`.
+Bring your own: `task = "my_module:MyTask"` in a recipe names any class (or function) that, called
+with `task_args`, returns an object with the methods of `Task`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Task(Protocol):
     alphabet: str | None
     """Characters of prompts and answers, for a model built with a character vocabulary."""
     stop: str | None
-    """A completion ends at this string; it must fit in one token, e.g. a newline. None = EOS only."""
+    """Completions end at this string, which must fit in one token (a newline). None = EOS only."""
 
     def problem(self, rng: random.Random) -> Problem:
         """Draw one problem, using no randomness but `rng`."""
@@ -41,8 +41,8 @@ class Task(Protocol):
         """
 
 
-def last_line_integer(text: str, max_digits: int = 30) -> int | None:
-    """The integer that `text` consists of, or None: bounded, and no `eval` of what a model wrote."""
+def parse_integer(text: str, max_digits: int = 30) -> int | None:
+    """The integer that `text` consists of, or None: bounded, no `eval` of what a model wrote."""
     digits = text.strip()
     body = digits[1:] if digits[:1] in ("-", "+") else digits
     if not body.isascii() or not body.isdigit() or len(body) > max_digits:
@@ -91,9 +91,7 @@ def _import_attribute(name: str) -> Any:
     module, colon, attribute = name.partition(":")
     if not colon:
         known = ", ".join(TASKS)
-        raise RecipeError(
-            f"task is {name!r}, expected one of {known}, or module:attribute of yours"
-        )
+        raise RecipeError(f"task is {name!r}, expected {known}, or your own module:attribute")
     if "" not in sys.path:
         sys.path.insert(0, "")
     try:
@@ -151,5 +149,5 @@ def held_out(task: Task, count: int) -> list[Problem]:
         if len(problems) == count:
             return list(problems.values())
     raise TrainerError(
-        f"{type(task).__name__} makes fewer than eval.problems = {count} different prompts; lower it"
+        f"{type(task).__name__} makes fewer than eval.problems = {count} prompts; lower it"
     )

@@ -1,7 +1,7 @@
 """From a batch of samples to optimizer updates.
 
-On-policy the surrogate's ratio is exactly 1: the loss is minus the mean advantage, which is about 0,
-and nothing is clipped, while its gradient is the full policy gradient. Watch the reward, not the
+On-policy the surrogate's ratio is exactly 1: the loss is minus the mean advantage, which is about
+0, and nothing is clipped, while its gradient is the full policy gradient. Watch the reward, not the
 loss. Clipping begins with the second update on one batch (`updates_per_batch`, `epochs`).
 """
 
@@ -23,7 +23,7 @@ from fastpo.trainer.policy import Policy
 
 @dataclass(kw_only=True)
 class MicroBatch:
-    """Right-padded sequences [B, T], and the positions that predict completion tokens: (N,) each."""
+    """Right-padded sequences [B, T] and the positions that predict completion tokens, (N,) each."""
 
     ids: Tensor  # [B, T]
     rows: Tensor  # (N,) sequence of each prediction
@@ -54,7 +54,7 @@ class MicroBatch:
         return cls(**{name: tensor.to(device) for name, tensor in tensors.items()})
 
     def hidden(self, policy: Policy) -> Tensor:
-        """The hidden states (N, D) that predict the completion tokens: no other row meets the head."""
+        """Hidden states (N, D) that predict completion tokens: no other row meets the head."""
         return policy.hidden_states(self.ids)[self.rows, self.columns]
 
 
@@ -136,8 +136,8 @@ class Learner:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
         if not torch.isfinite(loss + norm):
             raise TrainerError(
-                f"loss {loss.item():.4g}, gradient norm {norm.item():.4g}: not finite, no update was "
-                "made; lower optim.learning_rate, or look for infinite rewards or log-probs"
+                f"loss {loss.item():.4g}, gradient norm {norm.item():.4g}: not finite, no update "
+                "was made; lower optim.learning_rate, or look for infinite rewards or log-probs"
             )
         self._set_learning_rate()
         self.optimizer.step()

@@ -1,8 +1,8 @@
 """Supervised warm-up: a few steps on reference answers, in place of a pretrained checkpoint.
 
-Reinforcement learning improves a policy that is right sometimes; from random weights every group is
-all wrong and teaches nothing. Maximum likelihood on reference answers is REINFORCE with an advantage
-of 1 on every token, so the learner of the main loop does it.
+Reinforcement learning improves a policy that is right sometimes; from random weights every group
+is all wrong and teaches nothing. Maximum likelihood on reference answers is REINFORCE with an
+advantage of 1 on every token, so the learner of the main loop does it.
 """
 
 from __future__ import annotations

@@ -1,0 +1,165 @@
+"""Rewards, dynamic sampling, overlong shaping and filtering, advantages: on a scripted sampler."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from fastpo.trainer import experience
+from fastpo.trainer.algorithm import resolve
+from fastpo.trainer.config import AlgorithmConfig, RolloutConfig
+from fastpo.trainer.errors import RecipeError, TrainerError
+from fastpo.trainer.experience import collect
+from fastpo.trainer.metrics import rollout_metrics
+from fastpo.trainer.rollout import Completion
+from fastpo.trainer.tasks import Problem, ProblemStream
+
+
+class Script:
+    """A task whose problems carry the rewards of their completions, in order."""
+
+    alphabet, stop = "ab", None
+
+    def __init__(self, *groups):
+        self.groups = itertools.cycle(groups)
+
+    def problem(self, rng):
+        return Problem("a", "b", data=next(self.groups))
+
+    def reward(self, problem, completion):
+        return problem.data[int(completion)]
+
+
+class Scribe:
+    """A policy that decodes a completion's last token into its index within the group."""
+
+    def encode(self, prompt):
+        return [1]
+
+    def decode(self, ids):
+        return str(ids[-1])
+
+
+def gather(monkeypatch, task, *, lengths=None, prompts=2, group_size=4, **algorithm):
+    def sampler(policy, prompts, *, group_size, **_):
+        sizes = lengths or [3] * group_size
+        return [
+            Completion(tokens=[index] * n, logprobs=[-1.0] * n, finished=n < 10)
+            for _ in prompts
+            for index, n in enumerate(sizes)
+        ]
+
+    monkeypatch.setattr(experience, "sample", sampler)
+    rollout = RolloutConfig(prompts=prompts, group_size=group_size, max_new_tokens=10)
+    return collect(
+        Scribe(),
+        task,
+        ProblemStream(task, "train"),
+        rollout,
+        resolve(AlgorithmConfig(**algorithm), 10),
+        torch.Generator(),
+    )
+
+
+RIGHT, WRONG, MIXED = [1.0] * 4, [0.0] * 4, [1.0, 0.0, 0.0, 1.0]
+
+
+def test_dynamic_sampling_refills_with_informative_groups(monkeypatch):
+    batch = gather(monkeypatch, Script(RIGHT, MIXED, WRONG, WRONG), prompts=2)
+    assert [[s.score for s in group] for group in batch.groups] == [MIXED, MIXED]
+    assert batch.rounds > 1 and len(batch.sampled) >= 6
+    assert rollout_metrics(batch)["groups_kept"] == pytest.approx(1 / 4, abs=0.1)
+
+
+def test_without_dynamic_sampling_every_group_is_kept(monkeypatch):
+    task = Script(RIGHT, MIXED)
+    batch = gather(monkeypatch, task, dynamic_sampling=False)
+    assert [[s.score for s in group] for group in batch.groups] == [RIGHT, MIXED]
+    assert batch.rounds == 1
+    assert [s.advantage for s in batch.groups[0]] == [0.0] * 4
+
+
+@pytest.mark.parametrize(("scores", "hint"), [(RIGHT, "solved"), (WRONG, "too hard")])
+def test_nothing_to_learn_is_said_after_the_last_round(monkeypatch, scores, hint):
+    with pytest.raises(TrainerError, match=hint) as caught:
+        gather(monkeypatch, Script(scores), max_gen_batches=3)
+    assert "3 rounds" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_batch_that_stays_short_is_trained_on_as_it_is(monkeypatch):
+    groups = [WRONG] * 5 + [MIXED]
+    batch = gather(monkeypatch, Script(*groups), prompts=2, max_gen_batches=3)
+    assert len(batch.groups) == 1 and batch.rounds == 3
+
+
+def test_advantages_are_relative_to_the_group(monkeypatch):
+    batch = gather(monkeypatch, Script(MIXED), overlong_cache=0)
+    rewards = torch.tensor(MIXED)
+    expected = (rewards - rewards.mean()) / (rewards.std() + 1e-6)
+    for group in batch.groups:
+        torch.testing.assert_close(torch.tensor([s.advantage for s in group]), expected)
+
+
+def test_overlong_shaping_and_filtering_are_switched_on_their_own(monkeypatch):
+    lengths = [3, 7, 9, 10]  # the last is cut off; the penalty starts after 10 - 4 tokens
+    options = {"lengths": lengths, "overlong_cache": 4}
+    both = gather(monkeypatch, Script(MIXED), **options).groups[0]
+    penalties = [s.reward - s.score for s in both]
+    assert penalties == pytest.approx([0.0, -0.25, -0.75, -1.0])
+    assert [s.live for s in both] == [True, True, True, False]
+    assert [s.correct for s in both] == [True, False, False, True]
+    shaped = gather(monkeypatch, Script(MIXED), overlong_filter=False, **options).groups[0]
+    assert all(s.live for s in shaped)
+    filtered = gather(monkeypatch, Script(MIXED), lengths=lengths, overlong_cache=0).groups[0]
+    assert [s.reward for s in filtered] == MIXED
+    assert [s.live for s in filtered] == [True, True, True, False]
+
+
+def test_a_nan_reward_leaves_its_group_and_is_counted(monkeypatch):
+    """REGRESSIONS 23: the others have the advantages of a group without it."""
+    batch = gather(monkeypatch, Script([1.0, 0.0, math.nan, 0.0]), overlong_cache=0)
+    group = batch.groups[0]
+    assert [s.live for s in group] == [True, True, False, True]
+    rest = torch.tensor([1.0, 0.0, 0.0])
+    expected = (rest - rest.mean()) / (rest.std() + 1e-6)
+    got = torch.tensor([s.advantage for s in group if s.live])
+    torch.testing.assert_close(got, expected)
+    metrics = rollout_metrics(batch)
+    assert metrics["invalid_rewards"] == 2
+    assert metrics["reward"] == pytest.approx(1 / 3)
+
+
+def test_presets_set_the_techniques_and_each_can_be_switched():
+    dapo, grpo = (resolve(AlgorithmConfig(preset=name), 20) for name in ("dapo", "grpo"))
+    assert (dapo.objective.clip_high, grpo.objective.clip_high) == (0.28, 0.2)
+    assert (dapo.objective.aggregation, grpo.objective.aggregation) == (
+        "token_mean",
+        "sequence_mean",
+    )
+    assert (dapo.dynamic_sampling, dapo.overlong_filter, dapo.overlong_cache) == (True, True, 4)
+    assert (grpo.dynamic_sampling, grpo.overlong_filter, grpo.overlong_cache) == (False, False, 0)
+    switched = {
+        "clip_high": 0.28,
+        "aggregation": "token_mean",
+        "dynamic_sampling": True,
+        "overlong_filter": True,
+        "overlong_cache": 4,
+    }
+    for name, value in switched.items():
+        algorithm = resolve(AlgorithmConfig(preset="grpo", **{name: value}), 20)
+        fields = algorithm.objective if hasattr(algorithm.objective, name) else algorithm
+        assert getattr(fields, name) == value != getattr(grpo, name, None)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"preset": "dpo"}, "algorithm.preset is 'dpo', expected one of dapo"),
+        ({"aggregation": "mean"}, "aggregation is 'mean'"),
+        ({"overlong_cache": 20}, "overlong_cache is 20, expected less than"),
+    ],
+)
+def test_contradictions_are_named(options, message):
+    with pytest.raises(RecipeError, match=message):
+        resolve(AlgorithmConfig(**options), 20)

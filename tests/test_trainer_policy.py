@@ -1,0 +1,132 @@
+"""The policy: its tokenizer, its head as real architectures have it, and what it saves."""
+
+import pytest
+import torch
+import transformers
+
+import fastpo
+from fastpo.trainer.config import ModelConfig
+from fastpo.trainer.errors import RecipeError, TrainerError
+from fastpo.trainer.policy import Policy, character_tokenizer, load_policy, make_policy, stop_ids
+
+CPU = torch.device("cpu")
+ALPHABET = "0123456789= \n"
+SIZES = {
+    "vocab_size": 16,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
+
+
+def build(**options):
+    torch.manual_seed(0)
+    config = ModelConfig(hidden_size=32, layers=1, heads=2)
+    return make_policy(config, CPU, alphabet=ALPHABET, **{"stop": None, **options})
+
+
+def save_model(tmp_path, config):
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    character_tokenizer(ALPHABET).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_characters_survive_a_round_trip_with_spaces_and_newlines():
+    policy = build()
+    ids = policy.encode("3 1=\n 4")
+    assert len(ids) == 7 and policy.decode(ids) == "3 1=\n 4"
+    answer = policy.encode_answer("14")
+    assert answer[-1] == policy.tokenizer.eos_token_id and policy.decode(answer) == "14"
+
+
+@pytest.mark.parametrize("prompt", ["", "12+3="])
+def test_a_prompt_the_vocabulary_lacks_is_an_error(prompt):
+    with pytest.raises(TrainerError, match="alphabet"):
+        build().encode(prompt)
+
+
+def test_a_stop_string_ends_the_text_and_its_tokens_end_the_completion():
+    policy = build(stop="\n")
+    newline = policy.tokenizer.convert_tokens_to_ids("\n")
+    assert set(policy.stop_ids.tolist()) == {newline, policy.tokenizer.eos_token_id}
+    assert policy.decode(policy.encode("12\n34")) == "12"
+
+
+def test_every_end_token_of_the_generation_config_stops():
+    """REGRESSIONS 20: secondary EOS ids."""
+    policy = build()
+    policy.model.generation_config.eos_token_id = [1, 5, 7]
+    assert stop_ids(policy.model, policy.tokenizer, None) == [1, 5, 7]
+
+
+def test_a_saved_policy_is_a_hugging_face_model(tmp_path):
+    policy = build()
+    policy.save(tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ids = tokenizer("31=", return_tensors="pt")["input_ids"]
+    assert ids[0].tolist() == policy.encode("31=")
+    assert torch.equal(model(ids).logits, policy.model(ids).logits)
+    again = load_policy(tmp_path, ModelConfig(), CPU, stop=None)
+    assert again.stop_ids.tolist() == policy.stop_ids.tolist()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        transformers.CohereConfig(**SIZES, logit_scale=0.25),
+        transformers.GraniteConfig(**SIZES, logits_scaling=3.0),
+        transformers.Gemma2Config(**SIZES, final_logit_softcapping=2.0),
+        transformers.PhiConfig(**{k: v for k, v in SIZES.items() if k != "head_dim"}),
+        transformers.Qwen2Config(**SIZES, tie_word_embeddings=False),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_heads_with_bias_scale_and_softcap_reach_the_op(tmp_path, config):
+    """REGRESSIONS 24: log-probs by the linear op are those of the model's own logits."""
+    config.eos_token_id, config.pad_token_id, config.bos_token_id = 1, 0, None
+    policy = load_policy(save_model(tmp_path, config), ModelConfig(), CPU, stop=None)
+    with torch.no_grad():
+        head = policy.model.get_output_embeddings()
+        head.weight.mul_(20)
+        if head.bias is not None:
+            head.bias.normal_()
+        ids = torch.randint(2, 16, (2, 9))
+        expected = policy.model(input_ids=ids).logits.log_softmax(-1)[:, :-1]
+        expected = expected.gather(2, ids[:, 1:, None]).squeeze(2)
+        hidden = policy.hidden_states(ids)[:, :-1].reshape(-1, 32)
+        got = fastpo.linear_token_logprobs(hidden, tokens=ids[:, 1:].flatten(), **policy.head())
+    torch.testing.assert_close(got.logprobs.view(2, 8), expected, atol=2e-5, rtol=1e-5)
+
+
+def test_a_head_that_does_more_is_refused(monkeypatch):
+    monkeypatch.setattr(
+        Policy, "hidden_states", lambda self, ids: torch.ones(*ids.shape, 32), raising=True
+    )
+    with pytest.raises(RecipeError, match="LM head"):
+        build()
+
+
+def test_missing_models_and_missing_weights_are_one_line(tmp_path):
+    with pytest.raises(RecipeError, match="cannot load a model") as caught:
+        load_policy(tmp_path / "absent", ModelConfig(), CPU, stop=None)
+    assert "\n" not in str(caught.value)
+    build().save(tmp_path)
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(tmp_path / "model.safetensors")
+    weights.pop("model.norm.weight")
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RecipeError, match="incomplete"):
+        load_policy(tmp_path, ModelConfig(), CPU, stop=None)
+
+
+def test_what_cannot_be_built_is_said():
+    with pytest.raises(RecipeError, match=r"model\.path"):
+        make_policy(ModelConfig(), CPU, alphabet=None, stop=None)
+    with pytest.raises(RecipeError, match=r"multiple of model\.heads = 3"):
+        make_policy(ModelConfig(heads=3), CPU, alphabet="ab", stop=None)

@@ -1,0 +1,90 @@
+"""Recipes: TOML and overrides in, a checked Config out, one clear line for every mistake."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fastpo.trainer import recipe
+from fastpo.trainer.config import Config
+from fastpo.trainer.errors import RecipeError
+
+RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.toml"))
+
+
+def write(tmp_path, text):
+    path = tmp_path / "recipe.toml"
+    path.write_text(text)
+    return path
+
+
+def test_recipe_and_overrides_reach_every_kind_of_field(tmp_path):
+    path = write(tmp_path, "steps = 7\n[optim]\nlearning_rate = 1e-4\n[task_args]\ndigits = 3\n")
+    config = recipe.load(
+        path,
+        ["optim.beta2=0.99", "algorithm.dynamic_sampling=false", "task_args.digits=4", "steps=9"],
+    )
+    assert (config.steps, config.optim.learning_rate, config.optim.beta2) == (9, 1e-4, 0.99)
+    assert config.algorithm.dynamic_sampling is False
+    assert config.task_args == {"digits": 4}
+
+
+def test_none_overrides_a_value_of_the_recipe(tmp_path):
+    path = write(tmp_path, "[algorithm]\nclip_high = 0.3\n")
+    assert recipe.load(path).algorithm.clip_high == 0.3
+    assert recipe.load(path, ["algorithm.clip_high=none"]).algorithm.clip_high is None
+
+
+def test_text_needs_no_quotes_and_numbers_may_name_a_directory(tmp_path):
+    path = write(tmp_path, "")
+    assert recipe.load(path, ["model.path=models/a b"]).model.path == "models/a b"
+    assert recipe.load(path, ["model.path=2024"]).model.path == "2024"
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "parts"),
+    [
+        ("stps = 3", [], ["'stps'", "'steps'"]),
+        ("", ["optim.larning_rate=1"], ["'optim.larning_rate'", "'optim.learning_rate'"]),
+        ("", ["optm.learning_rate=1"], ["'optm'", "'optim'"]),
+        ("steps = 'many'", [], ["steps", "'many'", "integer"]),
+        ("", ["optim.learning_rate=fast"], ["optim.learning_rate", "'fast'", "number"]),
+        ("", ["algorithm.overlong_filter=7"], ["algorithm.overlong_filter", "7", "boolean"]),
+        ("", ["rollout.group_size=1"], ["rollout.group_size", "1", "greater than or equal to 2"]),
+        ("", ["model.dtype=int8"], ["model.dtype", "'int8'", "'float32'"]),
+        ("", ["optim=3"], ["optim", "table"]),
+        ("seed = 1", ["seed.x=3"], ["seed.x", "seed is a value"]),
+        ("", ["steps"], ["'steps'", "key=value"]),
+        ("steps = ", [], ["not valid TOML"]),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_it(tmp_path, text, overrides, parts):
+    with pytest.raises(RecipeError) as caught:
+        recipe.load(write(tmp_path, text), overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+    assert caught.value.exit_code == 2
+
+
+def test_missing_recipe_is_named(tmp_path):
+    with pytest.raises(RecipeError, match=r"cannot read recipe .*absent\.toml"):
+        recipe.load(tmp_path / "absent.toml")
+
+
+def test_dump_reads_back_to_the_same_config(tmp_path):
+    config = Config(task='with "quotes" and ünicode', task_args={"digits": 3, "names": ["a", "b"]})
+    config = replace(config, algorithm=replace(config.algorithm, clip_high=0.31))
+    assert recipe.load(write(tmp_path, recipe.dump(config))) == config
+
+
+def test_every_setting_is_documented():
+    settings = list(recipe.settings())
+    assert len(settings) > 40
+    assert [setting.key for setting in settings if not setting.help] == []
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_committed_recipes_are_valid(path):
+    assert recipe.load(path).steps > 0

@@ -1,0 +1,97 @@
+"""Tasks: problems, verifiers, streams that resume, held-out problems that stay held out."""
+
+import random
+import sys
+
+import pytest
+
+from fastpo.trainer.errors import RecipeError, TrainerError
+from fastpo.trainer.tasks import (
+    Problem,
+    ProblemStream,
+    SortDigits,
+    held_out,
+    judge,
+    load_task,
+    parse_integer,
+)
+
+
+def test_sort_accepts_the_sorted_digits_and_nothing_else():
+    task = SortDigits(digits=4)
+    problem = task.problem(random.Random(0))
+    digits = problem.prompt.removesuffix("=")
+    assert len(digits) == 4 and problem.answer == "".join(sorted(digits))
+    assert task.reward(problem, problem.answer) == 1.0
+    for wrong in ("", problem.answer[::-1] + "0", problem.answer + "=", problem.answer[:-1]):
+        assert task.reward(problem, wrong) == 0.0
+
+
+def test_parse_integer_is_bounded_and_evaluates_nothing():
+    """REGRESSIONS 29: `98**87**76` must not be computed, nor a megabyte of digits converted."""
+    assert parse_integer(" 42\n") == 42
+    assert parse_integer("-7") == -7
+    for text in ("98**87**76", "1+1", "", "-", "4 2", "9" * 1_000_000, "٣", "1e9"):
+        assert parse_integer(text) is None
+
+
+def test_training_problems_are_never_held_out_ones():
+    task = SortDigits(digits=2)
+    kept = held_out(task, 50)
+    assert len({problem.prompt for problem in kept}) == 50
+    assert kept == held_out(task, 50)
+    stream = ProblemStream(task, "train-0", frozenset(problem.prompt for problem in kept))
+    assert not {problem.prompt for problem in stream.take(300)} & {p.prompt for p in kept}
+
+
+def test_a_stream_goes_on_where_its_state_was_taken():
+    first = ProblemStream(SortDigits(), "train-0")
+    first.take(5)
+    state = first.rng.getstate()
+    second = ProblemStream(SortDigits(), "train-1")
+    second.rng.setstate(state)
+    assert first.take(7) == second.take(7)
+
+
+def test_too_few_different_problems_is_an_error_and_no_endless_loop():
+    with pytest.raises(TrainerError, match=r"eval\.problems"):
+        held_out(SortDigits(digits=1), 11)
+    everything = frozenset(f"{digit}=" for digit in range(10))
+    with pytest.raises(TrainerError, match="held-out"):
+        next(ProblemStream(SortDigits(digits=1), "train", everything))
+
+
+def test_a_task_of_the_users_own_is_imported_from_the_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "my_own_task.py").write_text(
+        "class Yes:\n    alphabet, stop = 'yes?', None\n    def __init__(self, n=1): self.n = n\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
+    assert load_task("my_own_task:Yes", {"n": 3}).n == 3
+    with pytest.raises(RecipeError, match="cannot import task 'my_own_task:No'"):
+        load_task("my_own_task:No", {})
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("srt", {}, "task is 'srt', expected sort"),
+        ("sort", {"digitz": 3}, "digitz"),
+        ("sort", {"digits": 0}, "at least 1"),
+        ("no_such_module:Task", {}, "cannot import"),
+    ],
+)
+def test_unknown_tasks_and_arguments(name, arguments, message):
+    with pytest.raises(RecipeError, match=message):
+        load_task(name, arguments)
+
+
+def test_a_raising_verifier_is_named_with_the_completion():
+    class Broken(SortDigits):
+        def reward(self, problem, completion):
+            return 1 / 0
+
+    with pytest.raises(TrainerError) as caught:
+        judge(Broken(), Problem("12=", "12"), "21")
+    for part in ("Broken.reward", "ZeroDivisionError", "'12='", "'21'"):
+        assert part in str(caught.value)

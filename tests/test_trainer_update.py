@@ -1,0 +1,216 @@
+"""Updates: the loss of a mini-batch does not depend on how it is cut, and says what it should."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import fastpo
+from fastpo.trainer.config import ModelConfig, OptimConfig
+from fastpo.trainer.errors import TrainerError
+from fastpo.trainer.experience import Sample
+from fastpo.trainer.policy import make_policy
+from fastpo.trainer.rollout import Completion, sample
+from fastpo.trainer.tasks import Problem
+from fastpo.trainer.update import Learner, MicroBatch, Sums, by_token_budget
+from fastpo.trainer.warmup import reference_sample
+
+CPU = torch.device("cpu")
+PROMPTS = [[3, 4, 5], [6], [7, 8, 9, 10, 11]]
+
+
+def make(seed=0, temperature=0.8, objective=None, **optim):
+    torch.manual_seed(seed)
+    policy = make_policy(
+        ModelConfig(hidden_size=32, layers=1, heads=2), CPU, alphabet="0123456789=", stop=None
+    )
+    return Learner(policy, OptimConfig(**optim), objective or fastpo.dapo(), temperature)
+
+
+def samples_of(policy, *, temperature=0.8, advantages=None):
+    completions = sample(
+        policy,
+        PROMPTS,
+        group_size=4,
+        max_new_tokens=7,
+        temperature=temperature,
+        generator=torch.Generator().manual_seed(0),
+    )
+    torch.manual_seed(1)
+    advantages = torch.randn(len(completions)) if advantages is None else advantages
+    return [
+        Sample(
+            problem=Problem("", ""),
+            prompt=PROMPTS[index // 4],
+            completion=completion,
+            text="",
+            score=0.0,
+            reward=0.0,
+            advantage=float(advantages[index]),
+        )
+        for index, completion in enumerate(completions)
+    ]
+
+
+def gradients(learner, samples, *, on_policy=True):
+    """Gradient of one update, with the parameters left where they were."""
+    before = [p.detach().clone() for p in learner.parameters]
+    sums = Sums()
+    learner.update(samples, sums, on_policy=on_policy)
+    gradient = torch.cat([p.grad.flatten() for p in learner.parameters])
+    for parameter, value in zip(learner.parameters, before, strict=True):
+        parameter.data.copy_(value)
+    return gradient, sums.read()
+
+
+@pytest.mark.parametrize(
+    "objective", [fastpo.dapo(), fastpo.grpo(), fastpo.gspo()], ids=lambda o: o.name
+)
+def test_any_cut_into_micro_batches_gives_the_same_update(objective):
+    """REGRESSIONS 3, 16, 30: one global normalizer, metrics summed over the step."""
+    learner = make(objective=objective, max_grad_norm=1e9)
+    samples = samples_of(learner.policy)
+    whole, sums = gradients(learner, samples, on_policy=False)
+    for budget in (1, 30, 60):
+        learner.config.token_budget = budget
+        cut, cut_sums = gradients(learner, samples, on_policy=False)
+        torch.testing.assert_close(cut, whole, atol=1e-6, rtol=1e-4)
+        for name in ("loss", "tokens", "entropy"):
+            assert cut_sums[name] == pytest.approx(sums[name], rel=1e-5, abs=1e-6)
+    assert whole.norm() > 1e-3
+
+
+def test_the_gradient_is_that_of_the_whole_model_with_materialized_logits():
+    learner = make(max_grad_norm=1e9)
+    samples = samples_of(learner.policy)
+    gradient, _ = gradients(learner, samples)
+    model, terms, tokens = learner.policy.model, [], 0
+    model.zero_grad()
+    for s in samples:
+        ids = torch.tensor([s.prompt + s.completion.tokens])
+        logits = model(input_ids=ids[:, :-1]).logits[0, len(s.prompt) - 1 :] / 0.8
+        logprobs = logits.log_softmax(-1).gather(1, ids[0, len(s.prompt) :, None]).squeeze(1)
+        terms.append((-s.advantage * (logprobs - logprobs.detach()).exp()).sum())
+        tokens += s.length
+    (sum(terms) / tokens).backward()
+    expected = torch.cat([p.grad.flatten() for p in learner.parameters])
+    torch.testing.assert_close(gradient, expected, atol=1e-6, rtol=1e-4)
+
+
+def test_on_policy_the_loss_is_about_zero_nothing_is_clipped_and_the_policy_moves():
+    learner = make()
+    samples = samples_of(learner.policy, advantages=torch.tensor([1.0, -1.0] * 6))
+    for s in samples:  # equal lengths, so that the mean advantage is exactly 0
+        s.completion = dataclasses.replace(
+            s.completion, tokens=s.completion.tokens[:1], logprobs=s.completion.logprobs[:1]
+        )
+    gradient, sums = gradients(learner, samples)
+    assert sums["loss"] == pytest.approx(0, abs=1e-6)
+    assert sums["clip_low"] == sums["clip_high"] == 0
+    assert gradient.norm() > 1e-3
+
+
+def test_later_updates_on_one_batch_are_off_policy_and_clip():
+    learner = make(updates_per_batch=2, epochs=3, learning_rate=3e-2, max_grad_norm=100.0)
+    sums = learner.learn(samples_of(learner.policy), torch.Generator().manual_seed(0)).read()
+    assert sums["updates"] == 6
+    assert sums["clip_low"] + sums["clip_high"] > 0
+    assert sums["old_kl"] > 0
+
+
+def test_log_probs_of_the_sampler_are_those_of_the_update():
+    """REGRESSIONS 13: the temperature of sampling is the temperature of the loss."""
+    learner = make()
+    _, sums = gradients(learner, samples_of(learner.policy), on_policy=False)
+    assert sums["logprob_difference"] / sums["tokens"] < 1e-5
+    assert sums["ratio"] / sums["tokens"] == pytest.approx(1, abs=1e-5)
+
+
+def test_samples_without_loss_change_nothing_whatever_they_hold():
+    """REGRESSIONS 17."""
+    learner = make(max_grad_norm=1e9)
+    samples = samples_of(learner.policy)
+    expected, _ = gradients(learner, samples[:7])
+    for s in samples[7:]:
+        s.live, s.advantage = False, float("nan")
+    gradient, _ = gradients(learner, samples)
+    torch.testing.assert_close(gradient, expected, atol=0, rtol=0)
+    for s in samples:
+        s.live = False
+    sums = Sums()
+    learner.update(samples, sums, on_policy=True)
+    assert learner.updates == 2 and not sums
+
+
+def test_a_non_finite_loss_stops_before_the_parameters_change():
+    learner = make()
+    samples = samples_of(learner.policy)
+    samples[3].advantage = float("inf")
+    before = [p.detach().clone() for p in learner.parameters]
+    with pytest.raises(TrainerError, match="not finite"):
+        learner.update(samples, Sums(), on_policy=True)
+    assert all(torch.equal(p, b) for p, b in zip(learner.parameters, before, strict=True))
+
+
+def test_the_reference_policy_enters_as_kl():
+    learner = make(objective=fastpo.dapo(kl_coef=0.5))
+    learner.reference = make(seed=5).policy
+    _, sums = gradients(learner, samples_of(learner.policy))
+    assert sums["ref_kl"] > 0
+    learner.reference = learner.policy
+    _, sums = gradients(learner, samples_of(learner.policy))
+    assert sums["ref_kl"] == pytest.approx(0, abs=1e-5)
+
+
+def test_warm_up_is_maximum_likelihood_end_token_included():
+    """REGRESSIONS 20: the end token is learned."""
+    learner = make(temperature=1.0, objective=fastpo.reinforce(), max_grad_norm=1e9)
+    policy = learner.policy
+    answers = [reference_sample(policy, Problem(*pair)) for pair in (("31=", "13"), ("5=", "5"))]
+    gradient, _ = gradients(learner, answers)
+    policy.model.zero_grad()
+    losses = []
+    for s in answers:
+        assert s.completion.tokens[-1] == policy.tokenizer.eos_token_id
+        ids = torch.tensor([s.prompt + s.completion.tokens])
+        logits = policy.model(input_ids=ids).logits[0, len(s.prompt) - 1 : -1]
+        target = ids[0, len(s.prompt) :]
+        losses.append(torch.nn.functional.cross_entropy(logits, target, reduction="sum"))
+    (sum(losses) / sum(s.length for s in answers)).backward()
+    expected = torch.cat([p.grad.flatten() for p in learner.parameters])
+    torch.testing.assert_close(gradient, expected, atol=1e-6, rtol=1e-4)
+
+
+def test_learning_rate_rises_linearly_then_stays():
+    learner = make(learning_rate=1.0, warmup_steps=4)
+    rates = []
+    for updates in range(6):
+        learner.updates = updates
+        rates.append(learner.learning_rate)
+    assert rates == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+
+
+def test_micro_batches_keep_to_the_budget_and_lose_nothing():
+    samples = [
+        dataclasses.replace(
+            s, completion=Completion(tokens=[3] * n, logprobs=[0.0] * n, finished=True)
+        )
+        for n, s in enumerate(samples_of(make().policy), start=1)
+    ]
+    parts = list(by_token_budget(samples, 40))
+    assert sum(len(part) for part in parts) == len(samples) and len(parts) > 2
+    for part in parts:
+        width = max(len(s.prompt) + s.length for s in part)
+        assert len(part) == 1 or width * len(part) <= 40
+
+
+def test_micro_batch_picks_the_positions_that_predict_completion_tokens():
+    learner = make()
+    batch = MicroBatch.of(samples_of(learner.policy), CPU)
+    assert batch.cu_seqlens[-1] == len(batch.tokens)
+    first = batch.columns[batch.cu_seqlens[:-1].long()]
+    assert first.tolist() == [len(PROMPTS[index // 4]) - 1 for index in range(12)]
+    inside = batch.ids[batch.rows, (batch.columns + 1).clamp(max=batch.ids.shape[1] - 1)]
+    ends = torch.zeros(len(batch.tokens), dtype=torch.bool)
+    ends[batch.cu_seqlens[1:].long() - 1] = True
+    assert torch.equal(inside[~ends], batch.tokens[~ends])
