@@ -1,7 +1,7 @@
 """How a row of V logits is cut into blocks, and the launch of one program per row.
 
-A row is a *body* of whole blocks and a *kept* tail. The tail, read last by the first sweep, stays in
-registers until the second sweep, which runs from the last column to the first, so it is read once.
+A row is a *body* of whole blocks and a *kept* tail. The tail, read last by the first sweep, stays
+in registers until the second sweep, which runs from the last column to the first: it is read once.
 
 Registers decide how much is kept (figures from ahead-of-time compilation, tests/test_aot.py):
 
@@ -10,9 +10,9 @@ Registers decide how much is kept (figures from ahead-of-time compilation, tests
     4 bytes, 16-byte loads  48                  64 spill on sm_100
     not aligned             32                  one register each, and one address a logit; 48 spill
 
-512 threads leave 128 registers each, so that one row's program fills an SM, and what a second sweep
-reads again (V = 151,936 in bf16: 304 KB less 64 KB kept) times 132 SMs is 32 MB, within an L2 of 50.
-Shorter rows take fewer threads, several rows to an SM.
+512 threads leave 128 registers each, so that one row's program fills an SM, and what the second
+sweeps of 132 SMs read again (V = 151,936 in bf16: 304 KB less 64 KB each, 32 MB in all) is still in
+an L2 of 50 MB. Shorter rows take fewer threads, several rows to an SM.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import functools
 from typing import NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 MAX_LANES = 512
@@ -70,11 +71,11 @@ def row_layout(logits: Tensor) -> RowLayout:
     return _layout(V, logits.element_size(), aligned)
 
 
-@functools.cache
-def _warp_size(device: torch.device) -> int:
-    if device.type != "cuda":
+def _warp_size(kernel) -> int:
+    """Threads of a warp: 64 on AMD's CDNA, 32 elsewhere; the interpreter has none."""
+    if not isinstance(kernel, triton.JITFunction):
         return 32
-    return torch.cuda.get_device_properties(device).warp_size  # 64 on AMD's CDNA
+    return triton.runtime.driver.active.get_current_target().warp_size
 
 
 def launch_rows(kernel, logits: Tensor, layout: RowLayout, *arguments, **constants) -> None:
@@ -91,13 +92,13 @@ def launch_rows(kernel, logits: Tensor, layout: RowLayout, *arguments, **constan
         kernel[(rows,)](
             *arguments,
             **constants,
-            num_warps=layout.LANES // _warp_size(logits.device),
+            num_warps=layout.LANES // _warp_size(kernel),
             enable_fp_fusion=False,
         )
 
 
 def shares_rows(logits: Tensor, out: Tensor) -> bool:
-    """True where a narrower `out` lies in the rows of `logits`, so that stores must wait for loads."""
+    """Whether a narrower `out` lies in the rows of `logits`: its stores must wait for loads."""
     return (
         out.element_size() < logits.element_size()
         and out.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr()

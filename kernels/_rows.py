@@ -1,8 +1,8 @@
 """Device code that the row kernels share: addressing, the first sweep, the gradient of a block.
 
-The first sweep keeps statistics per thread (a *lane*) of its own columns, so that the loop over a row
-has no barrier; one merge at the end makes them the row's. `row_stats` and `row_policy_loss` compile
-this same code with the same layout (_layout.py), which makes them agree bit by bit.
+The first sweep keeps statistics per thread (a *lane*) of its own columns, so that the loop over a
+row has no barrier; one merge at the end makes them the row's. `row_stats` and `row_policy_loss`
+compile this same code with the same layout (_layout.py), which makes them agree bit by bit.
 
 Blocks are (waves, LANES, VECTOR): a lane owns VECTOR neighbouring columns of every wave, one load.
 """
@@ -135,7 +135,7 @@ def sweep_row(
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """First sweep: m, log s and entropy of the row, and its tail as loaded, KEPT chunks."""
+    """First sweep: m, log s and entropy of the row, and its tail as loaded, last chunk first."""
     CHUNK: tl.constexpr = _CHUNK_PER_LANE * LANES
     top = tl.full((LANES,), float("-inf"), tl.float32)
     total = tl.zeros((LANES,), tl.float32)
@@ -148,7 +148,7 @@ def sweep_row(
         columns = block_columns(body + i * CHUNK, CHUNK, LANES, VECTOR)
         chunk = tl.load(row_ptr + columns, mask=columns < V, other=float("-inf"))
         top, total, moment = _accumulate(top, total, moment, chunk, inverse_temperature)
-        kept = kept + (chunk,)
+        kept = (chunk,) + kept  # noqa: RUF005 - Triton has no starred tuples
     row_max, log_sum, entropy = _merge_lanes(top, total, moment, inverse_temperature)
     return row_max, log_sum, entropy, kept
 
@@ -168,10 +168,8 @@ def block_gradient(
     row_max, log_sum, mean = row
     centered = tl.fma(logits.to(tl.float32), inverse_temperature, -row_max)
     p = tl.exp(centered - log_sum)
-    if HAS_ENTROPY_GRAD:
-        gradient = p * (e * (mean - tl.maximum(centered, _LOWEST)) - c)
-    else:
-        gradient = p * -c
+    slope = e * (mean - tl.maximum(centered, _LOWEST)) - c if HAS_ENTROPY_GRAD else -c
+    gradient = p * slope
     return tl.where(columns == token, gradient + c, gradient)
 
 
@@ -208,9 +206,8 @@ def write_kept_gradient(
     """Second sweep over the kept tail, columns [body, V), from the last to the first."""
     CHUNK: tl.constexpr = _CHUNK_PER_LANE * LANES
     for i in tl.static_range(KEPT):
-        last: tl.constexpr = KEPT - 1 - i
-        columns = block_columns(body + last * CHUNK, CHUNK, LANES, VECTOR)
-        logits = _still_packed(kept[last], V)
+        columns = block_columns(body + (KEPT - 1 - i) * CHUNK, CHUNK, LANES, VECTOR)
+        logits = _still_packed(kept[i], V)
         gradient = block_gradient(
             logits, columns, token, row, inverse_temperature, c, e, HAS_ENTROPY_GRAD
         )

@@ -36,7 +36,7 @@ def _max(a, b):
 
 @triton.jit
 def importance_ratio(logprob, old_logprob):
-    """r = exp(clamp(d, -20, 20)), d = logprob - old_logprob; its slope is 0 where the clamp holds."""
+    """r = exp(clamp(d, -20, 20)), d = logprob - old_logprob; slope 0 where the clamp holds."""
     log_ratio = logprob - old_logprob
     ratio = tl.exp(_max(_min(log_ratio, MAX_LOG_RATIO), -MAX_LOG_RATIO))
     return ratio, tl.where(tl.abs(log_ratio) > MAX_LOG_RATIO, 0.0, ratio)

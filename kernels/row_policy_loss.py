@@ -1,8 +1,8 @@
 """A token-level policy loss from logits, with its gradient, in one launch.
 
-First sweep: the row's statistics. Then a handful of scalars turn the token's log-prob into its loss
-and c = dL/dlogp. Second sweep, from the last column to the first, beginning with the tail of the row
-that is still in registers:
+First sweep: the row's statistics. Then a handful of scalars turn the token's log-prob into its
+loss and c = dL/dlogp. Second sweep, from the last column to the first, beginning with the tail of
+the row that is still in registers:
 
     dz_j = (1 / T) * (c * (1[j = y] - p_j) + e * p_j * (E_p[u] - u_j)),    e = -entropy weight
 """
@@ -91,10 +91,7 @@ def _row_policy_loss_kernel(
         )
         logprob = token_logprob(token_logit, inverse_temperature, row_max, log_sum)
 
-        if old_logprobs_ptr is None:
-            old_logprob = logprob
-        else:
-            old_logprob = tl.load(old_logprobs_ptr + row)
+        old_logprob = logprob if old_logprobs_ptr is None else tl.load(old_logprobs_ptr + row)
         ratio, ratio_slope = importance_ratio(logprob, old_logprob)
         loss, slope, clipped = surrogate_loss(
             logprob,

@@ -60,7 +60,7 @@ def row_stats(
     temperatures: Tensor | None,
     live: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(logprobs, entropy, row_max, log_sum), each (N,) fp32, of (N, V) logits with unit stride in V.
+    """(logprobs, entropy, row_max, log_sum), each (N,) fp32, of (N, V) logits of unit stride in V.
 
     `tokens` (N,) int32 or int64; `temperatures` (N,) fp32 takes the place of `temperature`; rows
     where `live` (N,) bool is False are not read and give 0.

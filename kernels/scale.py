@@ -30,7 +30,7 @@ def _scale_kernel(
 
 
 def scale_(grad: Tensor, factor: Tensor) -> None:
-    """grad (N, V) *= factor (0-d, same device); nothing is read or written where the factor is 1."""
+    """grad (N, V) *= factor (0-d, same device); nothing is read or written where that is 1."""
     layout = row_layout(grad)
     launch_rows(
         _scale_kernel,
