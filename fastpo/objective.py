@@ -475,6 +475,6 @@ def _max_length(objective: Objective, segments: Segments) -> int:
 def _positive(count: Tensor | float, like: Tensor) -> Tensor | float:
     """A count safe to divide by: 0 becomes 1, so that an empty batch gives 0 and not NaN."""
     if isinstance(count, Tensor):
-        count = count.to(device=like.device, dtype=like.dtype)
+        count = count.to(like.dtype)  # a 0-d CPU tensor combines with any device, without a copy
         return torch.where(count == 0, torch.ones_like(count), count)
     return 1.0 if count == 0 else count

@@ -220,12 +220,16 @@ def test_a_clipped_token_far_off_policy_has_gradient_zero(d):
     assert not grad.any() and terms.clipped.all()
 
 
-@pytest.mark.parametrize("key", ["logp", "old", "a", "iw", "ref"])
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize(
+    "name, key",
+    [
+        (name, key)
+        for name, preset in PRESETS.items()
+        for key in ("logp", "a", "iw", "ref", *(["old"] * (preset().surrogate != "reinforce")))
+    ],
+)
 def test_nan_in_a_live_token_stays_visible(name, key):
     """REGRESSIONS row 18, the other half: no clamp, minimum or nan_to_num may hide it."""
-    if key == "old" and PRESETS[name]().surrogate == "reinforce":
-        pytest.skip("REINFORCE does not use old_logprobs")
     t = inputs([3, 2])
     t[key][1] = torch.nan
     mask = torch.tensor([True, True, False, True, True])
@@ -260,3 +264,20 @@ def test_sequence_weights_are_one_token_weight_spread_except_in_vespo():
         assert same == (name != "vespo"), name
         # A sequence of one token cannot tell the two apart.
         torch.testing.assert_close(once.loss[4], spread.loss[4], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", ["gspo", "gmpo", "vespo"])
+def test_sequence_objectives_trace_without_a_graph_break(name):
+    t, cu_seqlens = inputs([3, 0, 2]), torch.tensor([0, 3, 3, 5])
+
+    def loss(logp, cu_seqlens):
+        segments = Segments.packed(cu_seqlens, 5)
+        terms = token_loss(PRESETS[name](), logp, t["a"], old_logprobs=t["old"], segments=segments)
+        return (token_weights(PRESETS[name](), None, segments, dtype=FP64) * terms.loss).sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    grads = []
+    for function in (loss, compiled):
+        logp = t["logp"].clone().requires_grad_()
+        grads.append(torch.autograd.grad(function(logp, cu_seqlens), logp)[0])
+    torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-14)

@@ -362,7 +362,7 @@ def verl():
     finally:
         sys.meta_path.remove(stub)
         for name, module in list(sys.modules.items()):
-            if isinstance(module, MagicMock):
+            if name.partition(".")[0] == "ray" and isinstance(module, MagicMock):
                 del sys.modules[name]
     return core, ActorConfig
 
