@@ -74,7 +74,9 @@ def cuda_archs():
     for entry in re.split(r"[;\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_CUDA_ARCHS):
         match = re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", entry)
         if not match:
-            raise RuntimeError(f"TORCH_CUDA_ARCH_LIST holds {entry!r}, expected e.g. 8.0;9.0;10.0+PTX")
+            raise RuntimeError(
+                f"TORCH_CUDA_ARCH_LIST holds {entry!r}, expected e.g. 8.0;9.0;10.0+PTX"
+            )
         archs.append((match[1] + match[2], bool(match[3])))
     return archs
 
@@ -88,13 +90,17 @@ def gencode(archs):
 def cudart_folder():
     """Where libcudart_static.a lies beside nvcc, in a toolkit or in NVIDIA's PyPI packages."""
     # nvcc may be a script that starts the real one elsewhere: it says itself where its toolkit is.
-    said = subprocess.run([find_nvcc(), "--dryrun", "-E", "none.cu"], capture_output=True, text=True)
+    said = subprocess.run(
+        [find_nvcc(), "--dryrun", "-E", "none.cu"], capture_output=True, text=True
+    )
     top = re.search(r"^#\$ TOP=(.+)$", said.stderr, re.MULTILINE)
     root = Path(top[1]) if top else find_nvcc().parent.parent
     for folder in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib"):
         if (root / folder / "libcudart_static.a").exists():
             return str((root / folder).resolve())
-    raise RuntimeError(f"no libcudart_static.a under {root}; install the CUDA runtime's static library")
+    raise RuntimeError(
+        f"no libcudart_static.a under {root}; install the CUDA runtime's static library"
+    )
 
 
 class BuildExtension(build_ext):
@@ -107,7 +113,9 @@ class BuildExtension(build_ext):
         try:
             sources, ext.sources = ext.sources, []
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                ext.extra_objects = list(pool.map(lambda source: self._compile(ext, source), sources))
+                ext.extra_objects = list(
+                    pool.map(lambda source: self._compile(ext, source), sources)
+                )
             super().build_extension(ext)
         except Exception as error:
             if switched("FASTPO_FORCE_EXT"):
@@ -183,7 +191,9 @@ def extensions():
     except (ImportError, RuntimeError) as error:
         if switched("FASTPO_FORCE_EXT"):
             raise
-        notice(f"the C++ extension is left out ({error}); install with --no-build-isolation beside torch")
+        notice(
+            f"the C++ extension is left out ({error}); install with --no-build-isolation beside torch"
+        )
         return []
 
 

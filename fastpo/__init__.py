@@ -1,5 +1,6 @@
 """fastpo: fused policy-optimization losses for LLM reinforcement learning."""
 
+from fastpo.advantages import GroupAdvantages, group_advantages
 from fastpo.objective import Objective
 from fastpo.ops._checks import set_debug
 from fastpo.ops.from_logprobs import policy_loss_from_logprobs
@@ -21,10 +22,12 @@ from fastpo.presets import (
     sapo,
     vespo,
 )
+from fastpo.rewards import overlong_penalty
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "GroupAdvantages",
     "Objective",
     "PolicyLoss",
     "TokenLogprobs",
@@ -35,10 +38,12 @@ __all__ = [
     "gmpo",
     "gpg",
     "grpo",
+    "group_advantages",
     "gspo",
     "linear_policy_loss",
     "linear_token_logprobs",
     "luspo",
+    "overlong_penalty",
     "policy_loss",
     "policy_loss_from_logprobs",
     "ppo",

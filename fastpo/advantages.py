@@ -1,0 +1,216 @@
+"""Advantages of completions from the rewards of their group, the critic of GRPO and its relatives."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+ESTIMATORS = ("grpo", "dr_grpo", "rloo", "opo", "passk", "reinforce_pp")
+
+
+class GroupAdvantages(NamedTuple):
+    """What `group_advantages` returns, on the rewards' device."""
+
+    advantages: Tensor  # (B,) fp32
+    informative: Tensor  # (B,) bool: the sample counts, and its group holds two distinct rewards
+    num_informative: Tensor  # 0-d int64: informative *groups*
+
+
+def group_advantages(
+    rewards: Tensor,
+    *,
+    group_size: int | None = None,
+    group_ids: Tensor | None = None,
+    estimator: str = "grpo",
+    eps: float = 1e-6,
+    lengths: Tensor | None = None,
+) -> GroupAdvantages:
+    """The advantage of each completion over its group: the completions of one prompt.
+
+    With r the reward, and mean and std (unbiased) those of the group:
+
+        grpo          (r - mean) / (std + eps)                         arXiv 2402.03300
+        dr_grpo       r - mean                                         arXiv 2503.20783
+        rloo          r - mean of the others                           arXiv 2402.14740
+        opo           r - sum(length * r) / sum(length)                arXiv 2505.23585
+        passk         (r - second best) / (std + eps) for the best, 0 for all others   arXiv 2503.19595
+        reinforce_pp  (r - mean) / (std of r - mean over the batch + eps)      arXiv 2501.03262
+
+    A group of one, or of equal rewards, gets exactly 0. A reward that is NaN or infinite is left out:
+    its own advantage is 0, it is not informative, and its group's numbers come from the others. Count
+    such rewards with `num_excluded(rewards)`.
+
+    Differences from verl 0.9: a group of one gets 0 (verl: the raw reward; an error for passk), opo
+    without `lengths` weighs all completions alike, and reinforce_pp takes the std over completions,
+    not over tokens. Nothing here waits for the device.
+
+    Args:
+        rewards: (B,) bool, integer or floating. The arithmetic is fp64, whatever the dtype.
+        group_size: groups are consecutive runs of this many completions. Or else:
+        group_ids: (B,) any integers; equal ids are one group, in any order and of any size.
+        estimator: one of the above.
+        eps: added to the standard deviation.
+        lengths: (B,) completion lengths in tokens; `opo` only.
+
+    Raises:
+        ValueError: not exactly one of `group_size` and `group_ids`, wrong shapes or devices, a group
+            size that does not divide B, an unknown estimator, a negative `eps`, needless `lengths`.
+        TypeError: complex rewards, or ids that are not integers.
+    """
+    _check_numbers(rewards, estimator, eps)
+    _check_groups(rewards, group_size, group_ids)
+    _check_lengths(rewards, estimator, lengths)
+    if group_ids is None:
+        group_ids = torch.arange(rewards.numel(), device=rewards.device) // group_size
+    return _group_advantages(rewards, group_ids, estimator, eps, lengths)
+
+
+def num_excluded(rewards: Tensor) -> Tensor:
+    """How many rewards are NaN or infinite, and so left out by `group_advantages`. 0-d int64."""
+    return (~rewards.isfinite()).sum()
+
+
+def _group_advantages(
+    rewards: Tensor, group_ids: Tensor, estimator: str, eps: float, lengths: Tensor | None
+) -> GroupAdvantages:
+    """The specification, in plain torch on any device."""
+    wide = torch.float32 if rewards.device.type == "mps" else torch.float64  # MPS has no float64
+    groups = _Groups(group_ids, rewards.isfinite())
+    rewards = rewards.to(wide)
+    # Sums are taken of the differences to the group's first reward, which are exactly 0 for equal ones.
+    offsets = groups.from_first(rewards)
+    best, worst = groups.reduce(offsets, "max"), groups.reduce(offsets, "min")
+    centered = offsets - groups.spread(groups.mean(offsets))
+    informative = groups.counted & (groups.spread(best) > groups.spread(worst))
+    if estimator in ("grpo", "passk"):
+        std = groups.spread(
+            (groups.sum(centered.square()) / (groups.count - 1).clamp(min=1)).sqrt()
+        )
+    if estimator == "grpo":
+        advantages = centered / (std + eps)
+    elif estimator == "dr_grpo":
+        advantages = centered
+    elif estimator == "rloo":
+        count = groups.spread(groups.count).to(wide)
+        advantages = centered * count / (count - 1).clamp(min=1)
+    elif estimator == "opo":
+        weights = torch.ones_like(offsets) if lengths is None else lengths.to(wide)
+        weights = weights.where(groups.spread(groups.sum(weights)) > 0, 1)  # all empty: alike
+        baseline = groups.sum(weights * offsets) / groups.sum(weights)
+        advantages = offsets - groups.spread(baseline)
+    elif estimator == "passk":
+        is_best = groups.counted & (offsets == groups.spread(best))
+        alone = groups.spread(groups.sum(is_best.to(wide))) == 1  # two best ones are 0 apart
+        second = groups.reduce(offsets.masked_fill(is_best, -torch.inf), "max")
+        advantages = ((offsets - groups.spread(second)) / (std + eps)).where(is_best & alone, 0)
+    else:
+        advantages = centered / (_batch_std(centered, groups.counted) + eps)
+    advantages = advantages.where(informative, 0)
+    return GroupAdvantages(advantages.float(), informative, groups.number_of(informative))
+
+
+def _batch_std(centered: Tensor, counted: Tensor) -> Tensor:
+    """Unbiased standard deviation over the batch; the group means are out, so its own mean is 0."""
+    total = centered.where(counted, 0).square().sum()
+    return (total / (counted.sum() - 1).clamp(min=1)).sqrt()
+
+
+class _Groups:
+    """Sums over the groups of a batch. No float atomics, no host synchronization.
+
+    B samples have at most B groups, so every per-group tensor is (B,); those beyond the last group are
+    empty. Samples are sorted by group, counted ones first, and each group is one segment.
+    """
+
+    def __init__(self, ids: Tensor, counted: Tensor):
+        self.counted = counted
+        by_count = torch.argsort(~counted, stable=True)
+        self.order = by_count[torch.argsort(ids[by_count], stable=True)]
+        ordered = ids[self.order]
+        starts = torch.ones_like(ordered, dtype=torch.bool)
+        starts[1:] = ordered[1:] != ordered[:-1]
+        group = starts.cumsum(0) - 1
+        self.of_sample = torch.empty_like(group).scatter_(0, self.order, group)
+        self.sizes = torch.zeros_like(group).scatter_add_(0, group, torch.ones_like(group))
+        self.count = torch.zeros_like(group).scatter_add_(0, self.of_sample, counted.long())
+        self.first = self.order[
+            (self.sizes.cumsum(0) - self.sizes).clamp(max=max(ids.numel() - 1, 0))
+        ]
+
+    def from_first(self, values: Tensor) -> Tensor:
+        """values - the value of the group's first counted sample; 0 where a sample does not count."""
+        return (values - values[self.first][self.of_sample]).where(self.counted, 0)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Give every sample the value of its group."""
+        return values[self.of_sample]
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sums over the counted samples of every group."""
+        return self.reduce(values.where(self.counted, 0), "sum")
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Means over the counted samples of every group; 0 without any."""
+        return self.sum(values) / self.count.clamp(min=1)
+
+    def reduce(self, values: Tensor, reduction: str) -> Tensor:
+        """`torch.segment_reduce` over all samples of every group, the uncounted included."""
+        ordered = values[self.order]
+        return torch.segment_reduce(ordered, reduction, lengths=self.sizes, unsafe=True)
+
+    def number_of(self, samples: Tensor) -> Tensor:
+        """How many groups hold at least one of the True `samples`. 0-d int64."""
+        held = torch.zeros_like(self.sizes).scatter_add_(0, self.of_sample, samples.long())
+        return (held > 0).sum()
+
+
+def _check_numbers(rewards: Tensor, estimator: str, eps: float) -> None:
+    if rewards.dim() != 1:
+        raise ValueError(
+            f"rewards have shape {tuple(rewards.shape)}, expected (B,): one reward per completion; "
+            "sum token rewards over the tokens, or flatten a [prompts, group] matrix"
+        )
+    if rewards.is_complex():
+        raise TypeError(f"rewards are {rewards.dtype}, expected bool, integers or floating point")
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"estimator is {estimator!r}, expected one of {', '.join(ESTIMATORS)}")
+    if not eps >= 0:
+        raise ValueError(f"eps is {eps}, expected a number >= 0")
+
+
+def _check_groups(rewards: Tensor, group_size: int | None, group_ids: Tensor | None) -> None:
+    if (group_size is None) == (group_ids is None):
+        given = "both" if group_size is not None else "neither"
+        raise ValueError(
+            f"got {given} of group_size and group_ids, expected exactly one; drop or add one"
+        )
+    if group_ids is None:
+        if group_size < 1 or rewards.numel() % group_size:
+            raise ValueError(
+                f"group_size is {group_size}, expected a positive divisor of the {rewards.numel()} "
+                "rewards; for groups of different sizes pass group_ids"
+            )
+        return
+    if group_ids.dtype.is_floating_point or group_ids.is_complex() or group_ids.dtype == torch.bool:
+        raise TypeError(f"group_ids are {group_ids.dtype}, expected integers; use .long()")
+    _check_like_rewards("group_ids", group_ids, rewards)
+
+
+def _check_lengths(rewards: Tensor, estimator: str, lengths: Tensor | None) -> None:
+    if lengths is None:
+        return
+    if estimator != "opo":
+        raise ValueError(
+            f"lengths have no meaning for estimator={estimator!r}; only 'opo' takes them"
+        )
+    _check_like_rewards("lengths", lengths, rewards)
+
+
+def _check_like_rewards(name: str, tensor: Tensor, rewards: Tensor) -> None:
+    if tensor.shape != rewards.shape or tensor.device != rewards.device:
+        raise ValueError(
+            f"{name} have shape {tuple(tensor.shape)} on {tensor.device}, expected "
+            f"{tuple(rewards.shape)} on {rewards.device}, as the rewards"
+        )
