@@ -5,27 +5,33 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 ROWS_MULTIPLE = 256
-CPU_BUDGET = 200 * 2**20
+"""Chunks are even multiples of this many rows: whole GEMM tiles."""
+PAD_MULTIPLE = 16
+"""A ragged chunk is padded to this: below 4 rows a thread, CPU GEMMs switch kernels, and bits."""
+CPU_BUDGET = 64 * 2**20
+"""Bytes of a chunk's (n, V) buffers on CPU: larger ones cost page faults and gain no speed."""
 GPU_BUDGET = 1280 * 2**20
+"""The same on GPUs with memory to spare."""
 
 Rows = slice | Tensor
 """A chunk: consecutive rows, or (n,) int64 indices of rows."""
 
 
 def budget_bytes(device: torch.device) -> int:
-    """Bytes that the chunk's (n, V) buffers may take."""
+    """Bytes that the (n, V) buffers of a chunk may take: on GPU at most 1/8 of what is free."""
     if device.type != "cuda":
         return CPU_BUDGET
     free, _ = torch.cuda.mem_get_info(device)
-    reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return max(min(GPU_BUDGET, (free + reusable) // 8), 2**26)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return min(GPU_BUDGET, (free + cached) // 8)
 
 
 def chunk_rows(rows: int, row_bytes: int, budget: int) -> int:
-    """Rows of one chunk: as even as multiples of 256 allow, within `budget` if 256 rows are.
+    """Rows of one chunk: even multiples of 256 within `budget` bytes, but at least 256.
 
     rows: how many there are in all; row_bytes: V-wide bytes that one row occupies.
     """
@@ -36,20 +42,37 @@ def chunk_rows(rows: int, row_bytes: int, budget: int) -> int:
     return math.ceil(even / ROWS_MULTIPLE) * ROWS_MULTIPLE
 
 
+def padded(rows: int) -> int:
+    """`rows` rounded up to what a GEMM is given."""
+    return math.ceil(rows / PAD_MULTIPLE) * PAD_MULTIPLE
+
+
 def cut(index: Tensor | None, rows: int, size: int) -> list[Rows]:
-    """Chunks of `size` over the rows named by `index`, or over all of them for None."""
+    """Chunks of `size` over the rows named by `index`, or over all `rows` rows for None."""
     if index is None:
         return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
     return list(index.split(size)) if index.numel() else []
 
 
-def indices(live: Tensor, count: int | None = None) -> Tensor | None:
-    """(n,) where `live` (N,) is True; None if everywhere. A known count spares GPUs the synchronization."""
-    if count is None:
-        index = live.nonzero()[:, 0]
-    else:
-        index = torch.nonzero_static(live, size=count)[:, 0]
-    return None if index.numel() == live.numel() else index
+def length(rows: Rows) -> int:
+    """How many rows a chunk has."""
+    return rows.stop - rows.start if isinstance(rows, slice) else rows.numel()
+
+
+def take(matrix: Tensor, rows: Rows) -> Tensor:
+    """(n, D) rows of a [N, D] or a [B, T, D] tensor whose leading dimensions do not merge."""
+    if matrix.ndim == 2:
+        return matrix[rows]
+    if isinstance(rows, slice):
+        rows = torch.arange(rows.start, rows.stop, device=matrix.device)
+    width = matrix.shape[1]
+    return matrix[rows // width, rows % width]
+
+
+def pad(matrix: Tensor) -> Tensor:
+    """`matrix` (n, D) with rows of zeros up to `padded(n)`; itself where n is."""
+    missing = padded(matrix.shape[0]) - matrix.shape[0]
+    return F.pad(matrix, (0, 0, 0, missing)) if missing else matrix
 
 
 def put(target: Tensor, rows: Rows, values: Tensor) -> None:

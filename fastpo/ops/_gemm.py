@@ -7,7 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-_BLOCK = 4096  # rows or columns of a low-precision operand widened at a time, where there is no other way
+_BLOCK = 4096  # rows or columns of a low-precision operand that are widened at a time
 
 
 def add_matmul_(
@@ -15,9 +15,9 @@ def add_matmul_(
 ) -> None:
     """out = beta * out + alpha * a @ b, without rounding the product to the operands' dtype.
 
-    out (m, n), a (m, k), b (k, n). What stood in `out` is not read when beta is 0. Where the operands
-    are narrower than `out`, CUDA's GEMM returns its fp32 accumulators (`out_dtype`); elsewhere the
-    operands are widened in blocks, so that no wide copy of a weight exists.
+    out (m, n), a (m, k), b (k, n). What stood in `out` is not read when beta is 0. Where the
+    operands are narrower than `out`, CUDA's GEMM returns its fp32 accumulators (`out_dtype`);
+    elsewhere the operands are widened in blocks, so that no wide copy of a weight exists.
     """
     if a.dtype == b.dtype == out.dtype:
         torch.addmm(out, a, b, alpha=alpha, beta=beta, out=out)
@@ -51,7 +51,7 @@ def _in_blocks(out: Tensor, a: Tensor, b: Tensor, alpha: float, beta: float) -> 
 
 @cache
 def has_wide_gemm(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this build multiplies `dtype` matrices on `device` into an fp32 result. Probed once."""
+    """Whether this build multiplies `dtype` matrices on `device` into fp32. Probed once."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return False
     a = torch.zeros(16, 16, device=device, dtype=dtype)

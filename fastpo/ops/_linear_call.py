@@ -1,4 +1,4 @@
-"""What the two linear autograd functions share: one call's settings, its chunk buffers, its gradients."""
+"""What the linear autograd functions share: one call's settings, chunk buffers and gradients."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from fastpo.ops import _chunks
 from fastpo.ops._chunks import Rows
 from fastpo.ops._gemm import has_wide_gemm
 from fastpo.ops._head import Head
+from fastpo.ops._tensor_parallel import VocabularyShard
+
+DOWNCAST_ELEMENTS = 2**24  # torch's CPU multiplication into a narrower dtype makes a wide temporary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,15 +24,24 @@ class LinearCall:
     """Everything about one call but hidden, weight and bias, which autograd must see."""
 
     tokens: Tensor  # (N,) int64
-    temperature: float | Tensor
+    temperature: float | Tensor  # or (N,)
     logit_scale: float
     softcap: float | None
     logits_dtype: torch.dtype
     chunk_tokens: int | None
-    backend: ModuleType
-    live: Tensor | None  # (N,) bool
-    live_count: int | None  # how many are live, where the host knows
-    compacts: bool  # dead rows are left out of the GEMMs, not only blanked
+    backend: ModuleType | VocabularyShard
+    live: Tensor | None  # (N,) bool; None = all
+    index: Tensor | None  # (n,) the live rows, so that no other enters a GEMM; None = all enter
+
+    @property
+    def blank(self) -> Tensor | None:
+        """(N,) bool where dead rows do enter the GEMMs and must hold zeros, for NaN * 0 is NaN."""
+        return self.live if self.index is None else None
+
+    @property
+    def may_look(self) -> bool:
+        """Whether values may steer the host: on CPU, where reading them synchronizes nothing."""
+        return self.tokens.device.type == "cpu"
 
     def head(self, weight: Tensor, bias: Tensor | None) -> Head:
         """The head, detached: gradients are written by hand."""
@@ -40,23 +52,21 @@ class LinearCall:
             softcap=self.softcap,
         )
 
-    def chunks(self, rows_of: Tensor | None, head: Head) -> list[Rows]:
-        """Chunks over the rows where `rows_of` (N,) is True, or over all of them for None."""
-        rows = self.tokens.numel()
-        index = None
-        if rows_of is not None and self.compacts:
-            index = _chunks.indices(rows_of, self.live_count if rows_of is self.live else None)
-        count = rows if index is None else index.numel()
-        return _chunks.cut(index, rows, self.chunk_size(count, head))
+    def chunks(self, head: Head, only: Tensor | None = None) -> list[Rows]:
+        """Chunks over the live rows, or those of them where `only` (N,) is True."""
+        index = self.index
+        if only is not None:
+            index = only.nonzero()[:, 0] if index is None else index[only[index]]
+        rows = self.tokens.numel() if index is None else index.numel()
+        return _chunks.cut(index, self.tokens.numel(), self.chunk_rows(rows, head.weight))
 
-    def chunk_size(self, rows: int, head: Head) -> int:
+    def chunk_rows(self, rows: int, weight: Tensor) -> int:
         """Tokens per chunk for `rows` tokens in all."""
         if self.chunk_tokens is not None:
             return self.chunk_tokens
-        row_bytes = (
-            head.weight.shape[0] * self.logits_dtype.itemsize * (1 if self.softcap is None else 2)
-        )
-        return _chunks.chunk_rows(rows, row_bytes, _chunks.budget_bytes(head.weight.device))
+        buffers = 1 if self.softcap is None else 2
+        row_bytes = weight.shape[0] * self.logits_dtype.itemsize * buffers
+        return _chunks.chunk_rows(rows, row_bytes, _chunks.budget_bytes(weight.device))
 
     def row_temperature(self, rows: Rows, head: Head) -> float | Tensor:
         """The temperature of a chunk's rows, as the row primitives take it."""
@@ -64,109 +74,127 @@ class LinearCall:
         return head.temperature(self.temperature[rows] if per_token else self.temperature)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """Rows on their way through the head. The padded tensors have rows of zeros at the end."""
+
+    rows: Rows
+    hidden: Tensor  # (padded n, D)
+    padded_logits: Tensor  # (padded n, V)
+    padded_grad: Tensor | None  # (padded n, V), may share storage with the logits
+
+    @property
+    def logits(self) -> Tensor:
+        """(n, V)"""
+        return self.padded_logits[: _chunks.length(self.rows)]
+
+    @property
+    def grad(self) -> Tensor | None:
+        """(n, V): where the row primitive leaves the gradient of the logits."""
+        return None if self.padded_grad is None else self.padded_grad[: _chunks.length(self.rows)]
+
+
 class Workspace:
-    """The chunk-sized buffers, allocated once per pass."""
+    """The chunk-sized buffers of one pass, allocated once, and the steps through them."""
 
     def __init__(self, call: LinearCall, head: Head, chunks: list[Rows], *, gradient: bool):
         self.call, self.head = call, head
-        rows = max((_length(chunk) for chunk in chunks), default=0)
+        rows = _chunks.padded(max((_chunks.length(chunk) for chunk in chunks), default=0))
         vocabulary, device = head.weight.shape[0], head.weight.device
         self._logits = torch.empty(rows, vocabulary, dtype=call.logits_dtype, device=device)
-        # tanh must survive the row primitive: the gradient goes through it.
-        self._apart = (
-            torch.empty_like(self._logits) if gradient and call.softcap is not None else None
-        )
+        # tanh must survive the row primitive: the gradient goes on through it.
+        self._apart = torch.empty_like(self._logits) if gradient and head.softcap else None
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """The logits (n, V) of a chunk of hidden states (n, D)."""
-        logits = self._logits[: hidden.shape[0]]
-        self.head.logits_(logits, hidden)
-        return logits
+    def load(self, hidden: Tensor, rows: Rows, *, gradient: bool) -> Chunk:
+        """The logits of a chunk, and room for their gradient."""
+        part = _chunks.take(hidden, rows)
+        if self.call.blank is not None:
+            part = part.masked_fill(~self.call.blank[rows][:, None], 0)
+        part = _chunks.pad(part)
+        logits = self._logits[: part.shape[0]]
+        self.head.logits_(logits, part)
+        grad = self._grad_buffer(logits) if gradient else None
+        return Chunk(rows=rows, hidden=part, padded_logits=logits, padded_grad=grad)
 
-    def grad_buffer(self, logits: Tensor) -> Tensor:
-        """Where the row primitive writes the gradient of `logits`."""
+    def _grad_buffer(self, logits: Tensor) -> Tensor:
         if self._apart is not None:
             return self._apart[: logits.shape[0]]
-        return alias_rows(logits, self.grad_dtype)
+        return alias_rows(logits, self._grad_dtype)
 
-    def linear_grad(self, logits: Tensor, grad: Tensor) -> Tensor:
-        """The gradient at the GEMM's output, from what the row primitive left in `grad`."""
-        if self._apart is None:
+    def linear_grad(self, chunk: Chunk) -> Tensor:
+        """(padded n, V) at the GEMM's output, from what the row primitive left in `chunk.grad`."""
+        grad = chunk.padded_grad
+        grad[_chunks.length(chunk.rows) :].zero_()
+        if self._apart is not None:
+            self.head.through_tanh_(grad, chunk.padded_logits)
+        if grad.dtype == self._grad_dtype:
             return grad
-        self.head.through_tanh_(grad, logits)
-        if grad.dtype == self.grad_dtype:
-            return grad
-        narrow = alias_rows(logits, self.grad_dtype)
+        narrow = alias_rows(chunk.padded_logits, self._grad_dtype)
         narrow.copy_(grad)
         return narrow
 
     @property
-    def grad_dtype(self) -> torch.dtype:
-        """bf16 operands take a bf16 gradient where the GEMM accumulates wide; elsewhere no rounding."""
+    def _grad_dtype(self) -> torch.dtype:
+        """bf16 where the GEMM accumulates bf16 operands wide; else no rounding.
+
+        Not fp16: an unscaled policy gradient, about p / N, is below its smallest number.
+        """
         weight = self.head.weight
-        return (
-            weight.dtype if has_wide_gemm(weight.device, weight.dtype) else self.call.logits_dtype
-        )
+        narrow = weight.dtype == torch.bfloat16 and has_wide_gemm(weight.device, weight.dtype)
+        return torch.bfloat16 if narrow else self.call.logits_dtype
 
 
 class LinearGrads:
-    """Gradients of hidden, weight and bias, accumulated over chunks; None where not needed."""
+    """Gradients of hidden, weight and bias, summed over chunks; None where not needed."""
 
     def __init__(self, head: Head, hidden: Tensor, needs: tuple[bool, bool, bool]):
-        self.head = head
-        self.needed = needs
-        needs_hidden, needs_weight, needs_bias = needs
+        self.head, self.dtype = head, hidden.dtype
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        self.hidden = torch.zeros_like(hidden) if needs_hidden else None  # dead rows stay 0
-        self.weight = torch.zeros_like(head.weight, dtype=wide) if needs_weight else None
-        self.bias = torch.zeros_like(head.bias, dtype=wide) if needs_bias else None
+        # fp16 would underflow before an upstream loss scale is multiplied in.
+        rows_dtype = wide if hidden.dtype == torch.float16 else hidden.dtype
+        shape = (hidden.shape[:-1].numel(), hidden.shape[-1])
+        self.shape = hidden.shape
+        device = hidden.device
+        self.hidden = torch.zeros(shape, dtype=rows_dtype, device=device) if needs[0] else None
+        self.weight = torch.zeros_like(head.weight, dtype=wide) if needs[1] else None
+        self.bias = torch.zeros_like(head.bias, dtype=wide) if needs[2] else None
 
-    def add(self, rows: Rows, hidden: Tensor, grad: Tensor) -> None:
-        """Add one chunk: its rows, its hidden states (n, D) and the gradient (n, V)."""
+    def add(self, chunk: Chunk, grad: Tensor) -> None:
+        """Add a chunk, given the gradient (padded n, V) at the GEMM's output."""
         if self.hidden is not None:
-            self._hidden_grad(rows, grad)
+            self._put_hidden(chunk, grad)
         if self.weight is not None:
-            self.head.add_weight_grad_(self.weight, grad, hidden)
+            self.head.add_weight_grad_(self.weight, grad, chunk.hidden)
         if self.bias is not None:
             self.head.add_bias_grad_(self.bias, grad)
 
-    def _hidden_grad(self, rows: Rows, grad: Tensor) -> None:
-        if isinstance(rows, slice) and grad.dtype == self.hidden.dtype:
-            self.head.hidden_grad_(self.hidden[rows], grad)
-            return
-        part = torch.empty(
-            grad.shape[0], self.hidden.shape[1], dtype=grad.dtype, device=grad.device
-        )
+    def _put_hidden(self, chunk: Chunk, grad: Tensor) -> None:
+        count, rows = grad.shape[0], chunk.rows
+        if isinstance(rows, slice) and count == _chunks.length(rows):
+            target = self.hidden[rows]
+            if target.dtype == grad.dtype:
+                self.head.hidden_grad_(target, grad)
+                return
+        part = torch.empty(count, self.shape[-1], dtype=grad.dtype, device=grad.device)
         self.head.hidden_grad_(part, grad)
-        _chunks.put(self.hidden, rows, part)
+        _chunks.put(self.hidden, rows, part[: _chunks.length(rows)])
 
-    def scaled(
-        self, factor: Tensor | None, dtype: torch.dtype, backend: ModuleType
-    ) -> Iterator[Tensor | None]:
-        """hidden, weight, bias gradients times `factor` (0-d, on device), in `dtype`."""
+    def scaled(self, factor: Tensor | None, backend) -> Iterator[Tensor | None]:
+        """hidden, weight, bias gradients in the inputs' dtype, times `factor` (0-d, on device)."""
         for grad in (self.hidden, self.weight, self.bias):
-            yield None if grad is None else _downcast(grad, factor, dtype, backend)
+            scaled = None if grad is None else _downcast(grad, factor, self.dtype, backend)
+            yield scaled.view(self.shape) if grad is self.hidden and grad is not None else scaled
 
 
-def _downcast(
-    grad: Tensor, factor: Tensor | None, dtype: torch.dtype, backend: ModuleType
-) -> Tensor:
-    if grad.dtype != dtype:
-        return (
-            grad.to(dtype)
-            if factor is None
-            else torch.mul(grad, factor, out=torch.empty_like(grad, dtype=dtype))
-        )
-    if factor is not None:
-        backend.scale_(grad if grad.ndim == 2 else grad[None], factor)
-    return grad
-
-
-def _length(rows: Rows) -> int:
-    return rows.stop - rows.start if isinstance(rows, slice) else rows.numel()
-
-
-def take_hidden(hidden: Tensor, rows: Rows, live: Tensor | None) -> Tensor:
-    """A chunk of hidden states (n, D), exactly 0 where `live` is False: NaN there would reach dW."""
-    part = hidden[rows]
-    return part if live is None else part.masked_fill(~live[rows][:, None], 0)
+def _downcast(grad: Tensor, factor: Tensor | None, dtype: torch.dtype, backend) -> Tensor:
+    if grad.dtype == dtype:
+        if factor is not None:
+            backend.scale_(grad if grad.ndim == 2 else grad[None], factor)
+        return grad
+    if factor is None:
+        return grad.to(dtype)
+    out = torch.empty_like(grad, dtype=dtype)
+    rows = max(DOWNCAST_ELEMENTS // grad[0].numel(), 1)
+    for source, target in zip(grad.split(rows), out.split(rows), strict=True):
+        torch.mul(source, factor, out=target)
+    return out

@@ -1,4 +1,4 @@
-"""Token-level objectives: the gradient is made in the forward pass, 6 N D V floating-point operations."""
+"""Token-level objectives: the gradient is made in the forward pass, in 6 N D V operations."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from fastpo.backends.base import RowInputs, RowLosses
 from fastpo.objective import Objective
 from fastpo.ops import _chunks
 from fastpo.ops._chunks import Rows
-from fastpo.ops._linear_call import LinearCall, LinearGrads, Workspace, take_hidden
+from fastpo.ops._head import Head
+from fastpo.ops._linear_call import LinearCall, LinearGrads, Workspace
+from fastpo.ops._tensor_parallel import VocabularyShard
 
 
 class FusedLinearLoss(torch.autograd.Function):
@@ -21,35 +23,37 @@ class FusedLinearLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, hidden, weight, bias, call: LinearCall, inputs: RowInputs, objective: Objective, needs
+        ctx,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        call: LinearCall,
+        inputs: RowInputs,
+        objective: Objective,
+        needs: tuple[bool, bool, bool],
     ):
-        head = call.head(weight, bias)
-        hidden = hidden.detach()
-        gradient = any(needs)
-        pays = _pays(inputs, objective) if gradient and call.compacts else None
-        with_grad, without = _schedule(call, head, pays, gradient)
+        head, hidden = call.head(weight, bias), hidden.detach()
+        grads = LinearGrads(head, hidden, needs) if any(needs) else None
         losses = _empty_losses(inputs.weight)
-        grads = LinearGrads(head, hidden, needs) if gradient else None
-        workspace = Workspace(call, head, with_grad + without, gradient=gradient)
-        blank = None if call.compacts else call.live
-        for rows in with_grad + without:
-            chunk = take_hidden(hidden, rows, blank)
-            logits = workspace.logits(chunk)
-            keeps = gradient and any(rows is each for each in with_grad)
-            grad = workspace.grad_buffer(logits) if keeps else None
+        paying, idle = _chunks_by_gradient(call, head, inputs, objective, needed=any(needs))
+        workspace = Workspace(call, head, paying + idle, gradient=any(needs))
+        for number, rows in enumerate(paying + idle):
+            chunk = workspace.load(hidden, rows, gradient=number < len(paying))
             part = call.backend.row_policy_loss(
-                logits,
+                chunk.logits,
                 call.tokens[rows],
                 RowInputs(*(None if x is None else x[rows] for x in inputs)),
                 objective,
                 call.row_temperature(rows, head),
-                grad,
+                chunk.grad,
             )
             for full, values in zip(losses, part, strict=True):
                 _chunks.put(full, rows, values)
-            if keeps:
-                grads.add(rows, chunk, workspace.linear_grad(logits, grad))
-        ctx.grads, ctx.backend, ctx.dtype = grads, call.backend, hidden.dtype
+            if chunk.grad is not None:
+                grads.add(chunk, workspace.linear_grad(chunk))
+        if needs[0] and isinstance(call.backend, VocabularyShard):
+            call.backend.sum_(grads.hidden)
+        ctx.grads, ctx.backend = grads, call.backend
         ctx.mark_non_differentiable(losses.logprobs, losses.entropy, losses.clipped)
         return losses.loss.sum(), losses.logprobs, losses.entropy, losses.clipped
 
@@ -59,29 +63,27 @@ class FusedLinearLoss(torch.autograd.Function):
         grads, ctx.grads = ctx.grads, None
         if grads is None:
             raise RuntimeError(
-                "backward through linear_policy_loss a second time: its gradient was made in the forward pass "
-                "and handed over by the first backward; call linear_policy_loss again"
+                "backward through linear_policy_loss a second time: the first one handed over the "
+                "gradient, which was made in the forward pass; call linear_policy_loss again"
             )
-        return *grads.scaled(loss_grad, ctx.dtype, ctx.backend), None, None, None, None
+        return *grads.scaled(loss_grad, ctx.backend), None, None, None, None
 
 
-def _pays(inputs: RowInputs, objective: Objective) -> Tensor | None:
-    """(N,) rows whose gradient can differ from 0; None if that is every live row."""
-    if objective.kl_coef != 0 or objective.entropy_coef != 0:
-        return None
-    return inputs.advantages != 0
-
-
-def _schedule(
-    call: LinearCall, head, pays: Tensor | None, gradient: bool
+def _chunks_by_gradient(
+    call: LinearCall, head: Head, inputs: RowInputs, objective: Objective, *, needed: bool
 ) -> tuple[list[Rows], list[Rows]]:
-    """Chunks that need a gradient, and chunks whose statistics and loss are enough."""
-    if not gradient:
-        return [], call.chunks(call.live, head)
-    if pays is None or bool(pays.all()):
-        return call.chunks(call.live, head), []
-    live = torch.ones_like(pays) if call.live is None else call.live
-    return call.chunks(live & pays, head), call.chunks(live & ~pays, head)
+    """Chunks that need a gradient, and chunks whose losses and statistics are enough.
+
+    With A = 0 and neither KL penalty nor entropy bonus a row's gradient is 0. Only the CPU asks.
+    """
+    if not needed:
+        return [], call.chunks(head)
+    if not call.may_look or objective.kl_coef != 0 or objective.entropy_coef != 0:
+        return call.chunks(head), []
+    pays = inputs.advantages != 0
+    if bool(pays.all()):
+        return call.chunks(head), []
+    return call.chunks(head, only=pays), call.chunks(head, only=~pays)
 
 
 def _empty_losses(like: Tensor) -> RowLosses:

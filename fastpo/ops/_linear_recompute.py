@@ -1,4 +1,4 @@
-"""Log-probs and entropies for any loss: statistics forward, logits again backward, 8 N D V in all."""
+"""Log-probs and entropies for any loss: statistics forward, the logits once more backward."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from torch.autograd.function import once_differentiable
 
 from fastpo.backends.base import RowStats
 from fastpo.ops import _chunks
-from fastpo.ops._linear_call import LinearCall, LinearGrads, Workspace, take_hidden
+from fastpo.ops._head import Head
+from fastpo.ops._linear_call import LinearCall, LinearGrads, Workspace
+from fastpo.ops._tensor_parallel import VocabularyShard
 
 
 class LinearTokenLogprobs(torch.autograd.Function):
-    """logprobs, entropy of (hidden, weight, bias). Saves four numbers per token."""
+    """logprobs, entropy of (hidden, weight, bias). Saves four numbers per token, 8 N D V in all."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, call: LinearCall):
-        stats = _forward(hidden.detach(), call, call.head(weight, bias))
+    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: LinearCall):
+        stats = _stats(call, call.head(weight, bias), hidden.detach())
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden, weight, bias, *stats)
         ctx.call = call
@@ -24,70 +26,78 @@ class LinearTokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, logprob_grad, entropy_grad):
+    def backward(ctx, logprob_grad: Tensor | None, entropy_grad: Tensor | None):
         if logprob_grad is None and entropy_grad is None:
             return None, None, None, None
         hidden, weight, bias, *stats = ctx.saved_tensors
-        call, head = ctx.call, ctx.call.head(weight, bias)
-        grads = LinearGrads(head, hidden.detach(), ctx.needs_input_grad[:3])
-        _backward(hidden.detach(), call, head, RowStats(*stats), logprob_grad, entropy_grad, grads)
-        return *grads.scaled(None, hidden.dtype, call.backend), None
+        call, stats = ctx.call, RowStats(*stats)
+        row_grads = [
+            None if grad is None else _live_rows(grad, stats.logprobs, call.live)
+            for grad in (logprob_grad, entropy_grad)
+        ]
+        head = call.head(weight, bias)
+        grads = LinearGrads(head, hidden, ctx.needs_input_grad[:3])
+        _add_grads(call, head, hidden.detach(), stats, *row_grads, grads)
+        return *grads.scaled(None, call.backend), None
 
 
-def _forward(hidden: Tensor, call: LinearCall, head) -> RowStats:
+def _stats(call: LinearCall, head: Head, hidden: Tensor) -> RowStats:
+    """Statistics of all rows, 0 on dead ones."""
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    rows_total = call.tokens.numel()
-    stats = RowStats(
-        *(torch.zeros(rows_total, dtype=dtype, device=hidden.device) for _ in RowStats._fields)
+    zeros = torch.zeros(
+        len(RowStats._fields), call.tokens.numel(), dtype=dtype, device=hidden.device
     )
-    chunks = call.chunks(call.live, head)
+    stats = RowStats(*zeros.unbind())
+    chunks = call.chunks(head)
     workspace = Workspace(call, head, chunks, gradient=False)
-    blank = None if call.compacts else call.live
     for rows in chunks:
-        logits = workspace.logits(take_hidden(hidden, rows, blank))
-        live = None if blank is None else blank[rows]
         part = call.backend.row_stats(
-            logits, call.tokens[rows], call.row_temperature(rows, head), live
+            workspace.load(hidden, rows, gradient=False).logits,
+            call.tokens[rows],
+            call.row_temperature(rows, head),
+            None if call.blank is None else call.blank[rows],
         )
         for full, values in zip(stats, part, strict=True):
             _chunks.put(full, rows, values)
     return stats
 
 
-def _backward(
-    hidden, call: LinearCall, head, stats, logprob_grad, entropy_grad, grads: LinearGrads
+def _add_grads(
+    call: LinearCall,
+    head: Head,
+    hidden: Tensor,
+    stats: RowStats,
+    logprob_grad: Tensor | None,
+    entropy_grad: Tensor | None,
+    grads: LinearGrads,
 ) -> None:
-    logprob_grad = _row_grads(logprob_grad, stats.logprobs, call.live)
-    entropy_grad = (
-        None if entropy_grad is None else _row_grads(entropy_grad, stats.logprobs, call.live)
-    )
-    pays = call.live
-    if call.compacts and call.live_count is None:
-        pays = logprob_grad != 0
-        if entropy_grad is not None:
-            pays |= entropy_grad != 0
-    chunks = call.chunks(pays, head)
+    """Recompute each chunk's logits and push the incoming gradients (N,) through them."""
+    if logprob_grad is None:
+        logprob_grad = torch.zeros_like(stats.logprobs)
+    pays = None
+    if call.may_look:  # clipped tokens and A = 0
+        pays = (
+            logprob_grad != 0 if entropy_grad is None else (logprob_grad != 0) | (entropy_grad != 0)
+        )
+    chunks = call.chunks(head, only=None if pays is None or bool(pays.all()) else pays)
     workspace = Workspace(call, head, chunks, gradient=True)
-    blank = None if call.compacts else call.live
     for rows in chunks:
-        chunk = take_hidden(hidden, rows, blank)
-        logits = workspace.logits(chunk)
-        grad = workspace.grad_buffer(logits)
+        chunk = workspace.load(hidden, rows, gradient=True)
         call.backend.row_grad(
-            logits,
+            chunk.logits,
             call.tokens[rows],
             RowStats(*(x[rows] for x in stats)),
             logprob_grad[rows],
             None if entropy_grad is None else entropy_grad[rows],
             call.row_temperature(rows, head),
-            grad,
+            chunk.grad,
         )
-        grads.add(rows, chunk, workspace.linear_grad(logits, grad))
+        grads.add(chunk, workspace.linear_grad(chunk))
+    if grads.hidden is not None and isinstance(call.backend, VocabularyShard):
+        call.backend.sum_(grads.hidden)
 
 
-def _row_grads(grad: Tensor | None, like: Tensor, live: Tensor | None) -> Tensor:
+def _live_rows(grad: Tensor, like: Tensor, live: Tensor | None) -> Tensor:
     """An incoming gradient as contiguous rows, exactly 0 on dead ones."""
-    if grad is None:
-        return torch.zeros_like(like)
     grad = grad.to(like.dtype).contiguous()
     return grad if live is None else torch.where(live, grad, 0.0)

@@ -1,18 +1,20 @@
-"""Ops on hidden states and the LM head: `linear_policy_loss` and `linear_token_logprobs`."""
+"""Ops on hidden states and the LM head: `linear_policy_loss` and `linear_token_logprobs`.
+
+With N tokens, width D and vocabulary V, the head's logits are N x V numbers, the largest tensor of
+a training step. Here they exist for one chunk of tokens at a time.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from fastpo import backends
 from fastpo.objective import Objective, TokenLoss
-from fastpo.ops import _checks
+from fastpo.ops import _checks, _linear_inputs
 from fastpo.ops._batch import LossBatch
-from fastpo.ops._linear_call import LinearCall
 from fastpo.ops._linear_fused import FusedLinearLoss
 from fastpo.ops._linear_recompute import LinearTokenLogprobs
-from fastpo.ops._rows import flat_temperature
 from fastpo.ops.from_logprobs import loss_of_batch
 from fastpo.ops.results import PolicyLoss, TokenLogprobs
 
@@ -37,11 +39,62 @@ def linear_policy_loss(
     softcap: float | None = None,
     logits_dtype: torch.dtype | None = None,
     chunk_tokens: int | None = None,
-    tp_group=None,
+    tp_group: ProcessGroup | None = None,
     live_rows: int | Tensor | None = None,
 ) -> PolicyLoss:
-    """Policy loss from hidden states and the LM head; no [N, V] tensor is ever made."""
-    hidden, weight, bias = _operands(hidden, weight, bias)
+    """Policy loss from hidden states and the LM head; no [N, V] tensor is ever made.
+
+        logits = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)
+
+    Token-level objectives make their gradient in the forward pass: three GEMMs, 6 N D V operations
+    (4 with a frozen head; 2 when nothing requires a gradient), and one backward only: a second one
+    raises. Sequence-level objectives compute the logits twice, 8 N D V. Equal to
+    `linear_token_logprobs` followed by `policy_loss_from_logprobs` for every objective and option.
+
+    On CPU, masked tokens never enter a GEMM, and tokens with A = 0 (without KL penalty and entropy
+    bonus) never enter a gradient GEMM. On GPU that takes `live_rows`, since counting them on device
+    would wait for it; without it masked rows are computed and dropped.
+
+    On CPU, log-probs and the hidden states' gradient do not depend on the chunking, bit for bit;
+    the weight's gradient is a sum over chunks in fp32. Put gradient-accumulation factors into
+    `normalizer`, which is free, rather than on the loss, which rounds a bf16 gradient twice.
+
+    Args:
+        hidden: [N, D] or [B, T, D] fp32, bf16 or fp16 (fp64 on the torch backend), unit stride in
+            D; the last hidden states, after the final norm. `hidden[i]` predicts `tokens[i]`:
+            nothing is shifted here.
+        weight: [V, D] of the same dtype; a LoRA adapter's effective weight; tied embeddings too.
+        tokens: [...] int64 or int32 sampled ids.
+        advantages: [...] per token, or [B] per sequence.
+        bias: [V], or None.
+        objective: which loss; see `fastpo.Objective` and the presets.
+        mask: [...] bool, the tokens that count; None = all. NaN in masked rows changes nothing.
+        old_logprobs: [...] of the policy that sampled; None = strictly on-policy (the ratio is 1
+            and keeps its gradient).
+        ref_logprobs: [...] of the reference policy; required exactly when `objective.kl_coef != 0`.
+        importance_weights: [...] or [B] rollout-mismatch weights (TIS, MIS), without gradient.
+        temperature: sampling temperature, a float or one per token [...].
+        cu_seqlens: (B + 1,) int32 offsets of the sequences of a packed [N] batch.
+        normalizer: global token count (token_mean) or sequence count (other aggregations), for
+            gradient accumulation and data parallelism; None = this batch's own.
+        backend: "torch", "cpp" or "triton"; None = the best available. An explicit request never
+            falls back.
+        logit_scale: factor on the logits (Cohere's logit_scale, 1 / Granite's logits_scaling).
+        softcap: Gemma's final_logit_softcapping; None = none.
+        logits_dtype: None = float32, which keeps the GEMM's fp32 sums; torch.bfloat16 (for bf16
+            operands) rounds the logits, halves the chunk's memory, and costs about 1e-2 in log-probs.
+        chunk_tokens: tokens per chunk; None = from a byte budget (see `fastpo plan`).
+        tp_group: process group over which `weight` (and `bias`) is sharded along V in rank order, of
+            any sizes. All ranks pass the same tokens and hidden states, get the same loss and the
+            whole gradient of the hidden states, and their own shard's of the weight.
+        live_rows: the number of True in `mask`, or its copy on the host, which a trainer has when
+            it builds the batch. One that contradicts `mask` raises on CPU and gives NaN on GPU.
+
+    Raises:
+        ValueError, TypeError: see the message: what was got, what is expected, what to do.
+        RuntimeError: on a second backward through a token-level loss.
+    """
+    hidden, weight, bias = _linear_inputs.operands(hidden, weight, bias)
     leading = hidden.shape[:-1]
     batch = LossBatch.make(
         objective=objective,
@@ -55,28 +108,30 @@ def linear_policy_loss(
         cu_seqlens=cu_seqlens,
         normalizer=normalizer,
     )
-    call = _call(
+    call = _linear_inputs.linear_call(
         hidden,
         weight,
         tokens,
-        mask,
-        temperature,
-        backend,
-        logit_scale,
-        softcap,
-        logits_dtype,
-        chunk_tokens,
-        live_rows,
+        mask=mask,
+        temperature=temperature,
+        backend=backend,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        logits_dtype=logits_dtype,
+        chunk_tokens=chunk_tokens,
+        tp_group=tp_group,
+        live_rows=live_rows,
     )
-    flat = hidden.reshape(-1, hidden.shape[-1])
+    hidden = _linear_inputs.flat_hidden(hidden)
     if not objective.is_token_level:
-        logprobs, entropy = LinearTokenLogprobs.apply(flat, weight, bias, call)
+        logprobs, entropy = LinearTokenLogprobs.apply(hidden, weight, bias, call)
         return loss_of_batch(batch, logprobs.view(leading), entropy.view(leading))
     needs = tuple(
-        torch.is_grad_enabled() and x is not None and x.requires_grad for x in (flat, weight, bias)
+        torch.is_grad_enabled() and x is not None and x.requires_grad
+        for x in (hidden, weight, bias)
     )
     loss, logprobs, entropy, clipped = FusedLinearLoss.apply(
-        flat, weight, bias, call, batch.row_inputs(), objective, needs
+        hidden, weight, bias, call, batch.row_inputs(), objective, needs
     )
     with torch.no_grad():
         terms = batch.token_loss(logprobs)
@@ -98,65 +153,36 @@ def linear_token_logprobs(
     softcap: float | None = None,
     logits_dtype: torch.dtype | None = None,
     chunk_tokens: int | None = None,
-    tp_group=None,
+    tp_group: ProcessGroup | None = None,
     backend: str | None = None,
     live_rows: int | Tensor | None = None,
 ) -> TokenLogprobs:
-    """Log-prob and entropy of every token from hidden states, both differentiable."""
-    hidden, weight, bias = _operands(hidden, weight, bias)
+    """Log-prob and entropy of every token from hidden states, both differentiable.
+
+    The base of any loss you write. One GEMM forward, the same one and two more backward (8 N D V in
+    all), four numbers per token kept in between. Arguments, and what enters the GEMMs, are as in
+    `linear_policy_loss`; the gradients of rows whose incoming gradients are both 0 are skipped too.
+
+    Raises:
+        ValueError, TypeError: see the message: what was got, what is expected, what to do.
+    """
+    hidden, weight, bias = _linear_inputs.operands(hidden, weight, bias)
     leading = hidden.shape[:-1]
     _checks.check_mask(mask, leading, hidden)
-    call = _call(
+    call = _linear_inputs.linear_call(
         hidden,
         weight,
         tokens,
-        mask,
-        temperature,
-        backend,
-        logit_scale,
-        softcap,
-        logits_dtype,
-        chunk_tokens,
-        live_rows,
-    )
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    logprobs, entropy = LinearTokenLogprobs.apply(flat, weight, bias, call)
-    return TokenLogprobs(logprobs.view(leading), entropy.view(leading))
-
-
-def _operands(hidden, weight, bias):
-    _checks.check_matrix("hidden", hidden, "D")
-    _checks.check_matrix("weight", weight, "D")
-    return hidden, weight, bias
-
-
-def _call(
-    hidden,
-    weight,
-    tokens,
-    mask,
-    temperature,
-    backend,
-    logit_scale,
-    softcap,
-    logits_dtype,
-    chunk_tokens,
-    live_rows,
-):
-    leading = hidden.shape[:-1]
-    _checks.check_tokens(tokens, leading, weight.shape[0], mask, hidden)
-    _checks.check_temperature(temperature, leading, mask, hidden)
-    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    dtype = logits_dtype or wide
-    return LinearCall(
-        tokens=tokens.reshape(-1).long(),
-        temperature=flat_temperature(temperature),
+        mask=mask,
+        temperature=temperature,
+        backend=backend,
         logit_scale=logit_scale,
         softcap=softcap,
-        logits_dtype=dtype,
+        logits_dtype=logits_dtype,
         chunk_tokens=chunk_tokens,
-        backend=backends.load(backends.resolve(backend, hidden.device, dtype)),
-        live=None if mask is None else mask.reshape(-1),
-        live_count=None,
-        compacts=hidden.device.type == "cpu",
+        tp_group=tp_group,
+        live_rows=live_rows,
     )
+    hidden = _linear_inputs.flat_hidden(hidden)
+    logprobs, entropy = LinearTokenLogprobs.apply(hidden, weight, bias, call)
+    return TokenLogprobs(logprobs.view(leading), entropy.view(leading))

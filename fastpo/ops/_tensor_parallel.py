@@ -1,0 +1,151 @@
+"""The row primitives over a vocabulary sharded along V: a rank holds some columns of each row."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastpo.backends.base import RowInputs, RowLosses, RowStats
+from fastpo.objective import Objective, token_loss
+
+
+class VocabularyShard:
+    """A backend (see `fastpo.backends.base.Backend`) whose logits are this rank's columns.
+
+    One all_gather of four floats per row merges the statistics, so every rank returns those of the
+    whole vocabulary; gradients are of the local columns. Token ids are the whole vocabulary's.
+    """
+
+    def __init__(self, backend: ModuleType, group: dist.ProcessGroup, local: int, like: Tensor):
+        """local: this rank's number of columns; `like` gives the device."""
+        self.backend, self.group, self.local = backend, group, local
+        self.scale_ = backend.scale_
+        sizes = _gather(torch.tensor([local], device=like.device), group)[:, 0]  # (ranks,)
+        # On device: reading the offset on the host would wait for the GPU.
+        self._start = sizes[: dist.get_rank(group)].sum()
+        self.vocabulary = sizes.sum()
+
+    def row_stats(
+        self,
+        logits: Tensor,
+        tokens: Tensor,
+        temperature: float | Tensor,
+        live: Tensor | None = None,
+    ) -> RowStats:
+        """Merge in log space. With shard i: m_i, log s_i, and E_i = log s_i - H_i = E_p[u - m_i]:
+
+        M = max m_i     log S = logsumexp(m_i - M + log s_i)     p_i = exp(m_i - M + log s_i - log S)
+        E = sum_i p_i (E_i + m_i - M)     H = log S - E
+        logprob = (u_y - m_i - log s_i) + log s_i + m_i - M - log S on the shard that owns y
+        """
+        local = self._local_tokens(tokens)
+        owned = (local >= 0) & (local < self.local)
+        stats = self.backend.row_stats(logits, local.where(owned, 0), temperature, live)
+        target = (stats.logprobs + stats.log_sum).where(owned, -torch.inf)  # u_y - m_i
+        packed = torch.stack(
+            [stats.row_max, stats.log_sum, stats.log_sum - stats.entropy, target], dim=1
+        )
+        return _merge(_gather(packed, self.group), self._outside(tokens), live)
+
+    def row_grad(
+        self,
+        logits: Tensor,
+        tokens: Tensor,
+        stats: RowStats,
+        logprob_grad: Tensor,
+        entropy_grad: Tensor | None,
+        temperature: float | Tensor,
+        out: Tensor,
+    ) -> None:
+        """The local columns' gradient, from merged statistics."""
+        self.backend.row_grad(
+            logits,
+            self._local_tokens(tokens),
+            stats,
+            logprob_grad,
+            entropy_grad,
+            temperature,
+            out,
+        )
+
+    def row_policy_loss(
+        self,
+        logits: Tensor,
+        tokens: Tensor,
+        inputs: RowInputs,
+        objective: Objective,
+        temperature: float | Tensor,
+        out: Tensor | None,
+    ) -> RowLosses:
+        """Statistics, then the specification's loss on (n,) numbers, then the gradient."""
+        entropy_weight = inputs.entropy_weight
+        live = inputs.weight != 0
+        if entropy_weight is not None:
+            live |= entropy_weight != 0
+        stats = self.row_stats(logits, tokens, temperature, live)
+        losses, logprob_grad = row_losses(inputs, objective, stats, live)
+        if out is not None:
+            entropy_grad = None if entropy_weight is None else -entropy_weight
+            self.row_grad(logits, tokens, stats, logprob_grad, entropy_grad, temperature, out)
+        return losses
+
+    def sum_(self, hidden_grad: Tensor) -> None:
+        """Add up the shards' contributions to the gradient of the hidden states."""
+        dist.all_reduce(hidden_grad, group=self.group)
+
+    def _local_tokens(self, tokens: Tensor) -> Tensor:
+        return tokens - self._start
+
+    def _outside(self, tokens: Tensor) -> Tensor:
+        return (tokens < 0) | (tokens >= self.vocabulary)
+
+
+def row_losses(
+    inputs: RowInputs, objective: Objective, stats: RowStats, live: Tensor
+) -> tuple[RowLosses, Tensor]:
+    """Losses of rows and their derivative in the log-prob, by autograd on the specification."""
+    with torch.enable_grad():
+        logprobs = stats.logprobs.detach().requires_grad_()
+        terms = token_loss(
+            objective,
+            logprobs,
+            inputs.advantages,
+            old_logprobs=inputs.old_logprobs,
+            ref_logprobs=inputs.ref_logprobs,
+            mask=live,
+        )
+        loss = inputs.weight * terms.loss
+        (logprob_grad,) = torch.autograd.grad(loss.sum(), logprobs)
+    loss = loss.detach()
+    if inputs.entropy_weight is not None:
+        loss = loss - inputs.entropy_weight * stats.entropy
+    return RowLosses(loss, stats.logprobs, stats.entropy, terms.clipped), logprob_grad
+
+
+def _gather(local: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """(ranks, ...) every rank's `local`, which has the same shape everywhere."""
+    ranks = dist.get_world_size(group)
+    gathered = local.new_empty((ranks, *local.shape))
+    dist.all_gather_into_tensor(gathered, local.contiguous(), group=group)
+    return gathered
+
+
+def _merge(packed: Tensor, outside: Tensor, live: Tensor | None) -> RowStats:
+    """packed (ranks, n, 4): row max, log sum, mean shift, shifted target logit; to (n,) each."""
+    maxima, log_sums, shifts, targets = packed.unbind(-1)  # (ranks, n)
+    empty = maxima == -torch.inf  # a shard of -inf logits: its own statistics are NaN
+    log_sums, targets = log_sums.masked_fill(empty, 0), targets.masked_fill(empty, -torch.inf)
+    row_max = maxima.amax(0)
+    offsets = maxima - row_max
+    log_sum = torch.logsumexp(offsets + log_sums, 0)
+    probs = (offsets + log_sums - log_sum).exp()
+    # Such a shard has p = 0; 0 * NaN must not reach the sum.
+    mean_shift = (probs * (shifts + offsets).masked_fill(probs == 0, 0)).sum(0)
+    logprobs = (targets + offsets).amax(0) - log_sum
+    merged = RowStats(
+        logprobs.masked_fill(outside, torch.nan), log_sum - mean_shift, row_max, log_sum
+    )
+    return merged if live is None else RowStats(*(x.where(live, 0) for x in merged))
