@@ -388,7 +388,7 @@ def _kl(estimator: str, log_ratio: Tensor) -> Tensor:
     if estimator == "abs":
         return log_ratio.abs()
     inverse = (-log_ratio).clamp(max=MAX_LOG_RATIO)
-    return inverse.exp() - inverse - 1
+    return inverse.expm1() - inverse  # expm1: near 0 the difference would be all rounding error
 
 
 def _flags(condition: Tensor, bit: int) -> Tensor:

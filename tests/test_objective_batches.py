@@ -248,6 +248,37 @@ def test_token_level_objectives_need_no_segments():
             assert torch.equal(alone.loss, known.loss), name
 
 
+@pytest.mark.parametrize("name", [name for name in PRESETS if name != "vespo"])
+def test_surrogates_are_positively_homogeneous_in_the_advantage(name):
+    """Which is why importance weights and off-policy masks may multiply the advantage."""
+    lengths = [4, 1, 3]
+    t, segments = inputs(lengths), packed(lengths)
+    plain, weighted = (
+        token_loss(
+            PRESETS[name](),
+            t["logp"],
+            t["a"],
+            old_logprobs=t["old"],
+            sequence_weights=weights,
+            segments=segments,
+        )
+        for weights in (None, t["sw"])
+    )
+    torch.testing.assert_close(
+        weighted.loss, plain.loss * segments.spread(t["sw"]), rtol=1e-12, atol=1e-14
+    )
+    assert torch.equal(weighted.clipped, plain.clipped)
+
+
+@pytest.mark.parametrize("k", [1e-2, 1e-3, 1e-4, 1e-6])
+def test_k3_near_zero_keeps_its_digits_and_its_sign_in_float32(k):
+    ref = torch.tensor([k, -k])
+    terms = token_loss(presets.grpo(kl_coef=1.0), torch.zeros(2), torch.zeros(2), ref_logprobs=ref)
+    x = ref.double()
+    torch.testing.assert_close(terms.kl.double(), x.expm1() - x, rtol=1e-3, atol=1e-13)
+    assert (terms.kl >= 0).all()
+
+
 def test_sequence_weights_are_one_token_weight_spread_except_in_vespo():
     """A constant token weight equals the sequence weight; vespo counts one per token."""
     lengths = [4, 1, 0, 3]
