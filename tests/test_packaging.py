@@ -105,7 +105,7 @@ def test_every_package_directory_is_listed():
     listed = set(CONFIGURED["tool"]["setuptools"]["packages"])
     found = {
         ".".join(path.parent.relative_to(REPOSITORY).parts)
-        for path in (REPOSITORY / "fastpo").rglob("__init__.py")
+        for path in (REPOSITORY / "fastpo").rglob("*.py")
     }
     assert listed == found | {"fastpo.kernels"}
 
@@ -138,7 +138,7 @@ def test_checkout_imports_without_installation(scratch: Scratch):
 @pytest.mark.slow
 def test_wheel_holds_the_kernels_and_the_type_marker(scratch: Scratch, checkout: Path):
     scratch.install(build(scratch, checkout, "wheel"))
-    installed = {str(path.relative_to(scratch.site)) for path in scratch.site.rglob("*.py*")}
+    installed = {str(path.relative_to(scratch.site)) for path in scratch.site.rglob("*")}
     assert {f"fastpo/kernels/{name}.py" for name in KERNEL_MODULES} <= installed
     assert {"fastpo/kernels.py", "fastpo/py.typed"} <= installed
     assert not (scratch.site / "kernels").exists()
