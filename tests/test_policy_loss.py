@@ -399,6 +399,24 @@ def test_no_gradient_work_without_need(backend):
     assert torch.equal(quiet.loss, result.loss)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", PRESETS)
+def test_importance_weights_per_sequence(name, backend):
+    """[B] weights count once per sequence: as spread ones do, except in vespo's sequence weight."""
+    batch = Batch()
+    per_sequence = torch.tensor([0.5, 2.0, 1.5, 0.8])
+    result, grad = batch.fused(PRESETS[name], backend=backend, importance_weights=per_sequence)
+    spread = per_sequence[:, None].expand_as(batch.weights)
+    other, other_grad = batch.fused(PRESETS[name], backend=backend, importance_weights=spread)
+    if name == "vespo":
+        assert not torch.allclose(result.loss, other.loss)
+        one = batch.spec(PRESETS[name], importance_weights=per_sequence)
+        torch.testing.assert_close(result.loss.double(), one[0].double(), rtol=1e-5, atol=1e-6)
+    else:
+        torch.testing.assert_close(result.loss, other.loss)
+        torch.testing.assert_close(grad, other_grad)
+
+
 @pytest.mark.parametrize("name", ["dapo_all", "gspo", "gmpo", "sapo"])
 def test_gradcheck(name):
     """REGRESSIONS 19: the gradient is that of the loss, by finite differences in fp64."""

@@ -35,6 +35,7 @@ class LossBatch:
     old_logprobs: Tensor | None
     ref_logprobs: Tensor | None
     importance_weights: Tensor | None
+    sequence_weights: Tensor | None  # (B,), importance weights given per sequence
     weight: Tensor
     entropy_weight: Tensor | None
 
@@ -69,6 +70,11 @@ class LossBatch:
             return value.detach().reshape(-1).to(dtype)
 
         flat_mask = None if mask is None else mask.reshape(-1)
+        per_sequence = _is_per_sequence(importance_weights, leading, segments)
+        if importance_weights is not None and not per_sequence:
+            importance_weights = _per_token(
+                "importance_weights", importance_weights, leading, segments, like, dtype
+            )
         return cls(
             objective=objective,
             segments=segments,
@@ -77,11 +83,8 @@ class LossBatch:
             advantages=_per_token("advantages", advantages, leading, segments, like, dtype),
             old_logprobs=rows("old_logprobs", old_logprobs),
             ref_logprobs=rows("ref_logprobs", ref_logprobs),
-            importance_weights=None
-            if importance_weights is None
-            else _per_token(
-                "importance_weights", importance_weights, leading, segments, like, dtype
-            ),
+            importance_weights=None if per_sequence else importance_weights,
+            sequence_weights=importance_weights.detach().to(dtype) if per_sequence else None,
             weight=token_weights(
                 objective, flat_mask, segments, normalizer=normalizer, dtype=dtype
             ),
@@ -95,6 +98,8 @@ class LossBatch:
         advantages = self.advantages
         if self.importance_weights is not None:
             advantages = advantages * self.importance_weights
+        if self.sequence_weights is not None:
+            advantages = advantages * self.segments.spread(self.sequence_weights)
         return RowInputs(
             self.weight, advantages, self.old_logprobs, self.ref_logprobs, self.entropy_weight
         )
@@ -108,6 +113,7 @@ class LossBatch:
             old_logprobs=self.old_logprobs,
             ref_logprobs=self.ref_logprobs,
             importance_weights=self.importance_weights,
+            sequence_weights=self.sequence_weights,
             mask=self.mask,
             segments=self.segments,
         )
@@ -156,6 +162,19 @@ def _check_reference(objective: Objective, ref_logprobs: Tensor | None) -> None:
         )
 
 
+def _is_per_sequence(value: object, leading: torch.Size, segments: Segments) -> bool:
+    """Whether a tensor holds one number per sequence: [B], and not the shape of the tokens."""
+    knows_sequences = len(leading) == 2 or segments.offsets is not None
+    return (
+        isinstance(value, Tensor)
+        and value.dtype.is_floating_point
+        and value.device == segments.device
+        and knows_sequences
+        and value.shape != leading
+        and value.shape == (segments.count,)
+    )
+
+
 def _per_token(
     name: str,
     value: object,
@@ -172,9 +191,9 @@ def _per_token(
     value = value.detach().to(dtype)
     if value.shape == leading:
         return value.reshape(-1)
-    knows_sequences = len(leading) == 2 or segments.offsets is not None
-    if knows_sequences and value.shape == (segments.count,):
+    if _is_per_sequence(value, leading, segments):
         return segments.spread(value)
+    knows_sequences = len(leading) == 2 or segments.offsets is not None
     per_sequence = f" or one per sequence, [{segments.count}]" if knows_sequences else ""
     raise ValueError(
         f"{name} has shape {list(value.shape)}, expected one per token, "
