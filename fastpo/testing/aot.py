@@ -111,7 +111,7 @@ class Resources:
     threads: int
     registers: int  # per thread
     stack: int  # bytes per thread
-    spills: int  # loads and stores of local memory, or spilled registers
+    spills: int  # loads and stores of local memory, or spilled vector registers
     wide_loads: int  # 16 bytes
     narrow_loads: int
     wide_stores: int  # 16 bytes
@@ -171,7 +171,7 @@ def _from_amdgcn(compiled) -> dict[str, int]:
     return {
         "registers": number("vgpr_count"),
         "stack": number("private_segment_fixed_size"),
-        "spills": number("vgpr_spill_count") + number("sgpr_spill_count"),
+        "spills": number("vgpr_spill_count"),  # scalar registers spill into vector ones, not memory
         "wide_loads": wide_loads,
         "narrow_loads": len(loads) - wide_loads,
         "wide_stores": wide_stores,

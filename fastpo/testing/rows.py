@@ -1,0 +1,200 @@
+"""Hold a backend's row primitives to the float64 specification.
+
+The oracle is autograd through `log_softmax` and `fastpo.objective.token_loss` in float64; the
+budget is a multiple of the error that the same computation in float32 by plain torch makes, after
+rounding to the output's dtype. A backend is anything with the functions of
+`fastpo.backends.base.Backend`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fastpo.backends.base import RowInputs, RowLosses, RowStats
+from fastpo.objective import Objective, token_loss
+from fastpo.testing.budget import assert_within_budget, cosine
+
+FP32_FACTOR = 4.0  # sums of V terms in another order than torch's, over few rows: luck plays a part
+ROUNDED_FACTOR = 2.0  # a 2-byte gradient: rounding it is nearly all of the error
+LEAST_ERROR = 2.0**-22  # nats: log(1 + x) cannot see a smaller x in fp32, a lucky row apart
+LEAST_COSINE = 0.999  # of bf16 gradients; far below it lies a wrong or missing gradient
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowCase:
+    """Inputs of the row primitives: N rows of V logits and their per-token numbers."""
+
+    logits: Tensor  # (N, V) fp32, bf16 or fp16
+    tokens: Tensor  # (N,) int64
+    temperature: float | Tensor  # or (N,) fp32
+    inputs: RowInputs
+
+    @classmethod
+    def random(
+        cls,
+        rows: int,
+        vocab: int,
+        objective: Objective,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        temperature: float | Tensor = 0.8,
+        on_policy: bool = False,
+        seed: int = 0,
+    ) -> RowCase:
+        """Realistic rows: old and reference log-probs are the true ones + N(0, 0.2)."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def noise(scale: float) -> Tensor:
+            return scale * torch.randn(rows, generator=generator)
+
+        logits = (3 * torch.randn(rows, vocab, generator=generator)).to(dtype)
+        tokens = torch.randint(0, vocab, (rows,), generator=generator)
+        logprobs = _logprobs(logits, tokens, temperature, torch.float64)[0].float()
+        has_entropy = objective.entropy_coef != 0
+        inputs = RowInputs(
+            weight=(0.5 + torch.rand(rows, generator=generator)) / rows,
+            advantages=noise(1.0),
+            old_logprobs=None if on_policy else logprobs + noise(0.2),
+            ref_logprobs=logprobs + noise(0.2) if objective.kl_coef else None,
+            entropy_weight=torch.full((rows,), objective.entropy_coef / rows)
+            if has_entropy
+            else None,
+        )
+        case = cls(logits=logits, tokens=tokens, temperature=temperature, inputs=inputs)
+        return case.to(device)
+
+    def to(self, device: torch.device | str) -> RowCase:
+        """The same case on another device."""
+        temperature = self.temperature
+        return RowCase(
+            logits=self.logits.to(device),
+            tokens=self.tokens.to(device),
+            temperature=temperature.to(device) if isinstance(temperature, Tensor) else temperature,
+            inputs=RowInputs(*(None if x is None else x.to(device) for x in self.inputs)),
+        )
+
+    def with_logits(self, logits: Tensor) -> RowCase:
+        """The same tokens and numbers under other logits."""
+        return replace(self, logits=logits)
+
+    def take(self, rows: Tensor | slice) -> RowCase:
+        """Some of the rows."""
+        temperature = self.temperature
+        return RowCase(
+            logits=self.logits[rows],
+            tokens=self.tokens[rows],
+            temperature=temperature[rows] if isinstance(temperature, Tensor) else temperature,
+            inputs=RowInputs(*(None if x is None else x[rows] for x in self.inputs)),
+        )
+
+
+def _logprobs(
+    logits: Tensor, tokens: Tensor, temperature: float | Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Eager log-prob and entropy of every row in `dtype`, differentiable; p = 0 adds no entropy."""
+    column = temperature[:, None] if isinstance(temperature, Tensor) else temperature
+    table = (logits.to(dtype) / column).log_softmax(-1)
+    probs = table.exp()
+    entropy = -(probs * torch.where(probs > 0, table, 0.0)).sum(-1)
+    return table.gather(1, tokens[:, None])[:, 0], entropy
+
+
+def exact_logprobs(case: RowCase) -> Tensor:
+    """The log-prob of every row's token in float64, (N,)."""
+    return _logprobs(case.logits, case.tokens, case.temperature, torch.float64)[0]
+
+
+def expected_policy_loss(
+    case: RowCase, objective: Objective, dtype: torch.dtype = torch.float64
+) -> tuple[RowLosses, Tensor]:
+    """Row losses and the gradient (N, V) by autograd in `dtype`; dead rows give exact zeros."""
+    weight, advantages, old, ref, entropy_weight = (
+        None if x is None else x.to(dtype) for x in case.inputs
+    )
+    live = weight != 0
+    if entropy_weight is not None:
+        live = live | (entropy_weight != 0)
+    leaf = case.logits.to(dtype).where(live[:, None], 0).requires_grad_()
+    logprobs, entropy = _logprobs(leaf, case.tokens, case.temperature, dtype)
+    logprobs, entropy = logprobs.where(live, 0), entropy.where(live, 0)
+    terms = token_loss(
+        objective, logprobs, advantages, old_logprobs=old, ref_logprobs=ref, mask=live
+    )
+    loss = weight.where(live, 0) * terms.loss
+    if entropy_weight is not None:
+        loss = loss - entropy_weight.where(live, 0) * entropy
+    (grad,) = torch.autograd.grad(loss.sum(), leaf)
+    rows = RowLosses(loss.detach(), logprobs.detach(), entropy.detach(), terms.clipped)
+    return rows, grad
+
+
+def run_policy_loss(
+    backend, case: RowCase, objective: Objective, *, inplace: bool = False
+) -> tuple[RowLosses, Tensor]:
+    """Row losses and gradient of `backend`; in place on a copy of the logits, or out of place."""
+    logits = case.logits.clone() if inplace else case.logits
+    out = logits if inplace else torch.empty_like(logits)
+    rows = backend.row_policy_loss(
+        logits, case.tokens, case.inputs, objective, case.temperature, out
+    )
+    return rows, out
+
+
+def check_policy_loss(
+    backend, case: RowCase, objective: Objective, *, inplace: bool = False
+) -> None:
+    """`row_policy_loss` against the specification: losses, statistics, clip bits and gradient.
+
+    Raises:
+        AssertionError: names what is off, by how much and where.
+    """
+    exact, exact_grad = expected_policy_loss(case, objective)
+    plain, plain_grad = expected_policy_loss(case, objective, torch.float32)
+    rows, grad = run_policy_loss(backend, case, objective, inplace=inplace)
+    for name in ("loss", "logprobs", "entropy"):
+        _check_statistic(name, *(getattr(x, name) for x in (rows, exact, plain)))
+    if not torch.equal(rows.clipped, exact.clipped):
+        raise AssertionError(f"clipped: got {rows.clipped}, expected {exact.clipped}")
+    _check_gradient(grad, exact_grad, plain_grad)
+    if cosine(grad, exact_grad) < LEAST_COSINE:
+        raise AssertionError(f"gradient: cosine {cosine(grad, exact_grad)} to the exact one")
+
+
+def check_stats_and_grad(backend, case: RowCase) -> None:
+    """`row_stats`, then `row_grad` with random c and e, against autograd in float64.
+
+    Raises:
+        AssertionError: names what is off, by how much and where.
+    """
+    generator = torch.Generator().manual_seed(1)
+    c, e = (
+        torch.randn(len(case.tokens), generator=generator).to(case.logits.device) for _ in range(2)
+    )
+
+    def differentiate(dtype: torch.dtype):
+        leaf = case.logits.to(dtype).requires_grad_()
+        logprobs, entropy = _logprobs(leaf, case.tokens, case.temperature, dtype)
+        (grad,) = torch.autograd.grad((c * logprobs + e * entropy).sum(), leaf)
+        return logprobs.detach(), entropy.detach(), grad
+
+    exact, plain = differentiate(torch.float64), differentiate(torch.float32)
+    stats: RowStats = backend.row_stats(case.logits, case.tokens, case.temperature)
+    out = torch.empty_like(case.logits)
+    backend.row_grad(case.logits, case.tokens, stats, c, e, case.temperature, out)
+    for name, got, want, base in zip(("logprobs", "entropy"), stats, exact, plain, strict=False):
+        _check_statistic(name, got, want, base)
+    _check_gradient(out, exact[2], plain[2])
+
+
+def _check_statistic(name: str, got: Tensor, exact: Tensor, plain: Tensor) -> None:
+    if not (got - exact).abs().max() <= LEAST_ERROR:
+        assert_within_budget(got, exact, plain, factor=FP32_FACTOR, name=name)
+
+
+def _check_gradient(grad: Tensor, exact: Tensor, plain: Tensor) -> None:
+    factor = FP32_FACTOR if grad.dtype == torch.float32 else ROUNDED_FACTOR
+    assert_within_budget(grad, exact, plain.to(grad.dtype), factor=factor, name="gradient")

@@ -1,0 +1,76 @@
+"""What all tests share: Triton kernels run on this machine, and unwritten memory shows."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+if not HAS_GPU and "triton" not in sys.modules:
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # decided once, when Triton is imported
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Refuse to test on an interpreter whose bf16 is wrong: such tests would prove nothing."""
+    if HAS_GPU or not HAS_TRITON:
+        return
+    from fastpo.testing.interpreter import fix_bfloat16
+
+    try:
+        fix_bfloat16()
+    except RuntimeError as error:
+        pytest.exit(str(error), returncode=3)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` skip where there is none, with the reason."""
+    if not HAS_GPU:
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="torch sees no GPU"))
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Where Triton kernels run: the GPU, or the CPU under the interpreter."""
+    if not HAS_TRITON:
+        pytest.skip("triton is not installed")
+    return torch.device("cuda" if HAS_GPU else "cpu")
+
+
+@pytest.fixture
+def poisoned_empty():
+    """Every uninitialized tensor holds NaN (integers: their largest value)."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = filled
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def triton_backend(device: torch.device):
+    """`fastpo.backends.triton_rows`, ready to run on `device`."""
+    from fastpo.backends import triton_rows
+
+    reason = triton_rows.unavailable(device)
+    if reason is not None:
+        pytest.skip(reason)
+    return triton_rows
+
+
+@pytest.fixture
+def small_layout(monkeypatch: pytest.MonkeyPatch, triton_backend) -> None:
+    """Blocks of 256 columns, two kept: short rows have a body and a tail as long ones do."""
+    from fastpo.kernels import _layout
+
+    layout = _layout.RowLayout(LANES=32, VECTOR=4, BLOCK_V=256, KEPT=2)
+    monkeypatch.setattr(_layout, "_layout", lambda *shape: layout)
