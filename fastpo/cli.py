@@ -6,7 +6,9 @@ Exit codes: 0 done, 1 a run failed, 2 bad input, 130 Ctrl-C (the checkpoint is s
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,9 +20,9 @@ TRAIN_EXTRA = "the trainer needs more packages: pip install 'fastpo[train]'"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; every expected failure is one line on stderr."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     try:
-        return options.run(options, shlex.join(["fastpo", *arguments]))
+        return options.run(options, shlex.join([_program(), *arguments]))
     except KeyboardInterrupt:
         print("fastpo: stopped at once; the last checkpoint, if any, is intact", file=sys.stderr)
         return 130
@@ -35,6 +37,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"fastpo: {error}", file=sys.stderr)
         return code
+
+
+def _program() -> str:
+    """How this program was called, so that the line that repeats a run works as printed."""
+    called = Path(sys.argv[0])
+    found = shutil.which("fastpo")
+    if called.name != "fastpo" or (found and Path(found).samefile(called)):
+        return "fastpo"
+    return os.path.relpath(called)
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    # argparse takes no positionals after an option: key=value may stand anywhere.
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and (any(a.startswith("-") for a in rest) or not hasattr(options, "overrides")):
+        parser.error(f"unrecognized arguments: {shlex.join(rest)}")
+    if rest:
+        options.overrides += rest
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -79,7 +101,7 @@ def _eval(options: argparse.Namespace, command: str) -> int:
 
     result = evaluate_saved(options.path, options.overrides)
     for answer in result.answers[:SHOWN_ANSWERS]:
-        verdict = "right" if answer.reward >= 1 else "wrong"
+        verdict = "right" if answer.correct else "wrong"
         print(f"{answer.problem.prompt!r} -> {answer.text!r}  ({verdict})")
     print(
         f"accuracy {result.accuracy:.3f}  reward {result.reward:.3f}  "

@@ -122,7 +122,7 @@ def test_log_probs_of_the_sampler_are_those_of_the_update():
     """REGRESSIONS 13: the temperature of sampling is the temperature of the loss."""
     learner = make()
     _, sums = gradients(learner, samples_of(learner.policy), on_policy=False)
-    assert sums["logprob_difference"] / sums["tokens"] < 1e-5
+    assert sums["sampled_difference"] / sums["sampled"] < 1e-5
     assert sums["ratio"] / sums["tokens"] == pytest.approx(1, abs=1e-5)
 
 

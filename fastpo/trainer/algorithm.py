@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import fastpo
+from fastpo.advantages import ESTIMATORS
 from fastpo.trainer.config import AlgorithmConfig
 from fastpo.trainer.errors import RecipeError
 
@@ -35,6 +36,10 @@ def resolve(config: AlgorithmConfig, max_new_tokens: int) -> Algorithm:
     if config.preset not in PRESETS:
         raise RecipeError(
             f"algorithm.preset is {config.preset!r}, expected one of {', '.join(PRESETS)}"
+        )
+    if config.estimator not in ESTIMATORS:
+        raise RecipeError(
+            f"algorithm.estimator is {config.estimator!r}, expected one of {', '.join(ESTIMATORS)}"
         )
     chosen = {
         name: value

@@ -32,7 +32,7 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the weights."""
     attention: str | None = None
-    """HF `attn_implementation`; none = flash_attention_2 where installed on GPU, else sdpa."""
+    """HF `attn_implementation`; none = flash_attention_2 on GPU if installed, else sdpa."""
     hidden_size: Count = 128
     """Width of the built model; a multiple of `heads`."""
     layers: Count = 2
@@ -144,7 +144,7 @@ class LogConfig:
     """What a run leaves behind."""
 
     samples: Index = 4
-    """Completions per step written to samples.jsonl."""
+    """Groups per step whose first completion is written to samples.jsonl."""
     tensorboard: bool = True
     """Write TensorBoard events where tensorboard is installed."""
     print_every: Count = 10

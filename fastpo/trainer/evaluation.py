@@ -28,6 +28,11 @@ class Answer(NamedTuple):
     text: str
     reward: float
 
+    @property
+    def correct(self) -> bool:
+        """Right by the verifier."""
+        return self.reward >= 1.0
+
 
 class Evaluation(NamedTuple):
     """What an evaluation found; means over all completions."""
@@ -64,7 +69,7 @@ def evaluate(
         answers.append(Answer(problem, text, judge(task, problem, text)))
     count = len(answers)
     return Evaluation(
-        accuracy=sum(answer.reward >= 1.0 for answer in answers) / count,
+        accuracy=sum(answer.correct for answer in answers) / count,
         reward=sum(answer.reward for answer in answers) / count,
         mean_length=sum(len(completion.tokens) for completion in completions) / count,
         answers=answers,

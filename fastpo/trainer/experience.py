@@ -143,22 +143,17 @@ def is_informative(group: list[Sample]) -> bool:
 
 def assign_advantages(groups: list[list[Sample]], estimator: str) -> None:
     """Group-relative advantages; a sample whose reward is NaN leaves its group, without a loss."""
-    members = [
-        (index, member)
-        for index, group in enumerate(groups)
-        for member in group
-        if math.isfinite(member.reward)
-    ]
-    for group in groups:
-        for member in group:
-            member.live = math.isfinite(member.reward)
-    if not members:
+    members = [member for group in groups for member in group]
+    rewards = torch.tensor([member.reward for member in members], dtype=torch.float64)
+    live = rewards.isfinite()
+    if not live.any():
         raise TrainerError("no reward of this batch is a finite number: check the task's reward")
-    rewards = torch.tensor([member.reward for _, member in members])
-    ids = torch.tensor([index for index, _ in members])
-    advantages = fastpo.group_advantages(rewards, group_ids=ids, estimator=estimator).advantages
-    for (_, member), advantage in zip(members, advantages.tolist(), strict=True):
-        member.advantage = advantage
+    lengths = torch.tensor([member.length for member in members]) if estimator == "opo" else None
+    advantages = fastpo.group_advantages(
+        rewards, group_size=len(groups[0]), estimator=estimator, lengths=lengths
+    ).advantages
+    for member, advantage, kept in zip(members, advantages.tolist(), live.tolist(), strict=True):
+        member.advantage, member.live = advantage, kept
 
 
 def _groups_to_sample(missing: int, kept: int, sampled: int, most: int) -> int:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import platform
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-import fastpo
-from fastpo.trainer import checkpoint, console, rundir
+from fastpo.trainer import checkpoint, console, report, rundir
 from fastpo.trainer.algorithm import resolve
 from fastpo.trainer.config import Config
 from fastpo.trainer.errors import Interrupted, TrainerError
@@ -21,6 +17,7 @@ from fastpo.trainer.evaluation import evaluate_held_out
 from fastpo.trainer.experience import Batch, collect
 from fastpo.trainer.interrupt import StopRequest
 from fastpo.trainer.metrics import rollout_metrics, update_metrics
+from fastpo.trainer.plot import plot
 from fastpo.trainer.policy import (
     Policy,
     default_device,
@@ -32,7 +29,6 @@ from fastpo.trainer.tasks import ProblemStream, held_out, load_task
 from fastpo.trainer.update import Learner
 from fastpo.trainer.warmup import warm_up
 
-SHOWN_ANSWERS = 3
 REFERENCE = "reference"  # the frozen policy of the KL penalty, saved so that a resumed run has it
 
 
@@ -70,7 +66,7 @@ class Trainer:
         self.algorithm = resolve(config.algorithm, config.rollout.max_new_tokens)
         self.task = load_task(config.task, config.task_args)
         self.held_out = held_out(self.task, config.eval.problems)
-        exclude = frozenset(problem.prompt for problem in self.held_out)
+        exclude = [problem.prompt for problem in self.held_out]
         self.problems = ProblemStream(self.task, f"train-{config.seed}", exclude)
         self.generator = torch.Generator(self.device).manual_seed(config.seed)
         self.order = torch.Generator().manual_seed(config.seed)  # which samples share an update
@@ -161,7 +157,7 @@ class Trainer:
         every, last = self.config.eval.every, self.step == self.config.steps
         if every and self.step % every == 0 and not last:
             display.say(f"step {self.step}: held-out accuracy {self._evaluate()['accuracy']:.3f}")
-        if stop.signal_number is not None:
+        if stop.signal_number is not None and not last:
             raise Interrupted(
                 f"stopped at step {self.step}; checkpoint saved in {self.save()}: the same command "
                 "with --resume goes on from there",
@@ -174,27 +170,19 @@ class Trainer:
     def finish(self, command: str) -> dict[str, Any]:
         """Evaluate, write summary.json and curves.png, and report."""
         after = self._evaluate()
-        answers = [
-            {**b, "after": a["text"], "after_reward": a["reward"]}
-            | {"before": b["text"], "before_reward": b["reward"]}
-            for b, a in zip(self.before["answers"], after["answers"], strict=True)
-        ]
-        summary = {
-            "seed": self.config.seed,
-            "seconds": round(time.monotonic() - self._clock, 1),
-            "before": {k: v for k, v in self.before.items() if k != "answers"},
-            "after": {k: v for k, v in after.items() if k != "answers"},
-            "steps": self.step,
-            "num_tokens": self.num_tokens,
-            "held_out_problems": len(self.held_out),
-            "command": command,
-            "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-            "versions": _versions(),
-        }
-        (self.dir / rundir.SUMMARY).write_text(
-            json.dumps(summary, indent=2) + "\n", encoding="utf-8"
+        command = command or f"fastpo train {self.dir / rundir.CONFIG}"
+        summary = report.write_summary(
+            self.dir,
+            self.before,
+            after,
+            seed=self.config.seed,
+            seconds=round(time.monotonic() - self._clock, 1),
+            steps=self.step,
+            num_tokens=self.num_tokens,
+            held_out_problems=len(self.held_out),
+            command=command,
         )
-        console.report(self.out, summary, answers, self._plot())
+        report.show(self.out, self.before, after, plot(self.dir), command)
         return summary
 
     def save(self) -> Path:
@@ -256,44 +244,19 @@ class Trainer:
 
     def _evaluate(self) -> dict[str, Any]:
         result = evaluate_held_out(self.policy, self.task, self.held_out, self.config)
-        numbers = {name: getattr(result, name) for name in ("accuracy", "reward", "mean_length")}
-        self.log.metrics(self.step, {f"eval_{name}": value for name, value in numbers.items()})
-        per_problem = self.config.eval.samples
-        shown = result.answers[: SHOWN_ANSWERS * per_problem : per_problem]
-        answers = [
-            {
-                "prompt": a.problem.prompt,
-                "answer": a.problem.answer,
-                "text": a.text,
-                "reward": a.reward,
-            }
-            for a in shown
-        ]
-        return {**numbers, "answers": answers}
+        found = report.digest(result, self.config.eval.samples)
+        numbers = {f"eval_{name}": value for name, value in found.items() if name != "answers"}
+        self.log.metrics(self.step, numbers)
+        return found
 
     def _log_samples(self, batch: Batch) -> None:
-        for sample in [s for group in batch.sampled for s in group][: self.config.log.samples]:
+        for group in batch.sampled[: self.config.log.samples]:
+            first = group[0]
             self.log.sample(
                 self.step,
-                prompt=sample.problem.prompt,
-                completion=sample.text,
-                reward=sample.reward,
-                correct=sample.correct,
-                advantage=sample.advantage,
+                prompt=first.problem.prompt,
+                completion=first.text,
+                reward=first.reward,
+                correct=first.correct,
+                advantage=first.advantage,
             )
-
-    def _plot(self) -> Path | None:
-        from fastpo.trainer.plot import plot
-
-        return plot(self.dir)
-
-
-def _versions() -> dict[str, str]:
-    import transformers
-
-    return {
-        "fastpo": fastpo.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }

@@ -50,7 +50,8 @@ def update_metrics(sums: dict[str, float]) -> dict[str, float]:
         "clip_ratio/high_mean": high,
         "clip_ratio/region_mean": region,
         "old_kl": sums.get("old_kl", 0.0) / tokens,
-        "sampling/sampling_logp_difference/mean": sums.get("logprob_difference", 0.0) / tokens,
+        "sampling/sampling_logp_difference/mean": sums.get("sampled_difference", 0.0)
+        / max(sums.get("sampled", 0.0), 1.0),
     }
     if "ref_kl" in sums:
         values["kl"] = sums["ref_kl"] / tokens

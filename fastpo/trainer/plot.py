@@ -54,12 +54,10 @@ def plot(run_dir: Path) -> Path:
 
 
 def smooth(values: list[float], span: int) -> list[float]:
-    """Exponential moving average over about `span` values, unbiased at the start."""
-    decay, total, weight, out = 1 - 2 / (span + 1), 0.0, 0.0, []
-    for value in values:
-        total, weight = decay * total + value, decay * weight + 1
-        out.append(total / weight)
-    return out
+    """Moving average over `span` values around each, over fewer at both ends."""
+    half = span // 2
+    windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
+    return [sum(window) / len(window) for window in windows]
 
 
 def _points(rows: list[dict[str, Any]], metric: str) -> tuple[list[int], list[float]]:
@@ -73,7 +71,7 @@ def _panel(axis: Any, title: str, lines: list[tuple[Series, list[int], list[floa
             axis.plot(steps, values, "o--", color=colour, markersize=5, label=label, zorder=3)
         else:
             axis.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
-            axis.plot(steps, smooth(values, max(1, len(values) // 15)), color=colour, label=label)
+            axis.plot(steps, smooth(values, len(values) // 12), color=colour, label=label)
     axis.set_title(title, loc="left", fontsize=10.5)
     axis.grid(color="#e5e5e5", linewidth=0.7)
     axis.spines[["top", "right"]].set_visible(False)

@@ -116,6 +116,10 @@ def load_policy(
     if found["missing_keys"]:  # transformers would go on with random weights
         missing = ", ".join(sorted(found["missing_keys"])[:3])
         raise RecipeError(f"the model at {str(path)!r} is incomplete: no weights for {missing}")
+    for parameter in model.parameters():
+        # safetensors maps files at any offset, and CPU GEMMs round differently on memory that is
+        # not 64-byte aligned (seen: 2e-8): a resumed run would not be bit-exact without a copy.
+        parameter.data = parameter.data.clone()
     return _wrap(model, tokenizer, device, stop)
 
 
@@ -154,7 +158,7 @@ def _small_llama(config: ModelConfig, tokenizer: Any) -> nn.Module:
             pad_token_id=tokenizer.pad_token_id,
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
-            attn_implementation=config.attention or "sdpa",
+            attn_implementation=config.attention,
         )
     ).to(getattr(torch, config.dtype))
 
@@ -217,7 +221,9 @@ def default_device(name: str | None) -> torch.device:
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def _default_attention(device: torch.device) -> str:
+def _default_attention(device: torch.device) -> str | None:
     from transformers.utils import is_flash_attn_2_available
 
-    return "flash_attention_2" if device.type == "cuda" and is_flash_attn_2_available() else "sdpa"
+    if device.type == "cuda" and is_flash_attn_2_available():
+        return "flash_attention_2"
+    return None  # transformers takes sdpa where the architecture has it

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 from fastpo.trainer.errors import RecipeError, TrainerError
@@ -112,13 +112,13 @@ def judge(task: Task, problem: Problem, completion: str) -> float:
 
 
 class ProblemStream:
-    """An endless, resumable stream of problems without the held-out ones."""
+    """An endless, resumable stream of problems, without those whose prompt is in `exclude`."""
 
     MAX_TRIES = 1000
 
-    def __init__(self, task: Task, seed: str, exclude: frozenset[str] = frozenset()):
+    def __init__(self, task: Task, seed: str, exclude: Iterable[str] = ()):
         self.task = task
-        self.exclude = exclude
+        self.exclude = set(exclude)
         self.rng = random.Random(seed)
 
     def __iter__(self) -> Iterator[Problem]:
@@ -130,8 +130,8 @@ class ProblemStream:
             if problem.prompt not in self.exclude:
                 return problem
         raise TrainerError(
-            f"{self.MAX_TRIES} problems in a row were held-out ones: "
-            f"{type(self.task).__name__} makes too few different prompts, lower eval.problems"
+            f"{type(self.task).__name__} makes too few different prompts: {self.MAX_TRIES} in a "
+            f"row were among {len(self.exclude)} held-out ones; lower eval.problems"
         )
 
     def take(self, count: int) -> list[Problem]:
@@ -141,13 +141,9 @@ class ProblemStream:
 
 def held_out(task: Task, count: int) -> list[Problem]:
     """`count` different problems, the same for every seed of a run."""
-    problems: dict[str, Problem] = {}
-    rng = random.Random("held-out")
-    for _ in range(count * 20):
-        problem = task.problem(rng)
-        problems.setdefault(problem.prompt, problem)
-        if len(problems) == count:
-            return list(problems.values())
-    raise TrainerError(
-        f"{type(task).__name__} makes fewer than eval.problems = {count} prompts; lower it"
-    )
+    stream = ProblemStream(task, "held-out")
+    problems = []
+    for _ in range(count):
+        problems.append(next(stream))
+        stream.exclude.add(problems[-1].prompt)
+    return problems

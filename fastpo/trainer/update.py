@@ -130,9 +130,10 @@ class Learner:
             result = self._loss(batch, normalizer, on_policy)
             result.loss.backward()
             loss += result.loss.detach()
+            if "updates" not in sums:  # the policy is still the one that sampled
+                difference = (result.logprobs - batch.old_logprobs).abs()
+                sums.add({"sampled": len(difference), "sampled_difference": difference.sum()})
             sums.add(result.metrics)
-            difference = (result.logprobs - batch.old_logprobs).abs()
-            sums.add({"logprob_difference": difference.sum()})
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
         if not torch.isfinite(loss + norm):
             raise TrainerError(

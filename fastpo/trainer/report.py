@@ -1,0 +1,103 @@
+"""The end of a run: summary.json, the curves, and what the terminal says about before and after."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+import fastpo
+from fastpo.trainer.evaluation import Evaluation
+from fastpo.trainer.rundir import SUMMARY
+
+SHOWN_ANSWERS = 3
+
+
+def digest(evaluation: Evaluation, per_problem: int) -> dict[str, Any]:
+    """An evaluation as plain numbers and its first answers: what a checkpoint keeps of it."""
+    shown = evaluation.answers[: SHOWN_ANSWERS * per_problem : per_problem]
+    return {
+        "accuracy": evaluation.accuracy,
+        "reward": evaluation.reward,
+        "mean_length": evaluation.mean_length,
+        "answers": [
+            {
+                "prompt": answer.problem.prompt,
+                "answer": answer.problem.answer,
+                "text": answer.text,
+                "correct": answer.correct,
+            }
+            for answer in shown
+        ],
+    }
+
+
+def write_summary(
+    run_dir: Path, before: dict[str, Any], after: dict[str, Any], **about: Any
+) -> dict[str, Any]:
+    """Write summary.json: `seed`, `seconds`, `before`, `after` (held-out), and where it ran."""
+    summary = {
+        **about,
+        "before": {name: value for name, value in before.items() if name != "answers"},
+        "after": {name: value for name, value in after.items() if name != "answers"},
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, "
+        f"{torch.get_num_threads()} torch threads",
+        "versions": _versions(),
+    }
+    text = json.dumps(summary, indent=2, ensure_ascii=False)
+    (run_dir / SUMMARY).write_text(text + "\n", encoding="utf-8")
+    return summary
+
+
+def show(
+    out: Console, before: dict[str, Any], after: dict[str, Any], curves: Path, command: str
+) -> None:
+    """Print the tables, the path of the curves and the line that repeats the run."""
+    out.print(_number_table(before, after))
+    out.print(_answer_table(before["answers"], after["answers"]))
+    out.print(f"Curves:  {curves}", soft_wrap=True, markup=False)
+    out.print(f"Repeat:  {command}", soft_wrap=True, markup=False)
+
+
+def _number_table(before: dict[str, Any], after: dict[str, Any]) -> Table:
+    table = Table(title="Held-out problems", title_justify="left")
+    for heading in ("", "before", "after", "change"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for key, name in (("accuracy", "accuracy"), ("reward", "reward"), ("mean_length", "tokens")):
+        change = after[key] - before[key]
+        table.add_row(name, f"{before[key]:.3f}", f"{after[key]:.3f}", f"{change:+.3f}")
+    return table
+
+
+def _answer_table(before: list[dict], after: list[dict]) -> Table:
+    table = Table(title="Answers to the first of them", title_justify="left")
+    for heading in ("prompt", "right answer", "before", "after"):
+        table.add_column(heading, overflow="fold")
+    for old, new in zip(before, after, strict=True):
+        table.add_row(escape(old["prompt"]), escape(old["answer"]), _mark(old), _mark(new))
+    return table
+
+
+def _mark(answer: dict[str, Any]) -> str:
+    colour, verdict = ("green", "right") if answer["correct"] else ("red", "wrong")
+    return f"[{colour}]{escape(answer['text'])}  ({verdict})[/]"
+
+
+def _versions() -> dict[str, str]:
+    import transformers
+
+    return {
+        "fastpo": fastpo.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }

@@ -1,0 +1,304 @@
+"""The command line, in process: whole tiny runs, and one clear line for whatever goes wrong."""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+
+from fastpo.cli import main
+from fastpo.trainer import checkpoint, tasks
+from fastpo.trainer.tasks import Problem
+
+TINY = """
+task = "even"
+threads = 1
+steps = 2
+[model]
+hidden_size = 32
+layers = 1
+heads = 2
+[rollout]
+prompts = 4
+group_size = 4
+max_new_tokens = 4
+[optim]
+learning_rate = 1e-2
+[eval]
+problems = 16
+temperature = 1.0
+"""
+METRICS = (
+    *("reward", "reward_std", "frac_reward_zero_std", "accuracy", "groups_kept", "num_tokens"),
+    *("completions/mean_length", "completions/clipped_ratio", "entropy", "loss", "grad_norm"),
+    *("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "learning_rate"),
+)
+
+
+class Even:
+    """Begin with an even digit: right by chance one time in three, so every step can learn."""
+
+    alphabet, stop = "0123456789=", None
+    sabotage = None  # what happens when reward number `after` is asked for
+    after = math.inf
+
+    def __init__(self):
+        self.calls = 0
+
+    def problem(self, rng):
+        return Problem(f"{rng.randrange(10_000)}=", str(2 * rng.randrange(5)))
+
+    def reward(self, problem, completion):
+        self.calls += 1
+        if self.calls > self.after:
+            return self.sabotage()
+        return float(completion[:1] in set("02468"))
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    monkeypatch.setitem(tasks.TASKS, "even", Even)
+    path = tmp_path / "tiny.toml"
+    path.write_text(TINY + "\n[log]\ntensorboard = false\n")
+    run = tmp_path / "run"
+
+    def train(*arguments, code=0):
+        assert main(["train", str(path), f"run_dir={run}", *arguments]) == code
+        return run
+
+    return train
+
+
+def one_line(capsys, *parts):
+    """The error printed: one line that contains every part."""
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("fastpo: ") and "\n" not in error
+    for part in parts:
+        assert part in error, error
+    return error
+
+
+def rows(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(run):
+    return transformers.AutoModelForCausalLM.from_pretrained(run / "checkpoint").state_dict()
+
+
+def test_a_run_leaves_everything_behind(tiny, capsys):
+    run = tiny("seed=3", "eval.every=1")
+    output = capsys.readouterr().out
+    steps = [row for row in rows(run) if "reward" in row]
+    assert [row["step"] for row in steps] == [1, 2]
+    for name in METRICS:
+        assert isinstance(steps[0][name], int | float), name
+    assert [row["step"] for row in rows(run) if "eval_accuracy" in row] == [0, 1, 2]
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["seed"] == 3 and summary["seconds"] > 0
+    assert 0 <= summary["before"]["accuracy"] <= 1 and 0 <= summary["after"]["accuracy"] <= 1
+    assert (run / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    sample = json.loads((run / "samples.jsonl").read_text().splitlines()[0])
+    assert sample["prompt"].endswith("=") and sample["reward"] in (0.0, 1.0)
+    assert "seed = 3" in (run / "config.toml").read_text()
+    assert weights(run)["model.norm.weight"].shape == (32,)
+    for part in ("before", "after", str(run / "curves.png"), "Repeat:  fastpo train", "seed=3"):
+        assert part in output
+    assert main(["eval", str(run)]) == 0
+    assert f"accuracy {summary['after']['accuracy']:.3f}" in capsys.readouterr().out
+    (run / "curves.png").unlink()
+    assert main(["plot", str(run)]) == 0 and (run / "curves.png").exists()
+
+
+@pytest.mark.parametrize("preset", ["dapo", "grpo", "gspo", "cispo"])
+def test_reward_rises(tiny, preset):
+    run = tiny(
+        *(f"algorithm.preset={preset}", "algorithm.overlong_filter=false", "steps=8"),
+        *("optim.updates_per_batch=4", "rollout.prompts=8", "eval.problems=64"),
+    )
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["after"]["accuracy"] > summary["before"]["accuracy"] + 0.3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["optim.updates_per_batch=2", "optim.epochs=2", "algorithm.kl_coef=0.1"],
+        ["warmup.max_steps=2", "checkpoint_every=1", "algorithm.preset=grpo"],
+    ],
+)
+def test_resuming_is_bit_exact(tiny, options):
+    """Four steps equal two steps, a stop, and two more: parameters and metrics, bit by bit."""
+    run = tiny("steps=4", *options)
+    whole, expected = weights(run), [row["reward"] for row in rows(run) if "reward" in row]
+    run = tiny("steps=2", "existing=move_aside", *options)
+    with (run / "metrics.jsonl").open("a") as file:  # a step that no checkpoint knows
+        file.write('{"step": 3, "reward": 9.0}\n')
+    tiny("--resume", "steps=4", *options)
+    resumed = weights(run)
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    assert [row["reward"] for row in rows(run) if "reward" in row] == expected
+
+
+def test_an_existing_run_is_left_alone_or_moved_aside(tiny, capsys):
+    run = tiny()
+    before = (run / "metrics.jsonl").read_bytes()
+    tiny("seed=1", code=2)
+    one_line(capsys, "exists", "run_dir", "--resume", "move_aside")
+    assert (run / "metrics.jsonl").read_bytes() == before
+    tiny("--resume", code=1)
+    one_line(capsys, "step 2 of 2", "raise steps")
+    tiny("seed=1", "existing=move_aside")
+    assert (run.with_name("run.1") / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["optim.lerning_rate=1"], ["optim.lerning_rate", "optim.learning_rate"]),
+        (["steps=many"], ["steps", "'many'", "integer"]),
+        (["task=none_such"], ["none_such", "sort"]),
+        (["model.path=/nowhere"], ["/nowhere"]),
+        (["algorithm.preset=dpo"], ["algorithm.preset", "dapo"]),
+        (["run_dir={nope}"], ["run_dir", "{task}"]),
+        (["eval.problems=10001"], ["eval.problems"]),
+    ],
+)
+def test_bad_input_starts_nothing(tiny, tmp_path, capsys, arguments, parts):
+    path = tmp_path / "tiny.toml"
+    code = main(["train", str(path), f"run_dir={tmp_path / 'run'}", *arguments])
+    assert code != 0
+    one_line(capsys, *parts)
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_files_are_named(tmp_path, capsys):
+    assert main(["train", str(tmp_path / "absent.toml")]) == 2
+    one_line(capsys, "absent.toml", "No such file")
+    assert main(["plot", str(tmp_path)]) == 2
+    one_line(capsys, "metrics.jsonl")
+    assert main(["eval", str(tmp_path)]) == 2
+    one_line(capsys, "config.toml")
+
+
+def test_resume_without_a_checkpoint(tiny, capsys):
+    tiny("--resume", code=1)
+    one_line(capsys, "no checkpoint", "without --resume")
+
+
+def test_a_raising_verifier_keeps_metrics_and_a_checkpoint(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(Even, "after", 16 + 4 * 16)
+    monkeypatch.setattr(Even, "sabotage", lambda self: {}["nothing"])
+    run = tiny("steps=50", "algorithm.dynamic_sampling=false", code=1)
+    one_line(capsys, "Even.reward raised KeyError", "completion")
+    assert [row["step"] for row in rows(run)] == [0, 1, 2, 3, 4]
+    assert checkpoint.load_state(run / "checkpoint")["step"] == 4
+
+
+def test_a_solved_or_hopeless_task_stops_with_what_to_do(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(Even, "reward", lambda self, problem, completion: 0.0)
+    run = tiny(code=1)
+    one_line(capsys, "no group had right and wrong answers in 8 rounds", "warmup.max_steps")
+    assert [row["step"] for row in rows(run)] == [0]
+
+
+def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_checkpoint(tiny, monkeypatch, capsys):
+    run = tiny("steps=2")
+    saved = weights(run)
+    monkeypatch.setattr(
+        "fastpo.trainer.update.Learner._loss",
+        lambda self, *_: type(
+            "L",
+            (),
+            {
+                "loss": sum(p.sum() for p in self.parameters) * math.nan,
+                "metrics": {},
+                "logprobs": torch.zeros(1),
+            },
+        ),
+    )
+    tiny("steps=4", "--resume", code=1)
+    one_line(capsys, "not finite", "optim.learning_rate")
+    assert all(torch.equal(value, saved[name]) for name, value in weights(run).items())
+    assert max(row["step"] for row in rows(run)) == 2
+
+
+@pytest.mark.parametrize("damage", ["truncated state", "code in the state", "truncated weights"])
+def test_a_corrupt_checkpoint_is_named_and_nothing_is_overwritten(tiny, capsys, damage):
+    run = tiny()
+    state, model = run / "checkpoint" / checkpoint.STATE, run / "checkpoint" / "model.safetensors"
+    if damage == "truncated state":
+        state.write_bytes(state.read_bytes()[:1000])
+    elif damage == "code in the state":
+        torch.save({"step": pytest.fail}, state)
+    else:
+        model.write_bytes(model.read_bytes()[:1000])
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    tiny("--resume", "steps=4", code=2 if damage == "truncated weights" else 1)
+    one_line(capsys, "checkpoint")
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_saves_a_checkpoint_that_resumes(tiny, monkeypatch, capsys, number, code):
+    def interrupt(self):
+        Even.after = math.inf
+        signal.raise_signal(number)
+        return 1.0
+
+    monkeypatch.setattr(Even, "after", 16 + 2 * 16 + 5)
+    monkeypatch.setattr(Even, "sabotage", interrupt)
+    run = tiny("steps=5", "algorithm.dynamic_sampling=false", code=code)
+    one_line(capsys, "stopped at step 3", "--resume")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    tiny("steps=5", "algorithm.dynamic_sampling=false", "--resume")
+    assert [row["step"] for row in rows(run) if "reward" in row] == [1, 2, 3, 4, 5]
+
+
+def test_a_second_ctrl_c_stops_at_once(tiny, monkeypatch, capsys):
+    def interrupt(self):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Even, "after", 16 + 5)
+    monkeypatch.setattr(Even, "sabotage", interrupt)
+    tiny(code=130)
+    one_line(capsys, "stopped at once")
+
+
+def test_a_crash_between_the_two_renames_leaves_a_checkpoint(tiny):
+    run = tiny()
+    (run / "checkpoint").rename(run / "checkpoint.old")
+    tiny("--resume", "steps=3")
+    assert [row["step"] for row in rows(run) if "reward" in row] == [1, 2, 3]
+    assert (run / "checkpoint").exists() and not (run / "checkpoint.old").exists()
+
+
+def test_doctor_names_every_backend_and_what_is_missing(capsys):
+    assert main(["doctor"]) == 0
+    output = capsys.readouterr().out
+    for part in ("torch", "cpp", "triton", "cuda", "C++ extension", "flash-attn", "GPU"):
+        assert part in output
+    assert output.count("the default") >= 1
+
+
+def test_settings_lists_every_key(capsys):
+    assert main(["settings"]) == 0
+    output = capsys.readouterr().out
+    assert "rollout.group_size = 8" in output and "Completions per prompt." in output
+
+
+def test_import_fastpo_and_doctor_need_no_trainer_packages():
+    """The trainer's packages are an extra: without them the library and the doctor work."""
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(['transformers', 'rich', 'pydantic']))\n"
+        "import fastpo; from fastpo.cli import main\n"
+        "assert main(['doctor']) == 0; sys.exit(main(['train', 'x.toml']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "fastpo[train]" in done.stderr and "Traceback" not in done.stderr
