@@ -1,8 +1,8 @@
 """Builds fastpo's optional extension, `fastpo._C`. All metadata is in pyproject.toml.
 
-The extension is compiled against the torch that is importable here (`--no-build-isolation`), through
-its stable ABI: one build serves every torch >= 2.10. Without torch, pybind11 or a compiler, or if the
-compilation fails, one line says so and the installation goes on without it.
+The extension is compiled against the torch that is importable here (`--no-build-isolation`),
+through its stable ABI: one build serves every torch >= 2.10. Without torch, pybind11 or a compiler,
+or if the compilation fails, one line says so and the installation goes on without it.
 
 Environment: FASTPO_NO_EXT=1 leaves the extension out; FASTPO_FORCE_EXT=1 makes its failure fatal;
 FASTPO_CUDA=1 / 0 compiles the CUDA sources or not (default: if torch is a CUDA build and nvcc is
@@ -26,16 +26,16 @@ TORCH_TARGET = "2.10"  # the oldest torch that the extension loads under
 DEFAULT_CUDA_ARCHS = "8.0;9.0;10.0+PTX"
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 SIMD_FLAGS = {
-    "rows_avx512.cpp": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c".split(),
-    "rows_avx2.cpp": "-mavx2 -mfma -mf16c".split(),
+    "rows_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
+    "rows_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
 }
-# Contraction would let the compiler fuse differently in copies of one kernel, and so change bits;
-# a 2-byte gradient is written over the fp32 logits it came from, which strict aliasing forbids.
-# GCC 12 warns of its own intrinsics (its bug 105593).
-CXX_FLAGS = (
-    "-std=c++17 -O3 -fvisibility=hidden -ffp-contract=off -fno-strict-aliasing -fno-math-errno "
-    "-g0 -Wall -Wextra -Wno-unused-parameter -Wno-uninitialized -Wno-maybe-uninitialized"
-).split()
+CXX_FLAGS = [
+    *("-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno"),
+    "-ffp-contract=off",  # else copies of one kernel could fuse differently, and so differ in bits
+    "-fno-strict-aliasing",  # a 2-byte gradient is written over the fp32 logits it comes from
+    *("-Wall", "-Wextra", "-Wno-unused-parameter"),
+    *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),  # GCC 12 warns of its own intrinsics
+]
 
 
 def switched(name):
@@ -59,7 +59,7 @@ def find_nvcc():
 
 
 def wants_cuda(torch):
-    """Decided from the torch build and nvcc, never from a visible GPU: images are built without one."""
+    """Decided from the torch build and nvcc, not from a visible GPU: images are built without."""
     wanted = switched("FASTPO_CUDA")
     if wanted is None:
         return torch.version.cuda is not None and find_nvcc() is not None
@@ -69,7 +69,7 @@ def wants_cuda(torch):
 
 
 def cuda_archs():
-    """[(number, with PTX)] from TORCH_CUDA_ARCH_LIST, e.g. "8.0;9.0a+PTX" -> [("80", False), ...]."""
+    """[(number, with PTX)] from TORCH_CUDA_ARCH_LIST: "8.0;9.0+PTX" -> [("80", False), ...]."""
     archs = []
     for entry in re.split(r"[;\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_CUDA_ARCHS):
         match = re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", entry)
@@ -141,8 +141,8 @@ class BuildExtension(build_ext):
 
 def link_flags(cuda):
     """Flags and libraries, in the order that linkers mind."""
-    # torch is loaded before the extension is; it stays a declared dependency so that weak symbols of
-    # its CUDA half resolve. The CUDA runtime is linked statically: no driver, no clash of versions.
+    # torch is loaded before the extension is; it stays a declared dependency so that weak symbols
+    # of its CUDA half resolve. The CUDA runtime is linked statically: no driver, no clash of versions.
     runtime = ["-lcudart_static", "-lrt", "-lpthread", "-ldl"] if cuda else []
     linux = ["-Wl,--no-as-needed", "-Wl,--exclude-libs,ALL"] if sys.platform == "linux" else []
     return [*linux, "-ltorch", "-ltorch_cpu", *runtime]

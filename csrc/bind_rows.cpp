@@ -104,10 +104,9 @@ float* scratch_row(int64_t columns) {
   };
   thread_local std::unique_ptr<float[], Free> row;
   thread_local int64_t capacity = 0;
-  const int64_t needed = fastpo::padded_columns(columns);
-  if (needed > capacity) {
-    row.reset(static_cast<float*>(::operator new[](needed * sizeof(float), std::align_val_t(64))));
-    capacity = needed;
+  if (columns > capacity) {
+    row.reset(static_cast<float*>(::operator new[](columns * sizeof(float), std::align_val_t(64))));
+    capacity = columns;
   }
   return row.get();
 }

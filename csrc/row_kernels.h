@@ -1,8 +1,9 @@
 // The row primitives, written once for any vector type S (simd_*.h) and compiled per instruction set.
 //
 // A row is swept three times: maximum; exponentials and their sums; gradient, backwards. The first
-// sweep brings the row from memory into the cache, where the others find it, and the exponentials wait
-// in a scratch row in cache, so that memory sees one read and one write of the row.
+// sweep finds the row in cache, where the second sweep of the row before has fetched it, and the
+// exponentials wait in cache too: in the gradient's own fp32 row, or else in a scratch row. So memory
+// sees one read and one write of the row.
 #pragma once
 
 #include <math.h>
@@ -81,13 +82,15 @@ struct RowKernels {
     return S::max(S::all(kExpFloor), x);
   }
 
-  // The first two sweeps. Keeps exp(x_j) in `exps` if kKeep; fetches the row at `ahead` meanwhile.
+  // The first two sweeps. Keeps exp(x_j) in `exps` if kKeep, which may be the row itself; fetches the row
+  // at `ahead` meanwhile.
   template <bool kKeep, class T>
   static Summary summarize(const RowsIn& in, int64_t i, const T* ahead, float* exps) {
     const T* z = static_cast<const T*>(in.logits.row(i));
     const float inverse_t = in.temperature.inverse(i);
     Summary row;
     row.row_max = max_logit(z, in.columns) * inverse_t;
+    const float token_shift = token_shifted(in, i, z, row.row_max);
     const Vec scale = S::all(inverse_t), minus_max = S::all(-row.row_max);
     Vec sums[kChains], weighted[kChains];
     for (Vec& s : sums) s = S::all(0);
@@ -96,7 +99,7 @@ struct RowKernels {
       if (ahead) FASTPO_PREFETCH(ahead + j);
       const Vec x = shifted(z + j, scale, minus_max, lanes);
       const Vec e = exp<S>(x);
-      if (kKeep) S::store(exps + j, e, All{});
+      if (kKeep) S::store(exps + j, e, lanes);
       sums[chain] = S::add(sums[chain], e);
       weighted[chain] = S::mul_add(x, e, weighted[chain]);
     });
@@ -105,7 +108,8 @@ struct RowKernels {
     row.mean_shift = total(weighted) / row.exp_sum;
     const float entropy = row.log_sum - row.mean_shift;
     row.entropy = entropy < 0 ? 0.0f : entropy;
-    row.logprob = token_logprob(in, i, z, row);
+    const float logprob = token_shift - row.log_sum;
+    row.logprob = logprob > 0 ? 0.0f : logprob;  // by a rounding error
     return row;
   }
 
@@ -113,15 +117,13 @@ struct RowKernels {
     return S::sum(S::add(S::add(chains[0], chains[1]), S::add(chains[2], chains[3])));
   }
 
-  // log p of the row's token: NaN for a token outside the row. Rounding must not lift it above 0.
+  // x of the row's token; NaN for a token outside the row.
   template <class T>
-  static float token_logprob(const RowsIn& in, int64_t i, const T* z, const Summary& row) {
+  static float token_shifted(const RowsIn& in, int64_t i, const T* z, float row_max) {
     const int64_t token = in.tokens[i];
     if (token < 0 || token >= in.columns) return NAN;
-    const Vec inverse_t = S::all(in.temperature.inverse(i)), minus_max = S::all(-row.row_max);
-    const Vec x = S::mul_add_exact(S::load(z + token, First{1}), inverse_t, minus_max);
-    const float logprob = S::first(x) - row.log_sum;
-    return logprob > 0 ? 0.0f : logprob;
+    const Vec inverse_t = S::all(in.temperature.inverse(i)), minus_max = S::all(-row_max);
+    return S::first(S::mul_add_exact(S::load(z + token, First{1}), inverse_t, minus_max));
   }
 
   // The two slopes and the token's own gradient from c, e and the statistics of a row; `inverse_s` = 1 / s.
@@ -160,7 +162,7 @@ struct RowKernels {
       Vec x = S::all(0), factor = scale;
       if (kEntropy || !kKept) x = shifted(z + j, inverse_t, minus_max, lanes);
       if (kEntropy) factor = S::mul_add(S::sub(mean_shift, x), spread, scale);
-      const Vec e = kKept ? S::load(exps + j, All{}) : exp<S>(x);
+      const Vec e = kKept ? S::load(exps + j, lanes) : exp<S>(x);
       S::store(out + j, S::mul(e, factor), lanes);
     });
     if (token >= 0 && token < in.columns)

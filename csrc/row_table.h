@@ -15,7 +15,10 @@ struct RowTable {
 
   static void row_stats(const StatsParams& p, int64_t begin, int64_t end) {
     with_type(p.in.logits.dtype, [&](auto zero) {
-      for (int64_t i = begin; i < end; ++i) stats_row<decltype(zero)>(p, i);
+      for (int64_t i = begin; i < end; ++i) {
+        const bool fetch = i + 1 < end && (!p.live || p.live[i + 1]);
+        stats_row(p, i, row_if<decltype(zero)>(fetch, p.in, i + 1));
+      }
     });
   }
 
@@ -31,8 +34,7 @@ struct RowTable {
       using T = decltype(zero);
       for (int64_t i = begin; i < end; ++i) {
         const bool fetch = i + 1 < end && is_live(p, i + 1);
-        const T* ahead = fetch ? static_cast<const T*>(p.in.logits.row(i + 1)) : nullptr;
-        loss_row<T, decltype(zero_out)>(p, i, ahead, exps);
+        loss_row<T, decltype(zero_out)>(p, i, row_if<T>(fetch, p.in, i + 1), exps);
       }
     });
   }
@@ -47,9 +49,14 @@ struct RowTable {
 
  private:
   template <class T>
-  static void stats_row(const StatsParams& p, int64_t i) {
+  static const T* row_if(bool wanted, const RowsIn& in, int64_t i) {
+    return wanted ? static_cast<const T*>(in.logits.row(i)) : nullptr;
+  }
+
+  template <class T>
+  static void stats_row(const StatsParams& p, int64_t i, const T* ahead) {
     const bool live = !p.live || p.live[i];
-    const Summary row = live ? Kernels::template summarize<false, T>(p.in, i, nullptr, nullptr) : Summary{};
+    const Summary row = live ? Kernels::template summarize<false, T>(p.in, i, ahead, nullptr) : Summary{};
     p.logprobs[i] = row.logprob;
     p.entropy[i] = row.entropy;
     p.row_max[i] = row.row_max;
@@ -86,10 +93,20 @@ struct RowTable {
       if (out) Kernels::fill_zero(out, p.in.columns);
       return;
     }
-    const Summary row = out ? Kernels::template summarize<true, T>(p.in, i, ahead, exps)
-                            : Kernels::template summarize<false, T>(p.in, i, ahead, nullptr);
+    float* kept = out ? place_for_exps(p, i, out, exps) : nullptr;
+    const Summary row = kept ? Kernels::template summarize<true, T>(p.in, i, ahead, kept)
+                             : Kernels::template summarize<false, T>(p.in, i, ahead, nullptr);
     const float c = write_loss(p, i, row);
-    if (out) write_kept_grad<T>(p, i, row, c, exps, out);
+    if (kept) write_kept_grad<T>(p, i, row, c, kept, out);
+  }
+
+  // The gradient's row can hold the exponentials if it is fp32 and the logits are not needed again.
+  static float* place_for_exps(const LossParams& p, int64_t i, float* out, float* exps) {
+    return p.entropy_weight && p.entropy_weight[i] != 0 ? exps : out;
+  }
+  template <class O>
+  static float* place_for_exps(const LossParams&, int64_t, O*, float* exps) {
+    return exps;
   }
 
   // Writes the row's loss and returns c = dloss/dlogprob.

@@ -105,7 +105,7 @@ struct RowKernelTable {
   const char* simd;
   void (*row_stats)(const StatsParams&, int64_t begin, int64_t end);
   void (*row_grad)(const GradParams&, int64_t begin, int64_t end);
-  // `exps` is scratch for padded_columns(V) floats, 64-byte aligned; unused without a gradient.
+  // `exps` is scratch for V floats; unused without a gradient.
   void (*row_policy_loss)(const LossParams&, int64_t begin, int64_t end, float* exps);
   void (*scale)(const ScaleParams&, int64_t begin, int64_t end);
 };
@@ -122,8 +122,5 @@ const RowKernelTable& row_kernels();
 
 // Tables compiled into this build, widest first, ending in a null pointer.
 const RowKernelTable* const* compiled_row_kernels();
-
-// Room for V floats when the last vector of a row is stored whole.
-FASTPO_INLINE int64_t padded_columns(int64_t columns) { return (columns + 15) / 16 * 16; }
 
 }  // namespace fastpo

@@ -9,8 +9,10 @@
 
 #ifdef __CUDACC__
 #define FASTPO_SCALAR __host__ __device__ static inline
+#define FASTPO_SCALAR_MEMBER __host__ __device__
 #else
 #define FASTPO_SCALAR static inline
+#define FASTPO_SCALAR_MEMBER
 #endif
 
 namespace fastpo {

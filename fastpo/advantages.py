@@ -1,4 +1,4 @@
-"""Advantages of completions from the rewards of their group, the critic of GRPO and its relatives."""
+"""Advantages of completions from the rewards of their group: the critic of GRPO and its kin."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from fastpo import _extension
 
 ESTIMATORS = ("grpo", "dr_grpo", "rloo", "opo", "passk", "reinforce_pp")
 
@@ -35,12 +37,12 @@ def group_advantages(
         dr_grpo       r - mean                                         arXiv 2503.20783
         rloo          r - mean of the others                           arXiv 2402.14740
         opo           r - sum(length * r) / sum(length)                arXiv 2505.23585
-        passk         (r - second best) / (std + eps) for the best, 0 for all others   arXiv 2503.19595
+        passk         (r - second best) / (std + eps) for the best, else 0     arXiv 2503.19595
         reinforce_pp  (r - mean) / (std of r - mean over the batch + eps)      arXiv 2501.03262
 
-    A group of one, or of equal rewards, gets exactly 0. A reward that is NaN or infinite is left out:
-    its own advantage is 0, it is not informative, and its group's numbers come from the others. Count
-    such rewards with `num_excluded(rewards)`.
+    A group of one, or of equal rewards, gets exactly 0. A reward that is NaN or infinite is left
+    out: its own advantage is 0, it is not informative, and its group's numbers come from the others.
+    `num_excluded(rewards)` counts such rewards.
 
     Differences from verl 0.9: a group of one gets 0 (verl: the raw reward; an error for passk), opo
     without `lengths` weighs all completions alike, and reinforce_pp takes the std over completions,
@@ -55,16 +57,19 @@ def group_advantages(
         lengths: (B,) completion lengths in tokens; `opo` only.
 
     Raises:
-        ValueError: not exactly one of `group_size` and `group_ids`, wrong shapes or devices, a group
-            size that does not divide B, an unknown estimator, a negative `eps`, needless `lengths`.
+        ValueError: not exactly one of `group_size` and `group_ids`, wrong shapes or devices, a
+            group size that does not divide B, an unknown estimator, a negative `eps`, or `lengths`
+            where they have no meaning.
         TypeError: complex rewards, or ids that are not integers.
     """
     _check_numbers(rewards, estimator, eps)
     _check_groups(rewards, group_size, group_ids)
     _check_lengths(rewards, estimator, lengths)
+    if rewards.device.type in _extension.devices():
+        return _compiled(rewards, group_size, group_ids, estimator, eps, lengths)
     if group_ids is None:
         group_ids = torch.arange(rewards.numel(), device=rewards.device) // group_size
-    return _group_advantages(rewards, group_ids, estimator, eps, lengths)
+    return _specified(rewards, group_ids, estimator, eps, lengths)
 
 
 def num_excluded(rewards: Tensor) -> Tensor:
@@ -72,14 +77,35 @@ def num_excluded(rewards: Tensor) -> Tensor:
     return (~rewards.isfinite()).sum()
 
 
-def _group_advantages(
+def _compiled(
+    rewards: Tensor,
+    group_size: int | None,
+    group_ids: Tensor | None,
+    estimator: str,
+    eps: float,
+    lengths: Tensor | None,
+) -> GroupAdvantages:
+    """The extension's operator: on a GPU one launch, for any layout of the groups."""
+    return GroupAdvantages(
+        *torch.ops.fastpo.group_advantages(
+            rewards.detach().contiguous(),
+            group_size or 1,
+            None if group_ids is None else group_ids.long().contiguous(),
+            ESTIMATORS.index(estimator),
+            eps,
+            None if lengths is None else lengths.double().contiguous(),
+        )
+    )
+
+
+def _specified(
     rewards: Tensor, group_ids: Tensor, estimator: str, eps: float, lengths: Tensor | None
 ) -> GroupAdvantages:
     """The specification, in plain torch on any device."""
     wide = torch.float32 if rewards.device.type == "mps" else torch.float64  # MPS has no float64
     groups = _Groups(group_ids, rewards.isfinite())
-    rewards = rewards.to(wide)
-    # Sums are taken of the differences to the group's first reward, which are exactly 0 for equal ones.
+    rewards = rewards.detach().to(wide)
+    # Sums are of the differences to the group's first reward: exactly 0 for equal rewards.
     offsets = groups.from_first(rewards)
     best, worst = groups.reduce(offsets, "max"), groups.reduce(offsets, "min")
     centered = offsets - groups.spread(groups.mean(offsets))
@@ -103,7 +129,8 @@ def _group_advantages(
     elif estimator == "passk":
         is_best = groups.counted & (offsets == groups.spread(best))
         alone = groups.spread(groups.sum(is_best.to(wide))) == 1  # two best ones are 0 apart
-        second = groups.reduce(offsets.masked_fill(is_best, -torch.inf), "max")
+        others = groups.counted & ~is_best
+        second = groups.reduce(offsets.masked_fill(~others, -torch.inf), "max")
         advantages = ((offsets - groups.spread(second)) / (std + eps)).where(is_best & alone, 0)
     else:
         advantages = centered / (_batch_std(centered, groups.counted) + eps)
@@ -120,8 +147,8 @@ def _batch_std(centered: Tensor, counted: Tensor) -> Tensor:
 class _Groups:
     """Sums over the groups of a batch. No float atomics, no host synchronization.
 
-    B samples have at most B groups, so every per-group tensor is (B,); those beyond the last group are
-    empty. Samples are sorted by group, counted ones first, and each group is one segment.
+    B samples have at most B groups, so every per-group tensor is (B,); those beyond the last group
+    are empty. Samples are sorted by group, counted ones first, and each group is one segment.
     """
 
     def __init__(self, ids: Tensor, counted: Tensor):
@@ -140,7 +167,7 @@ class _Groups:
         ]
 
     def from_first(self, values: Tensor) -> Tensor:
-        """values - the value of the group's first counted sample; 0 where a sample does not count."""
+        """values - the value of the group's first counted sample; 0 for samples that do not count."""
         return (values - values[self.first][self.of_sample]).where(self.counted, 0)
 
     def spread(self, values: Tensor) -> Tensor:

@@ -34,6 +34,6 @@ def overlong_penalty(lengths: Tensor, *, max_length: int, cache_length: int) -> 
         raise TypeError(
             f"lengths are {lengths.dtype}, expected token counts; sum a mask over its tokens"
         )
-    # In float64, which holds every length exactly: the penalty is then 0 and -1 exactly at the ends.
+    # In float64, which holds every length exactly: the penalty is exactly 0 and -1 at the ends.
     excess = (max_length - cache_length - lengths.double()) / cache_length
     return excess.clamp(-1, 0).float()

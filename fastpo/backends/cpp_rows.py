@@ -1,17 +1,15 @@
-"""The CPU backend: the row primitives in C++ (csrc/), AVX-512, AVX2 or portable, threaded over rows.
+"""The CPU backend: the row primitives in C++ (csrc/), AVX-512, AVX2 or portable, by rows in threads.
 
-A thin layer over `torch.ops.fastpo.cpp_*`. A gradient that shares the logits' storage goes through the
-operators whose schema says that the logits are overwritten, so that torch.compile stays correct.
+A thin layer over `torch.ops.fastpo.cpp_*`. A gradient that shares the logits' storage goes through
+the operators whose schema says that the logits are overwritten, so that torch.compile stays correct.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib
-
 import torch
 from torch import Tensor
 
+from fastpo import _extension
 from fastpo.backends.base import RowInputs, RowLosses, RowStats, Rule, alias_rows
 from fastpo.objective import Objective
 
@@ -19,23 +17,10 @@ ops = torch.ops.fastpo
 
 
 def unavailable(device: torch.device | None = None) -> str | None:
-    """None if the extension is built and `device` is a CPU, else one line that says what would help."""
+    """None if the extension is built and `device` is a CPU, else one line: why, and what helps."""
     if device is not None and torch.device(device).type != "cpu":
         return f"it runs on CPU tensors, got {device}; use backend='triton' or 'torch' there"
-    return _import_error()
-
-
-@functools.cache
-def _import_error() -> str | None:
-    try:
-        importlib.import_module("fastpo._C").build_info()
-    except (ImportError, RuntimeError) as error:
-        return (
-            f"the C++ extension does not load ({error}); with a C++17 compiler, run "
-            "`pip install --no-build-isolation -e .` beside torch >= 2.10"
-        )
-    importlib.import_module("fastpo.backends._cpp_fakes")
-    return None
+    return _extension.load_error()
 
 
 def row_stats(
@@ -92,7 +77,7 @@ def _temperature(temperature: float | Tensor) -> tuple[float, Tensor | None]:
 
 
 def _overwrites(logits: Tensor, out: Tensor) -> bool:
-    """Whether `out` lies in the storage of `logits`; it must then be `logits` or `alias_rows` of it."""
+    """Whether `out` shares the storage of `logits`, as `logits` itself or as `alias_rows` of it."""
     if out is logits or torch.compiler.is_compiling():  # traced ops never pass an alias
         return out is logits
     if not torch._C._is_alias_of(out, logits):
@@ -101,6 +86,6 @@ def _overwrites(logits: Tensor, out: Tensor) -> bool:
     if out.storage_offset() == own.storage_offset() and out.stride() == own.stride():
         return True
     raise ValueError(
-        "out shares the storage of logits but is neither logits nor alias_rows(logits, dtype): its rows "
-        "would overwrite logits that have yet to be read; pass one of those, or a tensor of its own"
+        "out shares the storage of logits but is neither logits nor alias_rows(logits, dtype), so it "
+        "would overwrite logits that have yet to be read; pass one of those, or its own tensor"
     )
