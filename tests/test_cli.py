@@ -302,3 +302,43 @@ def test_import_fastpo_and_doctor_need_no_trainer_packages():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2
     assert "fastpo[train]" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_signal_during_the_last_step_lets_the_run_finish(tiny, monkeypatch):
+    def interrupt(self):
+        signal.raise_signal(signal.SIGINT)
+        Even.after = math.inf
+        return 1.0
+
+    monkeypatch.setattr(Even, "after", 16 + 1 * 16 + 5)
+    monkeypatch.setattr(Even, "sabotage", interrupt)
+    run = tiny("steps=2", "algorithm.dynamic_sampling=false")
+    assert (run / "summary.json").exists()
+
+
+def test_tensorboard_gets_every_number_where_it_is_installed(tiny, monkeypatch):
+    seen = []
+
+    class Writer:
+        def __init__(self, path):
+            self.path = path
+
+        def add_scalar(self, name, value, step):
+            seen.append((name, step))
+
+        def close(self):
+            seen.append("closed")
+
+    module = type(sys)("torch.utils.tensorboard")
+    module.SummaryWriter = Writer
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    tiny("log.tensorboard=true")
+    assert ("reward", 1) in seen and ("eval_accuracy", 0) in seen and seen[-1] == "closed"
+
+
+def test_the_progress_shown_has_the_six_numbers(tiny, capsys):
+    tiny()
+    lines = capsys.readouterr().out.splitlines()
+    last = next(line for line in lines if line.startswith("step 2/2"))
+    for part in ("reward", "acc", "len", "entropy", "clip", "groups kept"):
+        assert part in last

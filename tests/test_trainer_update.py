@@ -126,6 +126,21 @@ def test_log_probs_of_the_sampler_are_those_of_the_update():
     assert sums["ratio"] / sums["tokens"] == pytest.approx(1, abs=1e-5)
 
 
+def test_old_log_probs_can_be_recomputed_by_the_policy_of_the_update():
+    learner = make(updates_per_batch=2, old_logprobs="recompute")
+    samples = samples_of(learner.policy)
+    sampled = [list(s.completion.logprobs) for s in samples]
+    for s in samples:
+        s.completion.logprobs = [-50.0] * s.length
+    learner._recompute_old_logprobs(samples)
+    for s, expected in zip(samples, sampled, strict=True):
+        assert s.completion.logprobs == pytest.approx(expected, abs=1e-5)
+    for s in samples:
+        s.completion.logprobs = [-50.0] * s.length
+    sums = learner.learn(samples, torch.Generator().manual_seed(0)).read()
+    assert sums["ratio"] / sums["tokens"] == pytest.approx(1, abs=0.2)
+
+
 def test_samples_without_loss_change_nothing_whatever_they_hold():
     """REGRESSIONS 17."""
     learner = make(max_grad_norm=1e9)

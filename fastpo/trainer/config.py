@@ -121,6 +121,8 @@ class OptimConfig:
     """Disjoint mini-batches per step: more than 1 makes the later ones off-policy."""
     epochs: Count = 1
     """Passes over every batch."""
+    old_logprobs: Literal["sampler", "recompute"] = "sampler"
+    """Off-policy updates compare with log-probs as sampled, or as the update computes them (bf16)."""
     token_budget: Count = 16384
     """Padded tokens per micro-batch: bounds the memory of the forward and backward pass."""
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+from rich.text import Text
 
 SHOWN = {
     "reward": ("reward", "{:.2f}"),
@@ -19,27 +21,22 @@ SHOWN = {
 class Display:
     """Progress of one run; a context manager."""
 
-    def __init__(self, steps: int, start: int, print_every: int, console: Console | None = None):
-        self.console = console or Console(highlight=False)
+    def __init__(self, steps: int, start: int, print_every: int, console: Console):
+        self.console = console
         self.print_every = print_every
         self.steps = steps
-        self._progress = Progress(
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(bar_width=20),
-            TextColumn("{task.fields[numbers]}"),
-            TimeRemainingColumn(compact=True),
-            console=self.console,
-            disable=not self.console.is_terminal,
-        )
-        self._bar = self._progress.add_task("train", total=steps, completed=start, numbers="")
+        self._bar = Progress("step", MofNCompleteColumn(), BarColumn(None), TimeRemainingColumn())
+        self._task = self._bar.add_task("train", total=steps, completed=start)
+        self._numbers = Text()
+        self._live = Live(Group(self._bar, self._numbers), console=console, refresh_per_second=4)
 
     def __enter__(self) -> Display:
-        self._progress.start()
+        if self.console.is_terminal:
+            self._live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+        self._live.stop()
 
     def say(self, text: str) -> None:
         """Print one line, above the bar where there is one."""
@@ -47,11 +44,8 @@ class Display:
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
         """Show the numbers of a finished step."""
-        numbers = "  ".join(
-            f"{name} {form.format(metrics[key])}"
-            for key, (name, form) in SHOWN.items()
-            if key in metrics
-        )
-        self._progress.update(self._bar, completed=step, numbers=numbers)
+        shown = (f"{name} {form.format(metrics[key])}" for key, (name, form) in SHOWN.items())
+        self._numbers.plain = "  ".join(shown)
+        self._bar.update(self._task, completed=step)
         if not self.console.is_terminal and (step % self.print_every == 0 or step == self.steps):
-            self.say(f"step {step}/{self.steps}  {numbers}")
+            self.say(f"step {step}/{self.steps}  {self._numbers.plain}")

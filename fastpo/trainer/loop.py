@@ -107,10 +107,12 @@ class Trainer:
 
     def run(self) -> None:
         """Warm up if asked to, evaluate, then train to the last step."""
+        self.out.print(self._headline(), markup=False, soft_wrap=True)
         if self.learner is None:
             self._warm_up()
             self.learner = self._make_learner()
             self.before = self._evaluate()
+            self.out.print(f"Held-out accuracy before: {self.before['accuracy']:.3f}")
         with (
             console.Display(
                 self.config.steps, self.step, self.config.log.print_every, self.out
@@ -120,6 +122,15 @@ class Trainer:
             while self.step < self.config.steps:
                 self._train_step(display)
                 self._after_step(display, stop)
+
+    def _headline(self) -> str:
+        rollout, model = self.config.rollout, self.policy.model
+        size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+        return (
+            f"{type(model).__name__}, {size:.2f} M parameters, on {self.device}: "
+            f"{self.config.algorithm.preset}, {self.config.steps} steps of {rollout.prompts} x "
+            f"{rollout.group_size} completions. Everything goes to {self.dir}"
+        )
 
     def _train_step(self, display: console.Display) -> None:
         started = time.monotonic()
@@ -180,6 +191,7 @@ class Trainer:
             steps=self.step,
             num_tokens=self.num_tokens,
             held_out_problems=len(self.held_out),
+            eval_temperature=self.config.eval.temperature,
             command=command,
         )
         report.show(self.out, self.before, after, plot(self.dir), command)

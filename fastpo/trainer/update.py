@@ -103,6 +103,8 @@ class Learner:
         """`epochs` passes of `updates_per_batch` updates over one batch of samples."""
         sums = Sums()
         on_policy = self.config.updates_per_batch == 1 and self.config.epochs == 1
+        if self.config.old_logprobs == "recompute" and not on_policy:
+            self._recompute_old_logprobs(samples)
         for _ in range(self.config.epochs):
             order = torch.randperm(len(samples), generator=generator)
             for part in order.tensor_split(self.config.updates_per_batch):
@@ -162,22 +164,29 @@ class Learner:
             advantages=batch.advantages,
             objective=self.objective,
             old_logprobs=None if on_policy else batch.old_logprobs,
-            ref_logprobs=self._reference_logprobs(batch),
+            ref_logprobs=None if self.reference is None else self._score(self.reference, batch),
             temperature=self.temperature,
             cu_seqlens=batch.cu_seqlens,
             normalizer=normalizer,
             **self.policy.head(),
         )
 
+    def _recompute_old_logprobs(self, samples: list[Sample]) -> None:
+        """Low-precision decoding differs from the update's own log-probs: take those instead."""
+        for part in by_token_budget(samples, self.config.token_budget):
+            batch = MicroBatch.of(part, self.policy.device)
+            pieces = self._score(self.policy, batch).split([sample.length for sample in part])
+            for sample, logprobs in zip(part, pieces, strict=True):
+                sample.completion.logprobs = logprobs.tolist()
+
     @torch.no_grad()
-    def _reference_logprobs(self, batch: MicroBatch) -> Tensor | None:
-        if self.reference is None:
-            return None
+    def _score(self, policy: Policy, batch: MicroBatch) -> Tensor:
+        """Log-probs (N,) of the batch's tokens under `policy`."""
         return fastpo.linear_token_logprobs(
-            batch.hidden(self.reference),
+            batch.hidden(policy),
             tokens=batch.tokens,
             temperature=self.temperature,
-            **self.reference.head(),
+            **policy.head(),
         ).logprobs
 
 

@@ -1,0 +1,51 @@
+"""Write results/demo.md from the summary.json of demo runs.
+
+make demo SEED=0; make demo SEED=1; make demo SEED=2
+python benchmarks/demo_table.py runs/demo-seed0 runs/demo-seed1 runs/demo-seed2
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+TARGET = Path(__file__).parent / "results" / "demo.md"
+HEAD = "| seed | accuracy before | after | rise | seconds | tokens |\n|---|---|---|---|---|---|\n"
+
+
+def table(summaries: list[dict]) -> str:
+    """The Markdown page: one row per run, and where and with what they ran."""
+    rows = "".join(map(_row, summaries))
+    first = summaries[0]
+    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
+    commands = "\n".join(f"    {summary['command']}" for summary in summaries)
+    return (
+        "# The demo: DAPO teaches a small Llama to sort six digits\n\n"
+        f"{HEAD}{rows}\n"
+        f"Accuracy is of {first['held_out_problems']} held-out problems, the same for every seed "
+        f"and never trained on, {_how(first)}. Before = after the supervised warm-up, which stands "
+        "in for a pretrained checkpoint. Seconds are wall time, warm-up and evaluation included.\n\n"
+        f"{commands}\n\n"
+        f"{first['date']}; {first['machine']}; {versions}.\n"
+    )
+
+
+def _row(summary: dict) -> str:
+    before, after = summary["before"]["accuracy"], summary["after"]["accuracy"]
+    return (
+        f"| {summary['seed']} | {before:.3f} | {after:.3f} | {after - before:+.3f} "
+        f"| {summary['seconds']:.0f} | {summary['num_tokens']:,} |\n"
+    )
+
+
+def _how(summary: dict) -> str:
+    temperature = summary["eval_temperature"]
+    return f"sampled at temperature {temperature:g}" if temperature else "decoded greedily"
+
+
+if __name__ == "__main__":
+    TARGET.write_text(
+        table([json.loads((Path(run) / "summary.json").read_text()) for run in sys.argv[1:]])
+    )
+    print(TARGET)
