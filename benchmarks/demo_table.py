@@ -25,7 +25,7 @@ def table(summaries: list[dict]) -> str:
         f"{HEAD}{rows}\n"
         f"Accuracy is of {first['held_out_problems']} held-out problems, the same for every seed "
         f"and never trained on, {_how(first)}. Before = after the supervised warm-up, which stands "
-        "in for a pretrained checkpoint. Seconds are wall time, warm-up and evaluation included.\n\n"
+        "in for a pretrained checkpoint. Seconds are wall time, evaluation included.\n\n"
         f"{commands}\n\n"
         f"{first['date']}; {first['machine']}; {versions}.\n"
     )

@@ -122,7 +122,7 @@ class OptimConfig:
     epochs: Count = 1
     """Passes over every batch."""
     old_logprobs: Literal["sampler", "recompute"] = "sampler"
-    """Off-policy updates compare with log-probs as sampled, or as the update computes them (bf16)."""
+    """Of off-policy updates: as sampled, or as the update computes them (better under bf16)."""
     token_budget: Count = 16384
     """Padded tokens per micro-batch: bounds the memory of the forward and backward pass."""
 
