@@ -25,6 +25,8 @@ setup: $(STAMPS)/fastpo ## Make the virtual environment and install fastpo into 
 demo: $(STAMPS)/fastpo ## Train a small model with DAPO, from nothing, on a CPU (SEED=0)
 	@$(BIN)/fastpo train recipes/demo.toml seed=$(SEED)
 
+# Threads that spin while they wait would take the core of whatever else runs here.
+demo-smollm2: export OMP_WAIT_POLICY ?= passive
 demo-smollm2: $(SMOLLM2)/config.json ## Fetch SmolLM2-135M-Instruct and train it on a CPU (SEED=0)
 	@$(BIN)/fastpo train recipes/smollm2.toml seed=$(SEED)
 

@@ -1,12 +1,15 @@
 """The addition task of `make demo-smollm2`, and that a model made of text trains on it."""
 
 import random
+from pathlib import Path
 
 import pytest
 
 from fastpo.trainer import recipe
 from fastpo.trainer.arithmetic import Addition
 from fastpo.trainer.tasks import load_task
+
+RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "smollm2.toml"
 
 
 def test_only_the_sum_alone_is_right():
@@ -44,5 +47,5 @@ def test_impossible_arguments_are_refused(arguments):
 
 
 def test_the_recipe_loads_its_task():
-    config = recipe.load("recipes/smollm2.toml")
+    config = recipe.load(RECIPE)
     assert isinstance(load_task(config.task, config.task_args), Addition)
