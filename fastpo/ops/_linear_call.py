@@ -32,6 +32,7 @@ class LinearCall:
     backend: ModuleType | VocabularyShard
     live: Tensor | None  # (N,) bool; None = all
     index: Tensor | None  # (n,) the live rows, so that no other enters a GEMM; None = all enter
+    contradicted: Tensor | None  # 0-d bool: index is not the live rows, as found out on device
 
     @property
     def blank(self) -> Tensor | None:
@@ -42,6 +43,12 @@ class LinearCall:
     def may_look(self) -> bool:
         """Whether values may steer the host: on CPU, where reading them synchronizes nothing."""
         return self.tokens.device.type == "cpu"
+
+    def visible(self, *outputs: Tensor) -> tuple[Tensor, ...]:
+        """The outputs, NaN if the caller's live rows contradict the mask."""
+        if self.contradicted is None:
+            return outputs
+        return tuple(x.masked_fill(self.contradicted, torch.nan) for x in outputs)
 
     def head(self, weight: Tensor, bias: Tensor | None) -> Head:
         """The head, detached: gradients are written by hand."""

@@ -16,7 +16,7 @@ from fastpo.ops._tensor_parallel import VocabularyShard
 
 
 def operands(hidden: object, weight: object, bias: object) -> tuple[Tensor, Tensor, Tensor | None]:
-    """hidden [..., D], weight [V, D], bias [V], checked, in one dtype: autocast's where it is on."""
+    """hidden [..., D], weight [V, D], bias [V], checked, in one dtype: autocast's where on."""
     if isinstance(weight, Tensor) and weight.numel() == 0:
         raise ValueError(
             f"weight has shape {list(weight.shape)}, no elements: if DeepSpeed ZeRO-3 partitioned "
@@ -87,9 +87,9 @@ def linear_call(
         vocabulary = int(rows.vocabulary) if _checks.inspects_values(hidden) else vocabulary
     _checks.check_tokens(tokens, leading, vocabulary, mask, hidden)
     _checks.check_temperature(temperature, leading, mask, hidden)
-    tokens = tokens.reshape(-1).long()
+    tokens = tokens.reshape(-1).long().contiguous()
     live = None if mask is None else mask.reshape(-1)
-    index, tokens = _live_index(live, live_rows, leading, tokens)
+    index, contradicted = _live_index(live, live_rows, leading)
     return LinearCall(
         tokens=tokens,
         temperature=flat_temperature(temperature),
@@ -100,26 +100,39 @@ def linear_call(
         backend=rows,
         live=live,
         index=index,
+        contradicted=contradicted,
     )
 
 
 def _live_index(
-    live: Tensor | None, live_rows: int | Tensor | None, leading: torch.Size, tokens: Tensor
-) -> tuple[Tensor | None, Tensor]:
-    """(n,) the live rows or None for all, and the tokens.
+    live: Tensor | None, live_rows: int | Tensor | None, leading: torch.Size
+) -> tuple[Tensor | None, Tensor | None]:
+    """(n,) the live rows or None for all, and whether `live_rows` contradicts the mask (0-d bool).
 
     On GPU, counting the live rows would wait for the device: there it takes the caller's number or
-    host mask. One that contradicts the mask gives NaN log-probs, found out without a wait.
+    host mask, and whether that is right is left on the device.
     """
     if live_rows is None:
         if live is None or live.device.type != "cpu":
-            return None, tokens
-        return _unless_all(live.nonzero()[:, 0], live), tokens
+            return None, None
+        return _unless_all(live.nonzero()[:, 0], live), None
     if live is None:
         raise ValueError(
-            "live_rows is given without mask: it says on the host what mask says on device,"
-            " so pass both"
+            "live_rows is given without mask: it says on the host what mask says on device; pass both"
         )
+    index = _named_rows(live, live_rows, leading)
+    contradicted = (live.sum() != index.numel()) | ~live[index].all()
+    if not _checks.inspects_values(live):
+        return _unless_all(index, live), contradicted
+    if contradicted:
+        raise ValueError(
+            f"live_rows names {index.numel()} rows, mask has {int(live.sum())} True, or others: "
+            "pass the host copy of the same mask"
+        )
+    return _unless_all(index, live), None
+
+
+def _named_rows(live: Tensor, live_rows: int | Tensor, leading: torch.Size) -> Tensor:
     if isinstance(live_rows, Tensor):
         if live_rows.dtype != torch.bool or live_rows.device.type != "cpu":
             raise ValueError(
@@ -127,20 +140,13 @@ def _live_index(
                 "cpu, the host copy of mask, or the number of True in it"
             )
         _checks.check_tensor("live_rows", live_rows, leading, live_rows)
-        index = live_rows.reshape(-1).nonzero()[:, 0].to(live.device, non_blocking=True)
-    elif isinstance(live_rows, int) and not isinstance(live_rows, bool) and live_rows >= 0:
-        index = torch.nonzero_static(live, size=min(live_rows, live.numel()), fill_value=0)[:, 0]
-    else:
+        return live_rows.reshape(-1).nonzero()[:, 0].to(live.device, non_blocking=True)
+    if isinstance(live_rows, bool) or not isinstance(live_rows, int) or live_rows < 0:
         raise ValueError(
             f"live_rows is {live_rows!r}, expected the number of True in mask, or mask's host copy"
         )
-    agrees = (live.sum() == index.numel()) & live[index].all()
-    if _checks.inspects_values(live) and not agrees:
-        raise ValueError(
-            f"live_rows names {index.numel()} rows, but mask has {int(live.sum())} True, or others: "
-            "pass the host copy of the same mask"
-        )
-    return _unless_all(index, live), tokens.where(agrees, -1)
+    size = min(live_rows, live.numel())
+    return torch.nonzero_static(live, size=size, fill_value=0)[:, 0]
 
 
 def _unless_all(index: Tensor, live: Tensor) -> Tensor | None:

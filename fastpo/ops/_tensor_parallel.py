@@ -37,7 +37,8 @@ class VocabularyShard:
     ) -> RowStats:
         """Merge in log space. With shard i: m_i, log s_i, and E_i = log s_i - H_i = E_p[u - m_i]:
 
-        M = max m_i     log S = logsumexp(m_i - M + log s_i)     p_i = exp(m_i - M + log s_i - log S)
+        M = max m_i     log S = logsumexp(m_i - M + log s_i)
+        p_i = exp(m_i - M + log s_i - log S)
         E = sum_i p_i (E_i + m_i - M)     H = log S - E
         logprob = (u_y - m_i - log s_i) + log s_i + m_i - M - log S on the shard that owns y
         """

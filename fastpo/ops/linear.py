@@ -82,11 +82,11 @@ def linear_policy_loss(
         logit_scale: factor on the logits (Cohere's logit_scale, 1 / Granite's logits_scaling).
         softcap: Gemma's final_logit_softcapping; None = none.
         logits_dtype: None = float32, which keeps the GEMM's fp32 sums; torch.bfloat16 (for bf16
-            operands) rounds the logits, halves the chunk's memory, and costs about 1e-2 in log-probs.
+            operands) rounds the logits: half the chunk's memory, about 1e-2 off in log-probs.
         chunk_tokens: tokens per chunk; None = from a byte budget (see `fastpo plan`).
-        tp_group: process group over which `weight` (and `bias`) is sharded along V in rank order, of
-            any sizes. All ranks pass the same tokens and hidden states, get the same loss and the
-            whole gradient of the hidden states, and their own shard's of the weight.
+        tp_group: process group over which `weight` (and `bias`) is sharded along V in rank order,
+            in parts of any size. All ranks pass the same tokens and hidden states, and get the same
+            loss, the whole gradient of the hidden states and their own shard's of the weight.
         live_rows: the number of True in `mask`, or its copy on the host, which a trainer has when
             it builds the batch. One that contradicts `mask` raises on CPU and gives NaN on GPU.
 
@@ -124,7 +124,7 @@ def linear_policy_loss(
     )
     hidden = _linear_inputs.flat_hidden(hidden)
     if not objective.is_token_level:
-        logprobs, entropy = LinearTokenLogprobs.apply(hidden, weight, bias, call)
+        logprobs, entropy = call.visible(*LinearTokenLogprobs.apply(hidden, weight, bias, call))
         return loss_of_batch(batch, logprobs.view(leading), entropy.view(leading))
     needs = tuple(
         torch.is_grad_enabled() and x is not None and x.requires_grad
@@ -138,6 +138,7 @@ def linear_policy_loss(
     metrics = batch.metrics(
         logprobs, entropy, TokenLoss(terms.loss, terms.ratio, terms.kl, clipped)
     )
+    (loss,) = call.visible(loss)
     return PolicyLoss(loss, logprobs.view(leading), entropy.view(leading), metrics)
 
 
@@ -184,5 +185,5 @@ def linear_token_logprobs(
         live_rows=live_rows,
     )
     hidden = _linear_inputs.flat_hidden(hidden)
-    logprobs, entropy = LinearTokenLogprobs.apply(hidden, weight, bias, call)
+    logprobs, entropy = call.visible(*LinearTokenLogprobs.apply(hidden, weight, bias, call))
     return TokenLogprobs(logprobs.view(leading), entropy.view(leading))

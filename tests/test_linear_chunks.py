@@ -1,0 +1,97 @@
+"""Chunks: their sizes, and that results do not depend on them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import fastpo
+from fastpo.ops import _chunks, _gemm
+from fastpo.testing.linear import LinearCase
+
+
+@pytest.mark.parametrize("rows", [1, 255, 256, 257, 1000, 4096, 131072, 131073])
+@pytest.mark.parametrize("row_bytes", [1, 4 * 32000, 4 * 151936])
+def test_chunks_are_even_multiples_within_the_budget(rows, row_bytes):
+    budget = 2**27
+    size = _chunks.chunk_rows(rows, row_bytes, budget)
+    count = -(-rows // size)
+    assert size <= rows or rows == 1
+    assert size * row_bytes <= budget or size <= 256
+    assert size % 256 == 0 or count == 1
+    assert size - (rows - (count - 1) * size) < 256 * count  # the last one is not a sliver
+
+
+def test_cut_covers_every_row_once():
+    index = torch.tensor([0, 3, 4, 9, 11])
+    assert torch.cat(_chunks.cut(index, 12, 2)).tolist() == index.tolist()
+    assert [_chunks.length(rows) for rows in _chunks.cut(None, 12, 5)] == [5, 5, 2]
+    assert _chunks.cut(index[:0], 12, 2) == _chunks.cut(None, 0, 5) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("preset", ["dapo", "gspo"])
+def test_results_do_not_depend_on_the_chunking(preset, dtype):
+    """Bit by bit, but for dW and db: sums over chunks, whose order differs.
+
+    The bound of those is that of any fp32 sum over N tokens in another order.
+    """
+    objective = {"dapo": fastpo.dapo(entropy_coef=0.01), "gspo": fastpo.gspo()}[preset]
+    case = LinearCase.random(shape=(5, 51), dtype=dtype, bias=True)
+    whole, grads = case.fused(objective, chunk_tokens=10**6)
+    noise = max(torch.finfo(torch.float32).eps if dtype != torch.float64 else 1e-15, 1e-15)
+    for size in (1, 2, 3, 5, 7, 16, 17, 33, 100, 128, 254):
+        result, others = case.fused(objective, chunk_tokens=size)
+        assert torch.equal(result.loss, whole.loss)
+        assert torch.equal(result.logprobs, whole.logprobs)
+        assert torch.equal(result.entropy, whole.entropy)
+        assert torch.equal(others[0], grads[0])
+        for grad, other in zip(grads[1:], others[1:], strict=True):
+            rounding = torch.finfo(dtype).eps if dtype == torch.bfloat16 else 0
+            assert (grad.double() - other.double()).norm() < (
+                4 * noise + rounding
+            ) * grad.double().norm()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_row_scores_the_same_in_any_batch(threads):
+    """Old log-probs of one sequence alone equal the new ones of a packed batch, bit by bit."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        case = LinearCase.random(shape=(1, 97), width=96, vocabulary=2000)
+        hidden, tokens = case.hidden[0], case.tokens[0]
+        packed, entropy = fastpo.linear_token_logprobs(hidden, case.weight, tokens)
+        for start, stop in ((0, 1), (0, 3), (1, 8), (8, 40), (40, 97)):
+            rows = slice(start, stop)
+            alone = fastpo.linear_token_logprobs(hidden[rows], case.weight, tokens[rows])
+            assert torch.equal(alone.logprobs, packed[rows])
+            assert torch.equal(alone.entropy, entropy[rows])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_loss_and_scoring_agree_bit_by_bit():
+    """Old log-probs from linear_token_logprobs, new ones from the loss: r = 1 exactly."""
+    case = LinearCase.random(dtype=torch.bfloat16)
+    scored = fastpo.linear_token_logprobs(case.hidden, case.weight, case.tokens, mask=case.mask)
+    for objective in (fastpo.dapo(), fastpo.gspo()):
+        result, _ = replace(case, old_logprobs=scored.logprobs).fused(objective, chunk_tokens=7)
+        assert torch.equal(result.logprobs, scored.logprobs)
+        assert torch.equal(result.entropy, scored.entropy)
+        assert result.metrics["old_kl"] == 0
+
+
+@pytest.mark.parametrize("shape", [(5, 7, 9000), (5, 9000, 7), (9000, 5, 7), (8, 8, 8)])
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("beta", [0.0, 1.0, 0.5])
+def test_matmul_of_narrow_operands_is_not_rounded(shape, narrow, beta):
+    """(m, k, n) with each of them the vocabulary; what stood there is not read when beta is 0."""
+    m, k, n = shape
+    a, b = torch.randn(m, k).to(narrow), torch.randn(n, k).to(narrow).t()
+    out = torch.randn(m, n) if beta else torch.full((m, n), torch.nan)
+    expected = 0.7 * a.double() @ b.double() + (beta * out.double() if beta else 0)
+    _gemm.add_matmul_(out, a, b, alpha=0.7, beta=beta)
+    assert (out - expected).norm() < 1e-6 * expected.norm()
