@@ -30,7 +30,11 @@ PRESETS = {
     "gpg": fastpo.gpg(),
     "reinforce": fastpo.reinforce(kl_coef=0.1, kl_estimator="abs"),
 }
-BACKENDS = [name for name in ("torch", "cpp") if backends.unavailable(name) is None]
+BACKENDS = [
+    pytest.param(name, marks=pytest.mark.slow if name == "triton" else ())  # interpreted
+    for name in ("torch", "cpp", "triton")
+    if backends.unavailable(name) is None
+]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 

@@ -9,7 +9,11 @@ import fastpo
 from fastpo import backends
 from fastpo.testing.budget import assert_within_budget
 
-BACKENDS = [name for name in ("torch", "cpp") if backends.unavailable(name) is None]
+BACKENDS = [
+    pytest.param(name, marks=pytest.mark.slow if name == "triton" else ())  # interpreted
+    for name in ("torch", "cpp", "triton")
+    if backends.unavailable(name) is None
+]
 NEG_INF = float("-inf")
 
 

@@ -52,8 +52,8 @@ def resolve(name: str | None, device: torch.device, dtype: torch.dtype) -> str:
     return name
 
 
-# Dynamo cannot trace imports, and need not. torch.compiler.assume_constant_result sets this too, but
-# would import all of Dynamo (some seconds) with `import fastpo`.
+# Dynamo cannot trace imports, and need not. torch.compiler.assume_constant_result sets it too,
+# but would import all of Dynamo (some seconds) with `import fastpo`.
 resolve._dynamo_marked_constant = True
 
 
