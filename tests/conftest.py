@@ -18,13 +18,13 @@ if not HAS_GPU and "triton" not in sys.modules:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Refuse to test on an interpreter whose bf16 is wrong: such tests would prove nothing."""
+    """Refuse to test on an interpreter that computes wrongly: such tests would prove nothing."""
     if HAS_GPU or not HAS_TRITON:
         return
-    from fastpo.testing.interpreter import fix_bfloat16
+    from fastpo.testing.interpreter import fix_arithmetic
 
     try:
-        fix_bfloat16()
+        fix_arithmetic()
     except RuntimeError as error:
         pytest.exit(str(error), returncode=3)
 

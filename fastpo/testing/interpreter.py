@@ -1,10 +1,11 @@
-"""Trustworthy bf16 in Triton's interpreter, which runs kernels on CPU tensors for tests.
+"""Trustworthy arithmetic in Triton's interpreter, which runs kernels on CPU tensors for tests.
 
-The interpreter stores bf16 as raw 16-bit integers. As shipped it truncates fp32 -> bf16 where a GPU
-rounds to nearest even, and does arithmetic on the raw bits. `fix_bfloat16` repairs both;
-`check_bfloat16` proves it on a small kernel, so that no test passes on wrong arithmetic.
+The interpreter stores bf16 as raw 16-bit integers. As shipped it truncates fp32 -> bf16 where a
+GPU rounds to nearest even, and does arithmetic on the raw bits; up to Triton 3.6 its fp32 fma
+rounds twice. `fix_arithmetic` repairs all three; `check_arithmetic` proves it on a small kernel, so
+that no test passes on wrong arithmetic.
 
-Import Triton with TRITON_INTERPRET=1 in the environment, then call `fix_bfloat16()` once.
+Import Triton with TRITON_INTERPRET=1 in the environment, then call `fix_arithmetic()` once.
 """
 
 from __future__ import annotations
@@ -22,21 +23,22 @@ def interpreting() -> bool:
     return not isinstance(tl.sum, triton.JITFunction)
 
 
-def fix_bfloat16() -> None:
-    """Make the interpreter's bf16 casts round to nearest even and its bf16 arithmetic real.
+def fix_arithmetic() -> None:
+    """Make bf16 casts round to nearest even, bf16 arithmetic real, and fma round once.
 
     Does nothing when already done.
 
     Raises:
-        RuntimeError: Triton compiles kernels in this process, or bf16 is still wrong afterwards.
+        RuntimeError: Triton compiles kernels in this process, or something is still wrong.
     """
     if not interpreting():
         raise RuntimeError("Triton compiles here: set TRITON_INTERPRET=1 before it is imported")
-    if not getattr(InterpreterBuilder, "_fastpo_bfloat16", False):
-        InterpreterBuilder._fastpo_bfloat16 = True
+    if not getattr(InterpreterBuilder, "_fastpo_fixed", False):
+        InterpreterBuilder._fastpo_fixed = True
         _patch_casts()
         _patch_arithmetic()
-    check_bfloat16()
+        _patch_fma()
+    check_arithmetic()
 
 
 def _is_bfloat16(handle: TensorHandle) -> bool:
@@ -58,10 +60,8 @@ def _round(values: np.ndarray) -> np.ndarray:
 
 
 def _patch_casts() -> None:
-    original_cast, original_convert = (
-        InterpreterBuilder.cast_impl,
-        InterpreterBuilder.create_fp_to_fp,
-    )
+    original_cast = InterpreterBuilder.cast_impl
+    original_convert = InterpreterBuilder.create_fp_to_fp
 
     def cast(self, source, destination_type):
         if _is_bfloat16(source):
@@ -108,30 +108,48 @@ def _patch_arithmetic() -> None:
     InterpreterBuilder.create_dot = create_dot
 
 
+def _patch_fma() -> None:
+    """The product of two fp32 numbers is exact in fp64, so one sum there rounds as an fma does."""
+    original = InterpreterBuilder.create_fma
+
+    def create_fma(self, x, y, z):
+        if z.data.dtype != np.float32:
+            return original(self, x, y, z)
+        total = x.data.astype(np.float64) * y.data + z.data
+        return TensorHandle(total.astype(np.float32), z.dtype.scalar)
+
+    InterpreterBuilder.create_fma = create_fma
+
+
 @triton.jit
-def _bfloat16_kernel(x_ptr, y_ptr, sum_ptr, rounded_ptr, n, BLOCK: tl.constexpr):
+def _arithmetic_kernel(x_ptr, y_ptr, sum_ptr, rounded_ptr, fma_ptr, n, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + i, mask=i < n, other=0.0)
     y = tl.load(y_ptr + i, mask=i < n, other=0.0)
     tl.store(sum_ptr + i, x + y, mask=i < n)
     product = x.to(tl.float32) * y.to(tl.float32)
     tl.store(rounded_ptr + i, product.to(tl.bfloat16), mask=i < n)
+    third = x.to(tl.float32) / 3.0
+    tl.store(fma_ptr + i, tl.fma(third, third, -(third * third)), mask=i < n)
 
 
-def check_bfloat16() -> None:
-    """Compare the interpreter's bf16 addition and rounding with torch's, bit by bit.
+def check_arithmetic() -> None:
+    """Compare bf16 addition and rounding, and fp32 fma, with torch's, bit by bit.
 
     Raises:
-        RuntimeError: they differ, so that no bf16 result of this interpreter can be trusted.
+        RuntimeError: they differ, so that no result of this interpreter can be trusted.
     """
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(256, generator=generator).bfloat16()
-    y = torch.randn(256, generator=generator).bfloat16()
-    total, product = torch.empty_like(x), torch.empty_like(x)
-    _bfloat16_kernel[(1,)](x, y, total, product, 256, BLOCK=256)
-    wrong = (total != x + y).sum().item() + (product != x * y).sum().item()
-    if wrong:
+    x, y = (torch.randn(256, generator=generator).bfloat16() for _ in range(2))
+    total, product, residue = torch.empty_like(x), torch.empty_like(x), torch.empty(256)
+    _arithmetic_kernel[(1,)](x, y, total, product, residue, 256, BLOCK=256)
+    third = x.float() / 3.0
+    exact_residue = (third.double().square() - (third * third).double()).float()
+    pairs = ((total, x + y), (product, x * y), (residue, exact_residue))
+    wrong = [(got != expected).sum().item() for got, expected in pairs]
+    if any(wrong):
         raise RuntimeError(
-            f"bf16 in the interpreter of triton {triton.__version__} is wrong in {wrong} of 512 "
-            "results: tests on it would prove nothing; adapt fastpo/testing/interpreter.py"
+            f"the interpreter of triton {triton.__version__} is wrong in {wrong} of 256 bf16 sums, "
+            "bf16 products and fp32 fmas: tests on it would prove nothing; adapt "
+            "fastpo/testing/interpreter.py"
         )
