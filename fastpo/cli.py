@@ -104,7 +104,8 @@ def _eval(options: argparse.Namespace, command: str) -> int:
         verdict = "right" if answer.correct else "wrong"
         print(f"{answer.problem.prompt!r} -> {answer.text!r}  ({verdict})")
     print(
-        f"accuracy {result.accuracy:.3f}  reward {result.reward:.3f}  "
+        f"accuracy {result.accuracy:.3f}  greedy {result.greedy_accuracy:.3f}  "
+        f"reward {result.reward:.3f}  "
         f"mean length {result.mean_length:.1f} tokens  ({len(result.answers)} completions)"
     )
     return 0

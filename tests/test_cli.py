@@ -37,6 +37,7 @@ METRICS = (
     *("completions/mean_length", "completions/clipped_ratio", "entropy", "loss", "grad_norm"),
     *("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "learning_rate"),
 )
+EVALUATION = 2 * 16  # rewards asked for before the first step: sampled and greedy
 
 
 class Even:
@@ -109,7 +110,9 @@ def test_a_run_leaves_everything_behind(tiny, capsys):
     for part in ("before", "after", str(run / "curves.png"), "Repeat:  fastpo train", "seed=3"):
         assert part in output
     assert main(["eval", str(run)]) == 0
-    assert f"accuracy {summary['after']['accuracy']:.3f}" in capsys.readouterr().out
+    after = summary["after"]
+    expected = f"accuracy {after['accuracy']:.3f}  greedy {after['greedy_accuracy']:.3f}"
+    assert expected in capsys.readouterr().out
     (run / "curves.png").unlink()
     assert main(["plot", str(run)]) == 0 and (run / "curves.png").exists()
 
@@ -191,7 +194,7 @@ def test_resume_without_a_checkpoint(tiny, capsys):
 
 
 def test_a_raising_verifier_keeps_metrics_and_a_checkpoint(tiny, monkeypatch, capsys):
-    monkeypatch.setattr(Even, "after", 16 + 4 * 16)
+    monkeypatch.setattr(Even, "after", EVALUATION + 4 * 16)
     monkeypatch.setattr(Even, "sabotage", lambda self: {}["nothing"])
     run = tiny("steps=50", "algorithm.dynamic_sampling=false", code=1)
     one_line(capsys, "Even.reward raised KeyError", "completion")
@@ -250,7 +253,7 @@ def test_ctrl_c_saves_a_checkpoint_that_resumes(tiny, monkeypatch, capsys, numbe
         signal.raise_signal(number)
         return 1.0
 
-    monkeypatch.setattr(Even, "after", 16 + 2 * 16 + 5)
+    monkeypatch.setattr(Even, "after", EVALUATION + 2 * 16 + 5)
     monkeypatch.setattr(Even, "sabotage", interrupt)
     run = tiny("steps=5", "algorithm.dynamic_sampling=false", code=code)
     one_line(capsys, "stopped at step 3", "--resume")
@@ -264,7 +267,7 @@ def test_a_second_ctrl_c_stops_at_once(tiny, monkeypatch, capsys):
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(Even, "after", 16 + 5)
+    monkeypatch.setattr(Even, "after", EVALUATION + 5)
     monkeypatch.setattr(Even, "sabotage", interrupt)
     tiny(code=130)
     one_line(capsys, "stopped at once")
@@ -310,7 +313,7 @@ def test_a_signal_during_the_last_step_lets_the_run_finish(tiny, monkeypatch):
         Even.after = math.inf
         return 1.0
 
-    monkeypatch.setattr(Even, "after", 16 + 1 * 16 + 5)
+    monkeypatch.setattr(Even, "after", EVALUATION + 1 * 16 + 5)
     monkeypatch.setattr(Even, "sabotage", interrupt)
     run = tiny("steps=2", "algorithm.dynamic_sampling=false")
     assert (run / "summary.json").exists()

@@ -41,6 +41,7 @@ class Evaluation(NamedTuple):
     reward: float  # the task's own, without length penalty
     mean_length: float  # tokens
     answers: list[Answer]
+    greedy_accuracy: float | None = None  # of greedy decoding, whatever the temperature
 
 
 def evaluate(
@@ -79,16 +80,21 @@ def evaluate(
 def evaluate_held_out(
     policy: Policy, task: Task, problems: list[Problem], config: Config
 ) -> Evaluation:
-    """`evaluate` as a recipe says; a generator of its own leaves training undisturbed."""
-    return evaluate(
-        policy,
-        task,
-        problems,
-        config.rollout,
-        config.eval.temperature,
-        torch.Generator(policy.device).manual_seed(0),
-        config.eval.samples,
-    )
+    """`evaluate` as a recipe says, and greedily; its own generator leaves training undisturbed."""
+    generator = torch.Generator(policy.device).manual_seed(0)
+    greedy = evaluate(policy, task, problems, config.rollout, 0.0, generator)
+    result = greedy
+    if config.eval.temperature or config.eval.samples > 1:
+        result = evaluate(
+            policy,
+            task,
+            problems,
+            config.rollout,
+            config.eval.temperature,
+            generator,
+            config.eval.samples,
+        )
+    return result._replace(greedy_accuracy=greedy.accuracy)
 
 
 def evaluate_saved(path: Path, overrides: Sequence[str]) -> Evaluation:

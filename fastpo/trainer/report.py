@@ -26,6 +26,7 @@ def digest(evaluation: Evaluation, per_problem: int) -> dict[str, Any]:
     shown = evaluation.answers[: SHOWN_ANSWERS * per_problem : per_problem]
     return {
         "accuracy": evaluation.accuracy,
+        "greedy_accuracy": evaluation.greedy_accuracy,
         "reward": evaluation.reward,
         "mean_length": evaluation.mean_length,
         "answers": [
@@ -72,8 +73,9 @@ def _number_table(before: dict[str, Any], after: dict[str, Any]) -> Table:
     table = Table(title="Held-out problems", title_justify="left")
     for heading in ("", "before", "after", "change"):
         table.add_column(heading, justify="right" if heading else "left")
-    for key, name in (("accuracy", "accuracy"), ("reward", "reward"), ("mean_length", "tokens")):
+    for key in ("accuracy", "greedy_accuracy", "reward", "mean_length"):
         change = after[key] - before[key]
+        name = key.replace("_", " ")
         table.add_row(name, f"{before[key]:.3f}", f"{after[key]:.3f}", f"{change:+.3f}")
     return table
 
