@@ -533,3 +533,38 @@ def test_differs_from_verl_gspo_bound_on_the_sequence_ratio(verl):
     got, theirs = verl_pair(verl, presets.gspo(), "gspo", t, "a", "seq-mean-token-mean")
     torch.testing.assert_close(got[0], torch.tensor(15.0).exp())
     torch.testing.assert_close(theirs[0], torch.tensor(10.0).exp(), **VERL_CLOSE)
+
+
+def test_registered_objective_is_verls_own_loss(verl):
+    """fastpo.integrations.verl: the registry's entry, global batch counts included."""
+    from fastpo.integrations.verl import register
+
+    core, config_class = verl
+    register("fastpo_dapo", presets.dapo())
+    t = batch()
+    config = config_class(
+        strategy="fsdp",
+        rollout_n=1,
+        use_dynamic_bsz=True,
+        clip_ratio_low=0.2,
+        clip_ratio_high=0.28,
+        clip_ratio_c=1e9,
+    )
+    config.global_batch_info.update(batch_num_tokens=40, dp_size=2)
+    values, metrics = [], []
+    for name in ("fastpo_dapo", "vanilla"):
+        logp = t["logp"].clone().requires_grad_()
+        loss, logged = core.get_policy_loss_fn(name)(
+            old_log_prob=t["old"],
+            log_prob=logp,
+            advantages=t["token_a"],
+            response_mask=t["mask"].double(),
+            config=config,
+            rollout_is_weights=t["iw"],
+        )
+        values.append((loss.detach(), *torch.autograd.grad(loss, logp)))
+        metrics.append(logged.keys())
+    torch.testing.assert_close(*values, **CLOSE)
+    assert metrics[0] == metrics[1]
+    with pytest.raises(ValueError, match=r"kl_coef=0.1 .* expected 0: verl adds"):
+        register("fastpo_kl", presets.dapo(kl_coef=0.1))
