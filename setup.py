@@ -142,7 +142,7 @@ class BuildExtension(build_ext):
 def link_flags(cuda):
     """Flags and libraries, in the order that linkers mind."""
     # torch is loaded before the extension is; it stays a declared dependency so that weak symbols
-    # of its CUDA half resolve. The CUDA runtime is linked statically: no driver, no clash of versions.
+    # of its CUDA half resolve. The CUDA runtime is linked statically: it needs no driver to load.
     runtime = ["-lcudart_static", "-lrt", "-lpthread", "-ldl"] if cuda else []
     linux = ["-Wl,--no-as-needed", "-Wl,--exclude-libs,ALL"] if sys.platform == "linux" else []
     return [*linux, "-ltorch", "-ltorch_cpu", *runtime]
@@ -191,9 +191,7 @@ def extensions():
     except (ImportError, RuntimeError) as error:
         if switched("FASTPO_FORCE_EXT"):
             raise
-        notice(
-            f"the C++ extension is left out ({error}); install with --no-build-isolation beside torch"
-        )
+        notice(f"no C++ extension ({error}); install with --no-build-isolation beside torch")
         return []
 
 

@@ -28,9 +28,23 @@ struct RowKernels {
   static constexpr int64_t W = S::width;
   static constexpr int kChains = 4;  // independent sums: shorter dependency chains, smaller error
 
-  // What a sweep over a row leaves: x_j = u_j - m, s = sum exp x_j.
+  // x_j = u_j - m as (z_j - before) / T + after. With before = max z it is exactly 0 at the maximum;
+  // when only m is known, after = -m, and the product is not rounded before the sum.
+  struct Shift {
+    float before;
+    float inverse_t;
+    float after;
+
+    template <class T, class Lanes>
+    FASTPO_INLINE Vec operator()(const T* z, Lanes lanes) const {
+      const Vec difference = S::sub(S::load(z, lanes), S::all(before));
+      return S::mul_add_exact(difference, S::all(inverse_t), S::all(after));
+    }
+  };
+
+  // What the sweeps over a row leave: s = sum exp x_j.
   struct Summary {
-    float row_max;     // m
+    Shift shift;
     float exp_sum;     // s
     float log_sum;     // log s
     float mean_shift;  // E_p[x]
@@ -75,29 +89,24 @@ struct RowKernels {
     return S::maximum(S::max(S::max(best[0], best[1]), S::max(best[2], best[3])));
   }
 
-  // x = z / T - m, with one rounding; -inf becomes kExpFloor so that x * exp(x) is 0, not NaN.
-  template <class T, class Lanes>
-  static FASTPO_INLINE Vec shifted(const T* z, Vec inverse_t, Vec minus_max, Lanes lanes) {
-    Vec x = S::mul_add_exact(S::load(z, lanes), inverse_t, minus_max);
-    return S::max(S::all(kExpFloor), x);
-  }
+  // -inf becomes kExpFloor, so that x * exp(x) is 0, not NaN.
+  static FASTPO_INLINE Vec floored(Vec x) { return S::max(S::all(kExpFloor), x); }
 
   // The first two sweeps. Keeps exp(x_j) in `exps` if kKeep, which may be the row itself; fetches the row
   // at `ahead` meanwhile.
   template <bool kKeep, class T>
   static Summary summarize(const RowsIn& in, int64_t i, const T* ahead, float* exps) {
     const T* z = static_cast<const T*>(in.logits.row(i));
-    const float inverse_t = in.temperature.inverse(i);
     Summary row;
-    row.row_max = max_logit(z, in.columns) * inverse_t;
-    const float token_shift = token_shifted(in, i, z, row.row_max);
-    const Vec scale = S::all(inverse_t), minus_max = S::all(-row.row_max);
+    row.shift = {max_logit(z, in.columns), in.temperature.inverse(i), 0.0f};
+    const Shift shift = row.shift;
+    const float token_x = token_shifted(in, i, z, shift);
     Vec sums[kChains], weighted[kChains];
     for (Vec& s : sums) s = S::all(0);
     for (Vec& s : weighted) s = S::all(0);
     forward(in.columns, [&](int chain, int64_t j, auto lanes) FASTPO_LAMBDA {
       if (ahead) FASTPO_PREFETCH(ahead + j);
-      const Vec x = shifted(z + j, scale, minus_max, lanes);
+      const Vec x = floored(shift(z + j, lanes));
       const Vec e = exp<S>(x);
       if (kKeep) S::store(exps + j, e, lanes);
       sums[chain] = S::add(sums[chain], e);
@@ -108,7 +117,7 @@ struct RowKernels {
     row.mean_shift = total(weighted) / row.exp_sum;
     const float entropy = row.log_sum - row.mean_shift;
     row.entropy = entropy < 0 ? 0.0f : entropy;
-    const float logprob = token_shift - row.log_sum;
+    const float logprob = token_x - row.log_sum;
     row.logprob = logprob > 0 ? 0.0f : logprob;  // by a rounding error
     return row;
   }
@@ -119,15 +128,14 @@ struct RowKernels {
 
   // x of the row's token; NaN for a token outside the row.
   template <class T>
-  static float token_shifted(const RowsIn& in, int64_t i, const T* z, float row_max) {
+  static float token_shifted(const RowsIn& in, int64_t i, const T* z, const Shift& shift) {
     const int64_t token = in.tokens[i];
-    if (token < 0 || token >= in.columns) return NAN;
-    const Vec inverse_t = S::all(in.temperature.inverse(i)), minus_max = S::all(-row_max);
-    return S::first(S::mul_add_exact(S::load(z + token, First{1}), inverse_t, minus_max));
+    return token < 0 || token >= in.columns ? NAN : S::first(shift(z + token, First{1}));
   }
 
   // The two slopes and the token's own gradient from c, e and the statistics of a row; `inverse_s` = 1 / s.
-  static Slopes slopes_of(float c, float e, float inverse_t, float inverse_s, const Summary& row) {
+  static Slopes slopes_of(float c, float e, float inverse_s, const Summary& row) {
+    const float inverse_t = row.shift.inverse_t;
     const float p = expf(row.logprob);
     const float x = p > 0 ? row.logprob + row.log_sum : row.mean_shift;  // p = 0: the term is 0
     const float entropy_part = e != 0 ? e * p * (row.mean_shift - x) : 0.0f;
@@ -151,16 +159,16 @@ struct RowKernels {
 
   // Third sweep. kKept: exp(x_j) stands in `exps`; kEntropy: the entropy term is there, and needs x_j.
   template <bool kKept, bool kEntropy, class T, class O>
-  static void write_grad(const RowsIn& in, int64_t i, float row_max, const Slopes& slopes,
+  static void write_grad(const RowsIn& in, int64_t i, const Shift& row_shift, const Slopes& slopes,
                          const float* exps, O* out) {
     const T* z = static_cast<const T*>(in.logits.row(i));
-    const Vec inverse_t = S::all(in.temperature.inverse(i)), minus_max = S::all(-row_max);
+    const Shift shift = row_shift;
     const Vec scale = S::all(slopes.scale), spread = S::all(slopes.spread);
     const Vec mean_shift = S::all(slopes.mean_shift);
     const int64_t token = in.tokens[i];
     backward(in.columns, [&](int64_t j, auto lanes) FASTPO_LAMBDA {
       Vec x = S::all(0), factor = scale;
-      if (kEntropy || !kKept) x = shifted(z + j, inverse_t, minus_max, lanes);
+      if (kEntropy || !kKept) x = floored(shift(z + j, lanes));
       if (kEntropy) factor = S::mul_add(S::sub(mean_shift, x), spread, scale);
       const Vec e = kKept ? S::load(exps + j, lanes) : exp<S>(x);
       S::store(out + j, S::mul(e, factor), lanes);

@@ -59,8 +59,10 @@ struct RowTable {
     const Summary row = live ? Kernels::template summarize<false, T>(p.in, i, ahead, nullptr) : Summary{};
     p.logprobs[i] = row.logprob;
     p.entropy[i] = row.entropy;
-    p.row_max[i] = row.row_max;
-    p.log_sum[i] = row.log_sum;
+    // m is rounded to fp32; what the rounding took goes into log s, so that their sum stays right.
+    const auto& shift = row.shift;
+    p.row_max[i] = shift.before * shift.inverse_t;
+    p.log_sum[i] = row.log_sum + fmaf(shift.before, shift.inverse_t, -p.row_max[i]);
   }
 
   template <class T, class O>
@@ -69,15 +71,15 @@ struct RowTable {
     const float c = p.logprob_grad[i], e = p.entropy_grad ? p.entropy_grad[i] : 0.0f;
     if (c == 0 && e == 0) return Kernels::fill_zero(out, p.in.columns);
     Summary row;
-    row.row_max = p.row_max[i];
+    row.shift = {0.0f, p.in.temperature.inverse(i), -p.row_max[i]};
     row.log_sum = p.log_sum[i];
     row.mean_shift = row.log_sum - p.entropy[i];
     row.logprob = p.logprobs[i];
-    const Slopes slopes = Kernels::slopes_of(c, e, p.in.temperature.inverse(i), expf(-row.log_sum), row);
+    const Slopes slopes = Kernels::slopes_of(c, e, expf(-row.log_sum), row);
     if (e == 0)
-      Kernels::template write_grad<false, false, T>(p.in, i, row.row_max, slopes, nullptr, out);
+      Kernels::template write_grad<false, false, T>(p.in, i, row.shift, slopes, nullptr, out);
     else
-      Kernels::template write_grad<false, true, T>(p.in, i, row.row_max, slopes, nullptr, out);
+      Kernels::template write_grad<false, true, T>(p.in, i, row.shift, slopes, nullptr, out);
   }
 
   static FASTPO_INLINE bool is_live(const LossParams& p, int64_t i) {
@@ -128,11 +130,11 @@ struct RowTable {
                               const float* exps, O* out) {
     const float e = p.entropy_weight ? -p.entropy_weight[i] : 0.0f;
     if (c == 0 && e == 0) return Kernels::fill_zero(out, p.in.columns);
-    const Slopes slopes = Kernels::slopes_of(c, e, p.in.temperature.inverse(i), 1.0f / row.exp_sum, row);
+    const Slopes slopes = Kernels::slopes_of(c, e, 1.0f / row.exp_sum, row);
     if (e == 0)
-      Kernels::template write_grad<true, false, T>(p.in, i, row.row_max, slopes, exps, out);
+      Kernels::template write_grad<true, false, T>(p.in, i, row.shift, slopes, exps, out);
     else
-      Kernels::template write_grad<true, true, T>(p.in, i, row.row_max, slopes, exps, out);
+      Kernels::template write_grad<true, true, T>(p.in, i, row.shift, slopes, exps, out);
   }
 
   // Calls f with a zero of the element type, so that generic lambdas can name it.

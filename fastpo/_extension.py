@@ -1,4 +1,4 @@
-"""The compiled extension `fastpo._C`: loading it, and what torch.compile must know of its operators."""
+"""The compiled extension `fastpo._C`: loading it, and telling torch.compile of its operators."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @functools.cache
 def load_error() -> str | None:
-    """None once the operators of `torch.ops.fastpo` are there, else one line: why not, what helps."""
+    """None once the operators `torch.ops.fastpo.*` are there, else one line: why not, what helps."""
     try:
         build_info()
     except (ImportError, RuntimeError) as error:

@@ -41,7 +41,7 @@ def group_advantages(
         reinforce_pp  (r - mean) / (std of r - mean over the batch + eps)      arXiv 2501.03262
 
     A group of one, or of equal rewards, gets exactly 0. A reward that is NaN or infinite is left
-    out: its own advantage is 0, it is not informative, and its group's numbers come from the others.
+    out: its own advantage is 0, it is not informative, and its group's numbers come from the rest.
     `num_excluded(rewards)` counts such rewards.
 
     Differences from verl 0.9: a group of one gets 0 (verl: the raw reward; an error for passk), opo
@@ -167,7 +167,7 @@ class _Groups:
         ]
 
     def from_first(self, values: Tensor) -> Tensor:
-        """values - the value of the group's first counted sample; 0 for samples that do not count."""
+        """values - that of the group's first counted sample; 0 for samples that do not count."""
         return (values - values[self.first][self.of_sample]).where(self.counted, 0)
 
     def spread(self, values: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""The CPU backend: the row primitives in C++ (csrc/), AVX-512, AVX2 or portable, by rows in threads.
+"""The CPU backend: the row primitives in C++ (csrc/), vectorised and threaded over rows.
 
 A thin layer over `torch.ops.fastpo.cpp_*`. A gradient that shares the logits' storage goes through
-the operators whose schema says that the logits are overwritten, so that torch.compile stays correct.
+the operators whose schema says that the logits are overwritten: torch.compile must know.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ def row_grad(
         ops.cpp_row_grad_(*arguments, out.dtype)
     else:
         ops.cpp_row_grad_out(*arguments, out)
+    _written(out)
 
 
 def row_policy_loss(
@@ -61,19 +62,29 @@ def row_policy_loss(
     if out is None:
         return RowLosses(*ops.cpp_row_policy_loss(*arguments))
     if _overwrites(logits, out):
-        return RowLosses(*ops.cpp_row_policy_loss_(*arguments, out.dtype))
-    return RowLosses(*ops.cpp_row_policy_loss_out(*arguments, out))
+        losses = ops.cpp_row_policy_loss_(*arguments, out.dtype)
+    else:
+        losses = ops.cpp_row_policy_loss_out(*arguments, out)
+    _written(out)
+    return RowLosses(*losses)
 
 
 def scale_(grad: Tensor, factor: Tensor) -> None:
     """See `fastpo.backends.base.Backend`."""
     ops.cpp_scale_(grad, factor.float())
+    _written(grad)
 
 
 def _temperature(temperature: float | Tensor) -> tuple[float, Tensor | None]:
     if isinstance(temperature, Tensor):
         return 1.0, temperature
     return float(temperature), None
+
+
+def _written(tensor: Tensor) -> None:
+    """Tell autograd, as torch's own in-place operators do: saved old values are gone."""
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(tensor)
 
 
 def _overwrites(logits: Tensor, out: Tensor) -> bool:
@@ -86,6 +97,6 @@ def _overwrites(logits: Tensor, out: Tensor) -> bool:
     if out.storage_offset() == own.storage_offset() and out.stride() == own.stride():
         return True
     raise ValueError(
-        "out shares the storage of logits but is neither logits nor alias_rows(logits, dtype), so it "
+        "out shares the storage of logits but is neither logits nor alias_rows(logits, dtype): it "
         "would overwrite logits that have yet to be read; pass one of those, or its own tensor"
     )

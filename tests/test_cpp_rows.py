@@ -1,0 +1,439 @@
+"""The C++ row primitives against the float64 specification, at every SIMD level of this machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fastpo import _extension
+from fastpo.backends import cpp_rows
+from fastpo.backends.base import RowInputs, alias_rows
+from fastpo.objective import KL_ESTIMATORS, TOKEN_SURROGATES, Objective
+from fastpo.testing.rows import RowCase, check_policy_loss, check_stats_and_grad, run_policy_loss
+
+if (reason := cpp_rows.unavailable()) is not None:
+    pytest.skip(reason, allow_module_level=True)
+
+pytestmark = pytest.mark.usefixtures("poisoned_empty")
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SURROGATES = {
+    "clip": Objective(clip_low=0.2, clip_high=0.28),
+    "dual_clip": Objective(clip_low=0.1, clip_high=0.1, ratio_max=1.2),
+    "cispo": Objective(surrogate="cispo", ratio_max=1.1),
+    "sapo": Objective(surrogate="sapo"),
+    "reinforce": Objective(surrogate="reinforce"),
+}
+CLIP = SURROGATES["clip"]
+EVERYTHING = Objective(kl_coef=0.1, kl_estimator="k3", kl_ratio_weighted=True, entropy_coef=0.05)
+
+
+def run(case: RowCase, objective: Objective = EVERYTHING):
+    """Losses and gradient as one list of tensors, out of place."""
+    rows, grad = run_policy_loss(cpp_rows, case, objective)
+    return [*rows, grad]
+
+
+def assert_same_bits(a: list[torch.Tensor], b: list[torch.Tensor]) -> None:
+    for x, y in zip(a, b, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
+
+
+def test_every_token_surrogate_is_covered():
+    assert {o.surrogate for o in SURROGATES.values()} == set(TOKEN_SURROGATES)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", SURROGATES)
+def test_surrogates(name, dtype):
+    check_policy_loss(
+        cpp_rows, RowCase.random(32, 307, SURROGATES[name], dtype=dtype), SURROGATES[name]
+    )
+
+
+@pytest.mark.parametrize("on_policy", [False, True])
+@pytest.mark.parametrize("ratio_weighted", [False, True])
+@pytest.mark.parametrize("estimator", KL_ESTIMATORS)
+@pytest.mark.parametrize("name", SURROGATES)
+def test_kl_estimators(name, estimator, ratio_weighted, on_policy):
+    objective = dataclasses.replace(
+        SURROGATES[name], kl_coef=0.3, kl_estimator=estimator, kl_ratio_weighted=ratio_weighted
+    )
+    check_policy_loss(cpp_rows, RowCase.random(24, 307, objective, on_policy=on_policy), objective)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", [1, 2, 7, 15, 16, 17, 63, 64, 65, 1000, 1152])
+def test_awkward_vocabularies(vocab, dtype):
+    """Tail columns must not enter the sums (verl counted them as logit 0)."""
+    temperature = torch.linspace(0.5, 2, 9)
+    case = RowCase.random(9, vocab, EVERYTHING, dtype=dtype, temperature=temperature)
+    check_policy_loss(cpp_rows, case, EVERYTHING)
+    check_stats_and_grad(cpp_rows, case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", [50257, 151936])
+def test_real_vocabularies(vocab, dtype):
+    case = RowCase.random(3, vocab, EVERYTHING, dtype=dtype)
+    check_policy_loss(cpp_rows, case, EVERYTHING)
+    check_stats_and_grad(cpp_rows, case)
+    check_policy_loss(cpp_rows, RowCase.random(3, vocab, CLIP, dtype=dtype), CLIP, inplace=True)
+
+
+def test_a_vocabulary_of_one():
+    """log p = H = 0 and no gradient, exactly, at any temperature."""
+    case = RowCase.random(5, 1, EVERYTHING, temperature=torch.linspace(0.3, 2, 5))
+    _, logprobs, entropy, _, grad = run(case)
+    stats = cpp_rows.row_stats(case.logits, case.tokens, case.temperature)
+    for zero in (logprobs, entropy, grad, stats.logprobs, stats.entropy):
+        assert not zero.any()
+
+
+def test_a_backend_without_gradient_fails():
+    """The mutation that some suites let pass: losses right, gradient zero."""
+
+    class Mutant:
+        @staticmethod
+        def row_policy_loss(logits, tokens, inputs, objective, temperature, out):
+            rows = cpp_rows.row_policy_loss(logits, tokens, inputs, objective, temperature, out)
+            out.zero_()
+            return rows
+
+    with pytest.raises(AssertionError, match="gradient"):
+        check_policy_loss(Mutant, RowCase.random(8, 100, CLIP), CLIP)
+
+
+@pytest.mark.parametrize("shift", [-110.0, 80.0, 1e4])
+def test_shifted_logits(shift):
+    """A maximum far from 0 neither overflows nor underflows (verl: inf near -110)."""
+    case = RowCase.random(9, 300, EVERYTHING, temperature=1.0)
+    check_policy_loss(cpp_rows, case.with_logits(case.logits + shift), EVERYTHING)
+
+
+def test_a_temperature_costs_no_accuracy_far_from_zero():
+    """x = (z - max z) / T: log-probs of logits around 1e4 are as good as around 0."""
+    case = RowCase.random(9, 300, CLIP, temperature=0.7)
+    far = case.with_logits((case.logits + 1e4).double().float())
+    near = far.with_logits(far.logits - 1e4)
+    for got, want in zip(
+        cpp_rows.row_stats(far.logits, far.tokens, 0.7)[:2],
+        cpp_rows.row_stats(near.logits, near.tokens, 0.7)[:2],
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("where", ["first half", "last half", "all but the token"])
+def test_minus_infinity(where, dtype):
+    """-inf - -inf and 0 * -inf must not make NaN (REGRESSIONS row 10)."""
+    case = RowCase.random(6, 200, EVERYTHING, dtype=dtype, temperature=0.7)
+    hidden = torch.zeros_like(case.logits, dtype=torch.bool)
+    if where == "all but the token":
+        hidden[:] = True
+    else:
+        hidden[:, slice(0, 100) if where == "first half" else slice(100, None)] = True
+    hidden.scatter_(1, case.tokens[:, None], False)
+    case = case.with_logits(case.logits.masked_fill(hidden, -math.inf))
+    check_policy_loss(cpp_rows, case, EVERYTHING)
+    assert (run(case)[-1][hidden] == 0).all()
+
+
+def test_a_token_with_minus_infinite_logit():
+    case = RowCase.random(4, 50, CLIP)
+    logits = case.logits.scatter(1, case.tokens[:, None], -math.inf)
+    loss, logprobs, entropy, _, grad = run(case.with_logits(logits), CLIP)
+    assert (logprobs == -math.inf).all()
+    assert loss.isfinite().all() and entropy.isfinite().all() and grad.isfinite().all()
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_dead_rows_are_never_read(poison):
+    """NaN times a mask of 0 is NaN: dead rows must be skipped instead (REGRESSIONS row 17)."""
+    case = RowCase.random(6, 130, EVERYTHING, temperature=torch.linspace(0.6, 1.4, 6))
+    dead = torch.tensor([False, True, False, True, True, False])
+    inputs = RowInputs(*(x.masked_fill(dead, poison) for x in case.inputs))
+    inputs = inputs._replace(
+        weight=case.inputs.weight.masked_fill(dead, 0),
+        entropy_weight=case.inputs.entropy_weight.masked_fill(dead, 0),
+    )
+    poisoned = dataclasses.replace(
+        case,
+        logits=case.logits.masked_fill(dead[:, None], poison),
+        tokens=case.tokens.masked_fill(dead, 10**12),
+        inputs=inputs,
+    )
+    clean, got = run(case), run(poisoned)
+    for want, have in zip(clean, got, strict=True):
+        assert torch.equal(have[~dead], want[~dead])
+        assert (have[dead] == 0).all()
+    stats = cpp_rows.row_stats(poisoned.logits, poisoned.tokens, case.temperature, ~dead)
+    assert all((x[dead] == 0).all() and x[~dead].isfinite().all() for x in stats)
+
+
+def test_dead_rows_of_row_grad_are_never_read():
+    logits = torch.full((3, 40), math.nan)
+    stats = [torch.full((3,), math.nan)] * 4
+    out = torch.full_like(logits, math.nan)
+    zero = torch.zeros(3)
+    cpp_rows.row_grad(logits, torch.full((3,), -7), stats, zero, zero, 1.0, out)
+    assert (out == 0).all()
+
+
+@pytest.mark.parametrize("field", ["logits", "old_logprobs", "ref_logprobs", "advantages"])
+@pytest.mark.parametrize("name", SURROGATES)
+def test_nan_of_a_live_row_stays_visible(name, field):
+    """min and max instructions drop NaN by the order of their operands (REGRESSIONS row 18)."""
+    objective = dataclasses.replace(SURROGATES[name], kl_coef=0.1)
+    case = RowCase.random(3, 90, objective)
+    if field == "logits":
+        for column in (0, 40, 89):
+            logits = case.logits.clone()
+            logits[1, column] = math.nan
+            loss, logprobs, *_ = run(case.with_logits(logits), objective)
+            assert loss.isnan().tolist() == logprobs.isnan().tolist() == [False, True, False]
+        return
+    if field == "old_logprobs" and name == "reinforce":
+        return  # it has no ratio
+    values = getattr(case.inputs, field).clone()
+    values[1] = math.nan
+    case = dataclasses.replace(case, inputs=case.inputs._replace(**{field: values}))
+    assert run(case, objective)[0].isnan().tolist() == [False, True, False]
+
+
+def test_tokens_outside_the_vocabulary():
+    """NaN in that row's log-prob and loss, no wild read (REGRESSIONS row 21)."""
+    case = RowCase.random(5, 60, CLIP)
+    bad = dataclasses.replace(case, tokens=torch.tensor([0, -1, 59, 60, 2**62]))
+    loss, logprobs, entropy, *_ = run(bad, CLIP)
+    assert loss.isnan().tolist() == logprobs.isnan().tolist() == [False, True, False, True, True]
+    assert entropy.isfinite().all()
+    stats = cpp_rows.row_stats(bad.logits, bad.tokens, bad.temperature)
+    out = torch.empty_like(bad.logits)
+    cpp_rows.row_grad(bad.logits, bad.tokens, stats, torch.ones(5), None, bad.temperature, out)
+    expected = -(bad.logits / bad.temperature).softmax(1)[1] / bad.temperature
+    torch.testing.assert_close(out[1], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_extreme_log_ratios():
+    """A clipped token of log-ratio +-1e3 has gradient 0, not 0 * inf (TRL 1.16, Liger 0.8.5)."""
+    case = RowCase.random(4, 80, CLIP)
+    old = case.inputs.old_logprobs + torch.tensor([1e3, -1e3, 1e3, -1e3])
+    advantages = torch.tensor([1.0, 1.0, -1.0, -1.0])
+    inputs = case.inputs._replace(old_logprobs=old, advantages=advantages)
+    loss, *_, grad = run(dataclasses.replace(case, inputs=inputs), CLIP)
+    assert loss.isfinite().all()
+    assert (grad == 0).all()
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_in_place_is_out_of_place_bit_by_bit(dtype, entropy):
+    objective = EVERYTHING if entropy else CLIP
+    case = RowCase.random(7, 1003, objective, dtype=dtype)
+    inside, grad = run_policy_loss(cpp_rows, case, objective, inplace=True)
+    assert_same_bits([*inside, grad], run(case, objective))
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("vocab", [1, 7, 16, 50, 1003])
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_a_two_byte_gradient_in_the_rows_of_fp32_logits(dtype, vocab, entropy):
+    """No logit is overwritten before it is read, in both primitives that write a gradient."""
+    objective = EVERYTHING if entropy else CLIP
+    case = RowCase.random(5, vocab, objective)
+    apart, logits = torch.empty(5, vocab, dtype=dtype), case.logits.clone()
+    inside = alias_rows(logits, dtype)
+    arguments = (case.tokens, case.inputs, objective, case.temperature)
+    want = cpp_rows.row_policy_loss(case.logits, *arguments, apart)
+    got = cpp_rows.row_policy_loss(logits, *arguments, inside)
+    assert_same_bits([*got, inside], [*want, apart])
+    check = cpp_rows.row_policy_loss(case.logits, *arguments, exact := torch.empty(5, vocab))
+    assert_same_bits([*check, exact.to(dtype)], [*want, apart])
+
+    stats, slope = cpp_rows.row_stats(case.logits, case.tokens, case.temperature), torch.ones(5)
+    arguments = (case.tokens, stats, slope, slope if entropy else None, case.temperature)
+    logits = case.logits.clone()
+    inside = alias_rows(logits, dtype)
+    cpp_rows.row_grad(case.logits, *arguments, apart)
+    cpp_rows.row_grad(logits, *arguments, inside)
+    assert torch.equal(inside, apart)
+
+
+def test_an_overlapping_gradient_is_refused():
+    case = RowCase.random(4, 32, CLIP)
+    with pytest.raises(ValueError, match="shares the storage of logits"):
+        out = case.logits.view(torch.bfloat16)[:, :32]
+        cpp_rows.row_policy_loss(case.logits, case.tokens, case.inputs, CLIP, 1.0, out)
+
+
+def test_bits_do_not_depend_on_the_batch_or_on_threads():
+    case = RowCase.random(64, 2049, EVERYTHING)
+    whole = run(case)
+    assert_same_bits(
+        whole,
+        [
+            torch.cat(parts)
+            for parts in zip(
+                *(run(case.take(slice(i, i + 7))) for i in range(0, 64, 7)), strict=True
+            )
+        ],
+    )
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert_same_bits(whole, run(case))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_statistics_agree_bit_by_bit_and_in_their_bounds():
+    """log p <= 0 and 0 <= H <= log V (REGRESSIONS row 25)."""
+    case = RowCase.random(200, 37, CLIP, temperature=torch.linspace(0.05, 3, 200))
+    rows, _ = run_policy_loss(cpp_rows, case, CLIP)
+    stats = cpp_rows.row_stats(case.logits, case.tokens, case.temperature)
+    assert torch.equal(stats.logprobs, rows.logprobs) and torch.equal(stats.entropy, rows.entropy)
+    assert (stats.logprobs <= 0).all()
+    assert (stats.entropy >= 0).all() and (stats.entropy <= math.log(37) + 1e-6).all()
+
+
+def test_strided_rows_and_missing_gradient():
+    case = RowCase.random(6, 100, CLIP)
+    wide = torch.full((6, 130), math.nan)
+    wide[:, 9:109] = case.logits
+    assert_same_bits(run(case.with_logits(wide[:, 9:109]), CLIP), run(case, CLIP))
+    arguments = (case.tokens, case.inputs, CLIP, case.temperature)
+    assert_same_bits(
+        [*cpp_rows.row_policy_loss(case.logits, *arguments, None)], run(case, CLIP)[:4]
+    )
+    empty = run(case.take(slice(0, 0)), CLIP)
+    assert [x.shape[0] for x in empty] == [0] * 5
+
+
+def test_many_rows():
+    """A launch grid of rows overflowed at 65,536 (REGRESSIONS row 2)."""
+    check_policy_loss(cpp_rows, RowCase.random(70_000, 8, CLIP), CLIP)
+
+
+def test_offsets_beyond_32_bits():
+    """Rows 2^31 elements apart (REGRESSIONS row 1). The memory between them is never touched."""
+    torch.use_deterministic_algorithms(False)  # which would fill it
+    apart = torch.empty(2**31 + 64, dtype=torch.bfloat16).as_strided((2, 64), (2**31, 1))
+    case = RowCase.random(2, 64, CLIP, dtype=torch.bfloat16)
+    want = run(case, CLIP)
+    apart.copy_(case.logits)
+    rows = cpp_rows.row_policy_loss(apart, case.tokens, case.inputs, CLIP, case.temperature, apart)
+    assert_same_bits([*rows, apart], want)
+
+
+def test_scale():
+    grad = torch.randn(5, 37)
+    for dtype in DTYPES:
+        for place in (torch.empty(5, 37, dtype=dtype), alias_rows(torch.zeros(5, 37), dtype)):
+            place.copy_(grad)
+            cpp_rows.scale_(place, torch.tensor(0.3))
+            assert torch.equal(place, (grad.to(dtype).float() * torch.tensor(0.3)).to(dtype))
+    cpp_rows.scale_(grad, torch.tensor(math.nan))
+    assert grad.isnan().all()
+
+
+def test_writing_is_seen_by_autograd():
+    """Overwriting a tensor that autograd saved must raise in backward, not change its gradient."""
+    leaf = torch.randn(4, 20, requires_grad=True)
+    capped = leaf.tanh()  # saves its output
+    with torch.no_grad():
+        cpp_rows.scale_(capped, torch.tensor(2.0))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        capped.sum().backward()
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_compiles_into_one_graph(inplace):
+    """The operators are opaque to torch.compile, mutation included."""
+    case = RowCase.random(5, 64, EVERYTHING)
+
+    def step(logits):
+        out = logits if inplace else torch.empty_like(logits)
+        rows = cpp_rows.row_policy_loss(
+            logits, case.tokens, case.inputs, EVERYTHING, case.temperature, out
+        )
+        return *rows, out * 1.0
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    assert_same_bits([*compiled(case.logits.clone())], run(case))
+
+
+def test_operators_pass_opcheck():
+    case = RowCase.random(4, 33, EVERYTHING)
+    ops, t = torch.ops.fastpo, torch.full((4,), 0.8)
+    rule = [float(x) for x in cpp_rows.Rule.of(EVERYTHING)]
+    stats = ops.cpp_row_stats(case.logits, case.tokens, 1.0, t, None)
+    grad = (case.tokens, *stats, t, t, 1.0, t)
+    loss = (case.tokens, *case.inputs, rule, 1.0, t)
+    out, factor = torch.zeros_like(case.logits), torch.tensor(2.0)
+    for op, arguments in (
+        (ops.cpp_row_stats, (case.logits, case.tokens, 1.0, t, t > 0)),
+        (ops.cpp_row_grad_out, (case.logits, *grad, out)),
+        (ops.cpp_row_grad_, (case.logits.clone(), *grad, torch.bfloat16)),
+        (ops.cpp_row_policy_loss, (case.logits, *loss)),
+        (ops.cpp_row_policy_loss_out, (case.logits, *loss, out)),
+        (ops.cpp_row_policy_loss_, (case.logits.clone(), *loss, torch.float32)),
+        (ops.cpp_scale_, (case.logits.clone(), factor)),
+    ):
+        torch.library.opcheck(op.default, arguments)
+
+
+def test_wrong_arguments_are_refused_by_the_operators():
+    """They are the last line: `fastpo.ops` has checked before. Nothing is read out of bounds."""
+    case = RowCase.random(4, 33, CLIP)
+    with pytest.raises(RuntimeError, match="tokens must be"):
+        cpp_rows.row_stats(case.logits, case.tokens.int(), 1.0)
+    with pytest.raises(RuntimeError, match="tokens must be"):
+        cpp_rows.row_stats(case.logits, case.tokens[:3], 1.0)
+    with pytest.raises(RuntimeError, match="unit stride"):
+        cpp_rows.row_stats(case.logits.t().contiguous().t(), case.tokens, 1.0)
+    with pytest.raises(RuntimeError, match="float32, bfloat16 or float16"):
+        cpp_rows.row_stats(case.logits.double(), case.tokens, 1.0)
+    with pytest.raises(RuntimeError, match="2-byte dtype under float32"):
+        half = case.logits.bfloat16()
+        out = torch.empty_like(half, dtype=torch.float16)
+        cpp_rows.row_policy_loss(half, case.tokens, case.inputs, CLIP, 1.0, out)
+
+
+def simd_levels() -> list[str]:
+    return _extension.build_info()["simd_compiled"]
+
+
+@pytest.mark.skipif("FASTPO_SIMD" in os.environ, reason="this run is at a level of its own")
+@pytest.mark.parametrize("level", simd_levels())
+def test_every_simd_level(level):
+    """This file again in a process of its own, at each level that the build holds."""
+    environment = {**os.environ, "FASTPO_SIMD": level}
+    probe = [sys.executable, "-c", "import torch, fastpo._C as c; print(c.build_info()['simd'])"]
+    probed = subprocess.run(probe, env=environment, capture_output=True, text=True)
+    if "expected one of" in probed.stderr:
+        pytest.skip(f"this CPU lacks {level}")
+    assert probed.stdout.strip() == level, probed.stderr
+    if level == _extension.build_info()["simd"]:
+        return  # the level of this very process
+    # What is left out is shared by all levels: the scalar rule, the operators, the dispatch.
+    others = "not (kl_estimators or graph or opcheck or simd or autograd or refused or many_rows)"
+    tests = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", others]
+    done = subprocess.run(tests, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:]
+
+
+def test_an_unknown_simd_level_is_refused():
+    code = "from fastpo.backends import cpp_rows; print(cpp_rows.unavailable())"
+    environment = {**os.environ, "FASTPO_SIMD": "mmx"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert "FASTPO_SIMD is 'mmx', expected one of" in done.stdout
