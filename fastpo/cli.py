@@ -22,7 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     options = _parse(arguments)
     try:
-        return options.run(options, shlex.join([_program(), *arguments]))
+        repeat = [argument for argument in arguments if argument != "--resume"]
+        return options.run(options, shlex.join([_program(), *repeat]))
     except KeyboardInterrupt:
         print("fastpo: stopped at once; the last checkpoint, if any, is intact", file=sys.stderr)
         return 130
@@ -31,6 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"fastpo: {error}; {TRAIN_EXTRA}", file=sys.stderr)
         return 2
+    except OSError as error:  # a full disk, a directory that cannot be written, ...
+        print(f"fastpo: {error}", file=sys.stderr)
+        return 1
     except Exception as error:
         code = getattr(error, "exit_code", None)
         if code is None:

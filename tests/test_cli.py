@@ -168,6 +168,8 @@ def test_an_existing_run_is_left_alone_or_moved_aside(tiny, capsys):
         (["model.path=/nowhere"], ["/nowhere"]),
         (["algorithm.preset=dpo"], ["algorithm.preset", "dapo"]),
         (["run_dir={nope}"], ["run_dir", "{task}"]),
+        (["run_dir=/dev/null/run"], ["/dev/null/run"]),
+        (["device=abacus"], ["device", "'abacus'"]),
         (["eval.problems=10001"], ["eval.problems"]),
     ],
 )

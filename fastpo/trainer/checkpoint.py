@@ -49,7 +49,10 @@ def find(run_dir: Path) -> Path:
     for name in (NAME, f"{NAME}.old"):
         if (run_dir / name).is_dir():
             return run_dir / name
-    raise TrainerError(f"no checkpoint in {run_dir}: nothing to resume, train without --resume")
+    raise TrainerError(
+        f"no checkpoint in {run_dir}: nothing to resume, train without --resume "
+        "(existing=move_aside keeps what is there)"
+    )
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:

@@ -217,8 +217,19 @@ def quiet_transformers() -> None:
 
 
 def default_device(name: str | None) -> torch.device:
-    """The device called `name`; None = cuda where there is one, else cpu."""
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """The device called `name`; None = cuda where there is one, else cpu.
+
+    Raises:
+        RecipeError: there is no such device here.
+    """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0]
+        raise RecipeError(
+            f"device {name!r} cannot be used ({reason}); none = the best here"
+        ) from None
 
 
 def _default_attention(device: torch.device) -> str | None:
