@@ -76,14 +76,14 @@ def test_fp16_gradient_survives_a_loss_scale():
 
 
 def test_second_backward_raises():
-    """REGRESSIONS 9: the gradient was handed over; a silent second use would be of a used buffer."""
+    """REGRESSIONS 9: the gradient was handed over; a second use would be of a used buffer."""
     case = LinearCase.random()
     hidden, weight = case.leaves()
     loss = fastpo.linear_policy_loss(
         hidden, weight, case.tokens, case.advantages, **case.options(fastpo.dapo())
     ).loss
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="second time.*call linear_policy_loss again"):
+    with pytest.raises(RuntimeError, match=r"second time.*call linear_policy_loss again"):
         loss.backward()
 
 

@@ -89,7 +89,7 @@ def test_fused_equals_two_steps(preset, backend):
 
 @pytest.mark.parametrize("preset", ["dapo", "grpo_kl", "gspo", "vespo"])
 def test_options_reach_the_loss(preset):
-    """importance_weights, normalizer and cu_seqlens: equal to the two steps with the same options."""
+    """importance_weights, normalizer, cu_seqlens: equal to the two steps with the same ones."""
     objective, case = PRESETS[preset], LinearCase.random(shape=(1, 60))
     rows = {"mask": case.mask[0], "old_logprobs": case.old_logprobs[0]}
     rows["ref_logprobs"] = case.ref_logprobs[0] if objective.kl_coef else None

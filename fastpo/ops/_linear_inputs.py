@@ -118,7 +118,8 @@ def _live_index(
         return _unless_all(live.nonzero()[:, 0], live), None
     if live is None:
         raise ValueError(
-            "live_rows is given without mask: it says on the host what mask says on device; pass both"
+            "live_rows is given without mask: it says on the host what mask says on device, "
+            "pass both"
         )
     index = _named_rows(live, live_rows, leading)
     contradicted = (live.sum() != index.numel()) | ~live[index].all()

@@ -129,9 +129,9 @@ def row_losses(
 def _gather(local: Tensor, group: dist.ProcessGroup) -> Tensor:
     """(ranks, ...) every rank's `local`, which has the same shape everywhere."""
     ranks = dist.get_world_size(group)
-    gathered = local.new_empty((ranks, *local.shape))
+    gathered = local.new_empty((ranks * local.shape[0], *local.shape[1:]))
     dist.all_gather_into_tensor(gathered, local.contiguous(), group=group)
-    return gathered
+    return gathered.view(ranks, *local.shape)
 
 
 def _merge(packed: Tensor, outside: Tensor, live: Tensor | None) -> RowStats:

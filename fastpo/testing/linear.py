@@ -39,7 +39,7 @@ class LinearCase:
         seed: int = 0,
         **head: object,
     ) -> LinearCase:
-        """A case with a random mask, advantages of both signs and some zeros, noisy old log-probs."""
+        """A random mask, advantages of both signs and some zeros, noisy old log-probs."""
         gen = torch.Generator().manual_seed(seed)
 
         def normal(*size: int) -> Tensor:

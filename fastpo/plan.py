@@ -1,0 +1,296 @@
+"""How many bytes each way of computing a policy loss takes, before it runs: `fastpo plan`.
+
+With N tokens, width D, vocabulary V: what a step allocates beyond its inputs (hidden states, head,
+token numbers), buffer by buffer, and in which phase each is alive. `materialized` is eager PyTorch
+over all logits; `chunked_recompute` is TRL 1.16's `ChunkedLogProbFunction`, a tile of logits at a
+time, forward and again backward; `fastpo` is `linear_policy_loss` with a token-level objective.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from dataclasses import dataclass, replace
+
+import torch
+
+from fastpo.ops import _chunks
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TRL_TILE = (4096, 32768)
+"""Tokens x columns of a tile of TRL 1.16's `ChunkedLogProbFunction`."""
+PATHS = ("materialized", "chunked_recompute", "fastpo")
+_TRL_TEMPORARIES = 7
+_FP32 = 4
+_PER_TOKEN = 64  # loss, log-probs, entropy, flags, weights and their fp32 temporaries
+
+
+@dataclass(frozen=True, kw_only=True)
+class Buffer:
+    """One allocation."""
+
+    name: str
+    bytes: int
+    formula: str
+    phases: tuple[str, ...] = ("sweep", "finish")
+    """When it is alive: while the logits are worked on, and while the results are finished."""
+    is_result: bool = False
+    """A gradient handed to the caller, which any method has to make."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The buffers of one path for one shape. Bytes; N, D, V as in the module's docstring."""
+
+    path: str
+    tokens: int
+    hidden: int
+    vocab: int
+    dtype: torch.dtype
+    chunk_tokens: int | None
+    buffers: tuple[Buffer, ...]
+
+    @property
+    def peak_bytes(self) -> int:
+        """Bytes beyond the inputs when most are allocated, results included."""
+        return max(
+            sum(buffer.bytes for buffer in self.buffers if phase in buffer.phases)
+            for phase in ("sweep", "finish")
+        )
+
+    @property
+    def extra_bytes(self) -> int:
+        """The peak less the resulting gradients."""
+        results = sum(buffer.bytes for buffer in self.buffers if buffer.is_result)
+        return max(self.peak_bytes - results, 0)
+
+
+def plan(
+    *,
+    vocab: int,
+    hidden: int,
+    tokens: int,
+    dtype: torch.dtype = torch.bfloat16,
+    path: str = "fastpo",
+    budget: int | None = None,
+    device: str = "cuda",
+) -> Plan:
+    """The buffers of forward + backward for a trainable head and trainable hidden states.
+
+    Args:
+        vocab, hidden, tokens: V, D and N, each at least 1.
+        dtype: of hidden states and head: torch.float32, bfloat16 or float16.
+        path: "materialized", "chunked_recompute" or "fastpo".
+        budget: bytes of fastpo's chunk buffers; None = its default on `device`, not read from one.
+        device: "cuda" or "cpu": where low-precision gradients are multiplied without widening.
+
+    Raises:
+        ValueError: an unknown path, dtype or device, or a number below 1.
+    """
+    for name, value in (("vocab", vocab), ("hidden", hidden), ("tokens", tokens)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}, expected at least 1")
+    if dtype not in DTYPES.values():
+        raise ValueError(f"dtype is {dtype}, expected one of {', '.join(DTYPES)}")
+    if device not in ("cuda", "cpu"):
+        raise ValueError(f"device is {device!r}, expected 'cuda' or 'cpu'")
+    if budget is not None and budget < 1:
+        raise ValueError(f"budget is {budget} bytes, expected at least 1")
+    if path not in PATHS:
+        raise ValueError(f"path is {path!r}, expected one of {', '.join(PATHS)}")
+    chunk = None
+    if path == "fastpo":
+        default = _chunks.GPU_BUDGET if device == "cuda" else _chunks.CPU_BUDGET
+        chunk = _chunks.chunk_rows(tokens, vocab * _FP32, budget or default)
+        buffers = _fastpo(vocab, hidden, tokens, dtype, chunk, device)
+    elif path == "chunked_recompute":
+        chunk = min(TRL_TILE[0], tokens)
+        buffers = _chunked_recompute(vocab, hidden, tokens, dtype, device)
+    else:
+        buffers = _materialized(vocab, hidden, tokens, dtype)
+    return Plan(
+        path=path,
+        tokens=tokens,
+        hidden=hidden,
+        vocab=vocab,
+        dtype=dtype,
+        chunk_tokens=chunk,
+        buffers=tuple(buffers),
+    )
+
+
+def _per_token(tokens: int) -> Buffer:
+    size = tokens * _PER_TOKEN
+    return Buffer(name="per-token numbers", bytes=size, formula=f"N {_PER_TOKEN}")
+
+
+def _gradient(name: str, rows: int, hidden: int, dtype: torch.dtype, *, wide: bool) -> list[Buffer]:
+    """A result (rows, D), and below fp32 the fp32 sum it is rounded from if `wide`."""
+    formula = f"{'N' if name == 'dH' else 'V'} D"
+    two = wide and dtype != torch.float32
+    result = Buffer(
+        name=name,
+        bytes=rows * hidden * dtype.itemsize,
+        formula=f"{formula} itemsize",
+        phases=("finish",) if two else ("sweep", "finish"),
+        is_result=True,
+    )
+    total = Buffer(name=f"fp32 sum of {name}", bytes=rows * hidden * _FP32, formula=f"{formula} 4")
+    return [result, total] if two else [result]
+
+
+def _fastpo(
+    vocab: int, hidden: int, tokens: int, dtype: torch.dtype, chunk: int, device: str
+) -> list[Buffer]:
+    rows = _chunks.padded(chunk)
+    widened = 0
+    if dtype != torch.float32 and device == "cpu":
+        widened = 2 * rows * hidden * _FP32 + min(vocab, 4096) * hidden * _FP32
+    return [
+        *_gradient("dH", tokens, hidden, dtype, wide=dtype == torch.float16),
+        *_gradient("dW", vocab, hidden, dtype, wide=True),
+        Buffer(
+            name="logits of a chunk, then their gradient",
+            bytes=rows * vocab * _FP32,
+            formula="chunk V 4",
+            phases=("sweep",),
+        ),
+        Buffer(
+            name="operands widened in blocks",
+            bytes=widened,
+            formula="2 chunk D 4 + 4096 D 4",
+            phases=("sweep",),
+        ),
+        _per_token(tokens),
+    ]
+
+
+def _chunked_recompute(
+    vocab: int, hidden: int, tokens: int, dtype: torch.dtype, device: str
+) -> list[Buffer]:
+    tile = min(tokens, TRL_TILE[0]) * min(vocab, TRL_TILE[1])
+    temporaries = _TRL_TEMPORARIES * tile * _FP32 if device == "cpu" else 0
+    return [
+        *_gradient("dH", tokens, hidden, dtype, wide=True),
+        *_gradient("dW", vocab, hidden, dtype, wide=True),
+        Buffer(name="a tile of logits", bytes=tile * dtype.itemsize, formula="4096 32768 itemsize"),
+        Buffer(
+            name="a tile's temporaries, without Triton",
+            bytes=temporaries,
+            formula=f"{_TRL_TEMPORARIES} 4096 32768 4",
+            phases=("sweep",),
+        ),
+        _per_token(tokens),
+    ]
+
+
+def _materialized(vocab: int, hidden: int, tokens: int, dtype: torch.dtype) -> list[Buffer]:
+    logits = tokens * vocab
+    names = ("log-probs", "gradient of the log-probs", "gradient of the logits")
+    softmax = [
+        Buffer(name=name, bytes=logits * _FP32, formula="N V 4", phases=("sweep",))
+        for name in names
+    ]
+    narrow = Buffer(
+        name="gradient of the logits, in their dtype",
+        bytes=logits * dtype.itemsize,
+        formula="N V itemsize",
+        phases=("finish",),
+    )
+    results = [
+        replace(buffer, phases=("finish",))
+        for name, rows in (("dH", tokens), ("dW", vocab))
+        for buffer in _gradient(name, rows, hidden, dtype, wide=False)
+    ]
+    return [*softmax, narrow, *results, _per_token(tokens)]
+
+
+def plan_table(
+    *,
+    vocab: int,
+    hidden: int,
+    tokens: int,
+    dtype: torch.dtype = torch.bfloat16,
+    budget: int | None = None,
+    device: str = "cuda",
+) -> str:
+    """Every buffer of every path as text; arguments and errors as in `plan`."""
+    plans = [
+        plan(
+            vocab=vocab,
+            hidden=hidden,
+            tokens=tokens,
+            dtype=dtype,
+            path=path,
+            budget=budget,
+            device=device,
+        )
+        for path in PATHS
+    ]
+    name = next(key for key, value in DTYPES.items() if value == dtype)
+    inputs = (tokens + vocab) * hidden * dtype.itemsize
+    lines = [
+        f"{tokens} tokens, hidden {hidden}, vocabulary {vocab}, {name}: forward + backward",
+        f"inputs (hidden states and head): {_human(inputs)}",
+    ]
+    for each in plans:
+        chunk = "" if each.chunk_tokens is None else f", {each.chunk_tokens} tokens at a time"
+        lines += ["", f"{each.path}{chunk}"]
+        for buffer in each.buffers:
+            if buffer.bytes:
+                lines.append(f"  {buffer.name:<40} {_human(buffer.bytes):>11}   {buffer.formula}")
+        lines.append(f"  {'peak beyond the inputs':<40} {_human(each.peak_bytes):>11}")
+        lines.append(f"  {'of which not results':<40} {_human(each.extra_bytes):>11}")
+    return "\n".join(lines)
+
+
+def _human(count: int) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:,.2f} GiB"
+
+
+def parse_bytes(text: str) -> int:
+    """A number of bytes such as 1280MiB, 1.5GB or 200000000.
+
+    Raises:
+        ValueError: not a positive number followed by nothing, KB, MB, GB, KiB, MiB or GiB.
+    """
+    units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+    units |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?B)?\s*", text.upper())
+    count = int(float(match[1]) * units[match[2] or ""]) if match else 0
+    if count < 1:
+        raise ValueError(f"{text!r} is no number of bytes, expected for example 1280MiB or 1.5GB")
+    return count
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `fastpo plan`."""
+    parser.add_argument("--vocab", type=int, required=True, help="V, columns of the LM head")
+    parser.add_argument("--hidden", type=int, required=True, help="D, width of the hidden states")
+    parser.add_argument("--tokens", type=int, required=True, help="N, tokens of a micro-batch")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--budget", type=parse_bytes, help="bytes of a chunk, e.g. 1280MiB")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the table that `arguments` (see `add_arguments`) ask for; 0.
+
+    Raises:
+        ValueError: as in `plan`.
+    """
+    print(
+        plan_table(
+            vocab=arguments.vocab,
+            hidden=arguments.hidden,
+            tokens=arguments.tokens,
+            dtype=DTYPES[arguments.dtype],
+            budget=arguments.budget,
+            device=arguments.device,
+        )
+    )
+    return 0
