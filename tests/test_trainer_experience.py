@@ -157,6 +157,7 @@ def test_presets_set_the_techniques_and_each_can_be_switched():
     [
         ({"preset": "dpo"}, "algorithm.preset is 'dpo', expected one of dapo"),
         ({"aggregation": "mean"}, "aggregation is 'mean'"),
+        ({"entropy_coef": 0.1, "preset": "grpo"}, "needs algorithm.aggregation=token_mean"),
         ({"estimator": "gae"}, "algorithm.estimator is 'gae', expected one of grpo"),
         ({"overlong_cache": 20}, "overlong_cache is 20, expected less than"),
     ],

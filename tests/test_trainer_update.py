@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import fastpo
-from fastpo.trainer.config import ModelConfig, OptimConfig
+from fastpo.trainer.algorithm import PRESETS, resolve
+from fastpo.trainer.config import AlgorithmConfig, ModelConfig, OptimConfig
 from fastpo.trainer.errors import TrainerError
 from fastpo.trainer.experience import Sample
 from fastpo.trainer.policy import make_policy
@@ -116,6 +117,14 @@ def test_later_updates_on_one_batch_are_off_policy_and_clip():
     assert sums["updates"] == 6
     assert sums["clip_low"] + sums["clip_high"] > 0
     assert sums["old_kl"] > 0
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_makes_an_update(preset):
+    learner = make(objective=resolve(AlgorithmConfig(preset=preset), 7).objective)
+    gradient, sums = gradients(learner, samples_of(learner.policy), on_policy=False)
+    assert gradient.isfinite().all() and gradient.norm() > 1e-4
+    assert sums["updates"] == 1
 
 
 def test_log_probs_of_the_sampler_are_those_of_the_update():

@@ -53,6 +53,11 @@ def resolve(config: AlgorithmConfig, max_new_tokens: int) -> Algorithm:
             objective = getattr(fastpo, config.preset)(**chosen, max_length=max_new_tokens)
     except (TypeError, ValueError) as error:
         raise RecipeError(f"algorithm: {error}") from None
+    if objective.entropy_coef and objective.aggregation != "token_mean":
+        raise RecipeError(
+            "algorithm.entropy_coef is a token mean: it needs algorithm.aggregation=token_mean, "
+            f"got {objective.aggregation}"
+        )
     dapo = config.preset == "dapo"
     cache = config.overlong_cache
     if cache is None:

@@ -111,18 +111,13 @@ def roll_out(
         generator=generator,
         batch_size=config.batch_size,
     )
-    penalties = [0.0] * len(completions)
-    if algorithm.overlong_cache:
-        lengths = torch.tensor([len(completion.tokens) for completion in completions])
-        penalties = fastpo.overlong_penalty(
-            lengths, max_length=config.max_new_tokens, cache_length=algorithm.overlong_cache
-        ).tolist()
-    samples = []
+    penalties = _overlong_penalties(completions, config.max_new_tokens, algorithm.overlong_cache)
+    groups: list[list[Sample]] = [[] for _ in problems]
     for index, (completion, penalty) in enumerate(zip(completions, penalties, strict=True)):
         which = index // config.group_size
         text = policy.decode(completion.tokens)
         score = judge(task, problems[which], text)
-        samples.append(
+        groups[which].append(
             Sample(
                 problem=problems[which],
                 prompt=prompts[which],
@@ -132,7 +127,7 @@ def roll_out(
                 reward=score + penalty,
             )
         )
-    return [samples[i : i + config.group_size] for i in range(0, len(samples), config.group_size)]
+    return groups
 
 
 def is_informative(group: list[Sample]) -> bool:
@@ -154,6 +149,18 @@ def assign_advantages(groups: list[list[Sample]], estimator: str) -> None:
     ).advantages
     for member, advantage, kept in zip(members, advantages.tolist(), live.tolist(), strict=True):
         member.advantage, member.live = advantage, kept
+
+
+def _overlong_penalties(
+    completions: list[Completion], max_length: int, cache_length: int
+) -> list[float]:
+    """DAPO's soft punishment, 0 to -1; none without a cache."""
+    if not cache_length:
+        return [0.0] * len(completions)
+    lengths = torch.tensor([len(completion.tokens) for completion in completions])
+    return fastpo.overlong_penalty(
+        lengths, max_length=max_length, cache_length=cache_length
+    ).tolist()
 
 
 def _groups_to_sample(missing: int, kept: int, sampled: int, most: int) -> int:
