@@ -99,7 +99,8 @@ __device__ void write_sample(const GroupParams& p, const double* rewards, int64_
     atomicAdd(reinterpret_cast<unsigned long long*>(p.num_informative), 1ull);
 }
 
-__global__ void __launch_bounds__(kThreads) group_advantages_kernel(GroupParams p) {
+// One block per processor at least: without it ptxas spills for sm_100, to make room for more.
+__global__ void __launch_bounds__(kThreads, 1) group_advantages_kernel(GroupParams p) {
   cg::grid_group grid = cg::this_grid();
   const int64_t first = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t step = int64_t(gridDim.x) * kThreads;

@@ -11,7 +11,7 @@ from torch import Tensor
 
 @functools.cache
 def load_error() -> str | None:
-    """None once the operators `torch.ops.fastpo.*` are there, else one line: why not, what helps."""
+    """None once the operators `torch.ops.fastpo.*` are there, else why not and what helps."""
     try:
         build_info()
     except (ImportError, RuntimeError) as error:

@@ -230,7 +230,7 @@ def _check_lengths(rewards: Tensor, estimator: str, lengths: Tensor | None) -> N
         return
     if estimator != "opo":
         raise ValueError(
-            f"lengths have no meaning for estimator={estimator!r}; only 'opo' takes them"
+            f"got lengths for estimator={estimator!r}, expected them for 'opo' only; leave them out"
         )
     _check_like_rewards("lengths", lengths, rewards)
 

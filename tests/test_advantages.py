@@ -1,0 +1,272 @@
+"""Group advantages: the plain torch specification and the compiled operator against naive loops."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections import defaultdict
+from importlib.util import find_spec
+from unittest.mock import MagicMock
+
+import pytest
+import torch
+
+import fastpo
+from fastpo import _extension, advantages
+from fastpo.advantages import ESTIMATORS, num_excluded
+
+EPS = 1e-6
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+INTEGERS = [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]
+
+
+@pytest.fixture(params=["compiled", "specified"], autouse=True)
+def implementation(request, monkeypatch):
+    """Every test runs on the operator, if it is built, and on plain torch."""
+    if request.param == "specified":
+        monkeypatch.setattr(_extension, "devices", lambda: ())
+    elif (reason := _extension.load_error()) is not None:
+        pytest.skip(reason)
+    return request.param
+
+
+def naive(rewards, ids, estimator, lengths=None, eps=EPS):
+    """The definitions, one Python float at a time, in the textbook's own form."""
+    groups = defaultdict(list)
+    for i, key in enumerate(ids):
+        if math.isfinite(rewards[i]):
+            groups[key].append(i)
+    centered = {}
+    for members in groups.values():
+        mean = math.fsum(rewards[i] for i in members) / len(members)
+        centered |= {i: rewards[i] - mean for i in members}
+    batch = math.sqrt(math.fsum(x * x for x in centered.values()) / max(len(centered) - 1, 1))
+    out = [0.0] * len(rewards)
+    for members in groups.values():
+        mine = [rewards[i] for i in members]
+        if len(set(mine)) < 2:
+            continue
+        std = math.sqrt(math.fsum(centered[i] ** 2 for i in members) / (len(members) - 1))
+        best, second = sorted(mine)[-1], sorted(mine)[-2]
+        weights = [1.0 if lengths is None else float(lengths[i]) for i in members]
+        weighted = math.fsum(w * r for w, r in zip(weights, mine, strict=True))
+        for i in members:
+            others = (math.fsum(mine) - rewards[i]) / (len(mine) - 1)
+            out[i] = {
+                "grpo": centered[i] / (std + eps),
+                "dr_grpo": centered[i],
+                "rloo": rewards[i] - others,
+                "opo": rewards[i] - weighted / (math.fsum(weights) or 1.0),
+                "passk": (best - second) / (std + eps) if rewards[i] == best else 0.0,
+                "reinforce_pp": centered[i] / (batch + eps),
+            }[estimator]
+    return out
+
+
+def check(rewards, ids, estimator, **options):
+    """`group_advantages` against the loops; returns its result."""
+    result = fastpo.group_advantages(rewards, group_ids=ids, estimator=estimator, **options)
+    exact = naive(rewards.double().tolist(), ids.tolist(), estimator, options.get("lengths"))
+    expected = torch.tensor(exact, dtype=torch.float64).float()
+    torch.testing.assert_close(result.advantages, expected, rtol=3e-7, atol=1e-8)
+    return result
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_any_layout_of_groups(estimator):
+    """Permuted, interleaved, uneven groups, groups of one, any ids (REGRESSIONS row 22)."""
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        count = int(torch.randint(1, 200, (), generator=generator))
+        rewards = torch.randn(count, generator=generator)
+        ids = torch.randint(-9, 9, (count,), generator=generator) * 2**58
+        result = check(rewards, ids, estimator)
+        shuffle = torch.randperm(count, generator=generator)
+        again = check(rewards[shuffle], ids[shuffle], estimator)
+        torch.testing.assert_close(again.advantages, result.advantages[shuffle])
+        assert torch.equal(again.informative, result.informative[shuffle])
+        assert again.num_informative == result.num_informative
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_group_size_is_consecutive_ids(estimator):
+    rewards = torch.randn(24)
+    by_size = fastpo.group_advantages(rewards, group_size=6, estimator=estimator)
+    ids = torch.arange(24) // 6
+    by_ids = fastpo.group_advantages(rewards, group_ids=ids.int(), estimator=estimator)
+    for a, b in zip(by_size, by_ids, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("value", [0.35, 0.4, 1e6 + 0.1, -1e-30, 0.0])
+def test_equal_rewards_give_exactly_zero(value, estimator):
+    """sqrt(E[x^2] - E[x]^2) leaves 1e-4, which eps then magnifies (REGRESSIONS row 11)."""
+    for dtype in DTYPES:
+        rewards = torch.full((21,), value, dtype=torch.float64).to(dtype)
+        result = fastpo.group_advantages(rewards, group_size=7, estimator=estimator)
+        assert not result.advantages.any() and not result.informative.any()
+        assert result.num_informative == 0
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("offset", [0.0, 1.0, 1e6])
+def test_tiny_spreads(offset, estimator):
+    """No floor under the variance, no cancellation (REGRESSIONS row 12)."""
+    rewards = offset + torch.tensor([1.0, 2, 4, 7, 3, 3], dtype=torch.float64) * 2.0**-20
+    check(rewards, torch.tensor([0, 0, 0, 0, 1, 1]), estimator)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_reward_that_is_no_number_is_left_out(bad, estimator):
+    """It must not poison its group (REGRESSIONS row 23)."""
+    ids = torch.tensor([0, 1, 0, 1, 0, 1, 2, 2, 3])
+    rewards = torch.tensor([1.0, 0.0, 0.5, 1.0, bad, 0.25, bad, 0.5, bad])
+    result = check(rewards, ids, estimator)
+    kept = rewards.isfinite()
+    alone = fastpo.group_advantages(rewards[kept], group_ids=ids[kept], estimator=estimator)
+    assert torch.equal(result.advantages[kept], alone.advantages)
+    assert (result.advantages[~kept] == 0).all() and not result.informative[~kept].any()
+    assert result.informative.tolist() == [True, True, True, True, False, True, False, False, False]
+    assert result.num_informative == 2 and num_excluded(rewards) == 3
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, *INTEGERS])
+def test_reward_types(dtype):
+    rewards = torch.tensor([1, 0, 0, 1, 1, 1, 1, 1, 0, 0, 0, 1]).to(dtype)
+    result = check(rewards, torch.arange(12) // 4, "grpo")
+    assert result.advantages.dtype == torch.float32
+    assert result.informative.dtype == torch.bool
+    assert result.num_informative.dtype == torch.int64 and result.num_informative.dim() == 0
+    assert result.informative.tolist() == [True] * 4 + [False] * 4 + [True] * 4
+    assert result.num_informative == 2
+
+
+def test_opo_weighs_by_length():
+    rewards, ids = torch.randn(40), torch.randint(0, 5, (40,))
+    check(rewards, ids, "opo", lengths=torch.randint(1, 900, (40,)))
+    alike = fastpo.group_advantages(
+        rewards, group_ids=ids, estimator="opo", lengths=torch.full((40,), 7)
+    )
+    plain = fastpo.group_advantages(rewards, group_ids=ids, estimator="dr_grpo")
+    torch.testing.assert_close(alike.advantages, plain.advantages)
+    empty = fastpo.group_advantages(
+        rewards, group_ids=ids, estimator="opo", lengths=torch.zeros(40)
+    )
+    torch.testing.assert_close(empty.advantages, plain.advantages)
+
+
+def test_passk_credits_one_best_sample():
+    rewards = torch.tensor([3.0, 1, 2, 3, 3, 0, 5])
+    result = check(rewards, torch.tensor([0, 0, 0, 1, 1, 1, 2]), "passk")
+    assert result.advantages[0] > 0 and result.advantages.count_nonzero() == 1
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_an_empty_batch(estimator):
+    for groups in ({"group_size": 8}, {"group_ids": torch.zeros(0, dtype=torch.long)}):
+        result = fastpo.group_advantages(torch.zeros(0), estimator=estimator, **groups)
+        assert result.advantages.shape == result.informative.shape == (0,)
+        assert result.num_informative == 0
+
+
+def test_strided_inputs_and_no_graph():
+    rewards = torch.randn(12, 2, requires_grad=True)[:, 0]
+    ids = (torch.arange(24) // 8)[::2]
+    result = fastpo.group_advantages(rewards, group_ids=ids)
+    assert not result.advantages.requires_grad
+    again = fastpo.group_advantages(rewards.detach().clone(), group_ids=ids.clone())
+    assert torch.equal(result.advantages, again.advantages)
+
+
+def test_compiled_equals_specified(implementation):
+    """The two implementations share their arithmetic up to the order of sums."""
+    if implementation == "specified":
+        pytest.skip("compared once")
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(30):
+        rewards = torch.randint(-3, 3, (60,), generator=generator) / 3
+        rewards[torch.randint(0, 60, (4,), generator=generator)] = math.nan
+        ids = torch.randint(0, 9, (60,), generator=generator)
+        lengths = torch.randint(0, 5, (60,), generator=generator)
+        for estimator in ESTIMATORS:
+            weights = lengths if estimator == "opo" else None
+            got = fastpo.group_advantages(
+                rewards, group_ids=ids, estimator=estimator, lengths=weights
+            )
+            want = advantages._specified(rewards, ids, estimator, EPS, weights)
+            torch.testing.assert_close(got.advantages, want.advantages, rtol=1e-6, atol=1e-7)
+            assert torch.equal(got.informative, want.informative)
+            assert got.num_informative == want.num_informative
+
+
+def test_operator_passes_opcheck_and_compiles(implementation):
+    if implementation == "specified":
+        pytest.skip("it is about the operator")
+    arguments = (torch.randn(12), 4, None, 0, EPS, None)
+    torch.library.opcheck(torch.ops.fastpo.group_advantages.default, arguments)
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ({}, "got neither of group_size and group_ids"),
+        ({"group_size": 2, "group_ids": torch.zeros(6, dtype=torch.long)}, "got both"),
+        ({"group_size": 4}, "group_size is 4, expected a positive divisor of the 6 rewards"),
+        ({"group_size": 0}, "group_size is 0, expected"),
+        ({"group_ids": torch.zeros(5, dtype=torch.long)}, "group_ids have shape"),
+        ({"group_size": 2, "estimator": "ppo"}, "estimator is 'ppo', expected one of grpo, "),
+        ({"group_size": 2, "eps": -1.0}, "eps is -1.0, expected"),
+        ({"group_size": 2, "eps": math.nan}, "eps is nan, expected"),
+        ({"group_size": 2, "lengths": torch.ones(6)}, "got lengths for estimator='grpo'"),
+        ({"group_size": 2, "estimator": "opo", "lengths": torch.ones(5)}, "lengths have shape"),
+    ],
+)
+def test_wrong_values(groups, message):
+    with pytest.raises(ValueError, match=message):
+        fastpo.group_advantages(torch.zeros(6), **groups)
+
+
+def test_wrong_types_and_shapes():
+    with pytest.raises(TypeError, match=r"group_ids are torch\.float32.*long"):
+        fastpo.group_advantages(torch.zeros(6), group_ids=torch.zeros(6))
+    with pytest.raises(TypeError, match=r"rewards are torch\.complex64"):
+        fastpo.group_advantages(torch.zeros(6, dtype=torch.complex64), group_size=2)
+    with pytest.raises(ValueError, match=r"rewards have shape \(2, 3\).*flatten"):
+        fastpo.group_advantages(torch.zeros(2, 3), group_size=3)
+
+
+@pytest.fixture
+def verl(monkeypatch):
+    """verl's estimators; its package imports ray, which they never call."""
+    if find_spec("ray") is None:
+        for name in ("ray", "ray.actor", "ray.util", "ray.experimental", "ray.exceptions"):
+            monkeypatch.setitem(sys.modules, name, MagicMock())
+    return pytest.importorskip("verl.trainer.ppo.core_algos", reason="needs verl")
+
+
+VERL = {
+    "grpo": ("compute_grpo_outcome_advantage", {"norm_adv_by_std_in_grpo": True}),
+    "dr_grpo": ("compute_grpo_outcome_advantage", {"norm_adv_by_std_in_grpo": False}),
+    "rloo": ("compute_rloo_outcome_advantage", {}),
+    "opo": ("compute_opo_outcome_advantage", {}),
+    "passk": ("compute_grpo_passk_outcome_advantage", {"config": {}}),
+    "reinforce_pp": ("compute_reinforce_plus_plus_baseline_outcome_advantage", {}),
+}
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_verl(estimator, verl):
+    """verl 0.9 on groups of several completions; only opo sees lengths other than 1."""
+    name, options = VERL[estimator]
+    generator = torch.Generator().manual_seed(0)
+    rewards, ids = torch.rand(24, generator=generator), torch.arange(24) % 5
+    lengths = torch.randint(1, 9, (24,), generator=generator) if estimator == "opo" else None
+    mask = torch.ones(24, 1) if lengths is None else (torch.arange(9) < lengths[:, None]).float()
+    token_rewards = torch.zeros_like(mask)
+    token_rewards[:, 0] = rewards
+    theirs, _ = getattr(verl, name)(token_rewards, mask, ids.numpy(), **options)
+    ours = fastpo.group_advantages(rewards, group_ids=ids, estimator=estimator, lengths=lengths)
+    torch.testing.assert_close(ours.advantages, theirs[:, 0], rtol=1e-4, atol=1e-6)
