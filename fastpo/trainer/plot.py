@@ -76,9 +76,9 @@ def _panel(axis: Any, title: str, lines: list[tuple[Series, list[int], list[floa
     axis.grid(color="#e5e5e5", linewidth=0.7)
     axis.spines[["top", "right"]].set_visible(False)
     axis.margins(x=0.01)
-    if "share" in title or title.startswith(("Accuracy", "Groups")):
+    if title != "Reward":  # everything else is a magnitude: noise must not fill the panel
         axis.set_ylim(bottom=0)
     if title.startswith(("Accuracy", "Groups")):
-        axis.set_ylim(0, 1.02)
+        axis.set_ylim(top=1.02)
     if len(lines) > 1:
         axis.legend(frameon=False, fontsize=9)
