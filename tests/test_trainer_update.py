@@ -72,8 +72,8 @@ def test_any_cut_into_micro_batches_gives_the_same_update(objective):
     learner = make(objective=objective, max_grad_norm=1e9)
     samples = samples_of(learner.policy)
     whole, sums = gradients(learner, samples, on_policy=False)
-    for budget in (1, 30, 60):
-        learner.config.token_budget = budget
+    for budget, packing in ((1, False), (30, False), (60, False), (60, True), (10_000, True)):
+        learner.config.token_budget, learner.config.packing = budget, packing
         cut, cut_sums = gradients(learner, samples, on_policy=False)
         torch.testing.assert_close(cut, whole, atol=1e-6, rtol=1e-4)
         for name in ("loss", "tokens", "entropy"):
@@ -221,16 +221,17 @@ def test_micro_batches_keep_to_the_budget_and_lose_nothing():
         )
         for n, s in enumerate(samples_of(make().policy), start=1)
     ]
-    parts = list(by_token_budget(samples, 40))
-    assert sum(len(part) for part in parts) == len(samples) and len(parts) > 2
-    for part in parts:
-        width = max(len(s.prompt) + s.length for s in part)
-        assert len(part) == 1 or width * len(part) <= 40
+    for packed in (False, True):
+        parts = list(by_token_budget(samples, 40, packed=packed))
+        assert sum(len(part) for part in parts) == len(samples) and len(parts) > 2
+        for part in parts:
+            widths = [len(s.prompt) + s.length for s in part]
+            assert len(part) == 1 or (sum(widths) if packed else max(widths) * len(part)) <= 40
 
 
 def test_micro_batch_picks_the_positions_that_predict_completion_tokens():
     learner = make()
-    batch = MicroBatch.of(samples_of(learner.policy), CPU)
+    batch = MicroBatch.of(samples_of(learner.policy), CPU, packed=False)
     assert batch.cu_seqlens[-1] == len(batch.tokens)
     first = batch.columns[batch.cu_seqlens[:-1].long()]
     assert first.tolist() == [len(PROMPTS[index // 4]) - 1 for index in range(12)]

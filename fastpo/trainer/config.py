@@ -124,7 +124,9 @@ class OptimConfig:
     old_logprobs: Literal["sampler", "recompute"] = "sampler"
     """Of off-policy updates: as sampled, or as the update computes them (better under bf16)."""
     token_budget: Count = 16384
-    """Padded tokens per micro-batch: bounds the memory of the forward and backward pass."""
+    """Tokens per micro-batch, with padding: bounds the memory of the forward and backward pass."""
+    packing: bool | None = None
+    """A micro-batch is one row without padding; none = with flash attention only."""
 
 
 @section()

@@ -29,12 +29,19 @@ class Policy:
     stop: str | None  # completions end here, too
     stop_ids: Tensor  # (S,) every token id that ends a completion
 
-    def hidden_states(self, ids: Tensor) -> Tensor:
-        """Last hidden states [B, T, D] of right-padded ids [B, T].
+    def hidden_states(self, ids: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Last hidden states [B, T, D] of right-padded ids [B, T], or of one packed row [1, T].
 
-        No attention mask: under causal attention, padding on the right changes nothing on its left.
+        No attention mask: under causal attention, padding on the right changes nothing on its left,
+        and transformers tells packed sequences apart by `positions` [1, T] that start anew from 0.
         """
-        return self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        output = self.model.base_model(input_ids=ids, position_ids=positions, use_cache=False)
+        return output.last_hidden_state
+
+    @property
+    def packs(self) -> bool:
+        """Whether a packed row costs no attention between its sequences."""
+        return self.model.config._attn_implementation == "flash_attention_2"
 
     def head(self) -> dict[str, Any]:
         """`weight`, `bias`, `logit_scale` and `softcap` for fastpo's linear ops."""

@@ -23,39 +23,50 @@ from fastpo.trainer.policy import Policy
 
 @dataclass(kw_only=True)
 class MicroBatch:
-    """Right-padded sequences [B, T] and the positions that predict completion tokens, (N,) each."""
+    """Token ids, and the positions that predict completion tokens: N of them, sample by sample."""
 
-    ids: Tensor  # [B, T]
-    rows: Tensor  # (N,) sequence of each prediction
-    columns: Tensor  # (N,) position of each prediction
+    ids: Tensor  # [B, T] right-padded, or [1, T] packed
+    positions: Tensor | None  # [1, T] of a packed row: start anew with every sequence
+    rows: Tensor  # (N,) where in ids each prediction is made
+    columns: Tensor  # (N,)
     tokens: Tensor  # (N,) what was sampled there
-    cu_seqlens: Tensor  # (B + 1,) int32
+    cu_seqlens: Tensor  # (B + 1,) int32: whose they are
     advantages: Tensor  # (B,)
     old_logprobs: Tensor  # (N,) of the policy that sampled
 
     @classmethod
-    def of(cls, samples: list[Sample], device: torch.device) -> MicroBatch:
-        """Lay samples out; predictions of one sample stand side by side, in order."""
+    def of(cls, samples: list[Sample], device: torch.device, *, packed: bool = False) -> MicroBatch:
+        """Lay samples out, one per row or all in one."""
         sequences = [torch.tensor(s.prompt + s.completion.tokens[:-1]) for s in samples]
         lengths = torch.tensor([s.length for s in samples])
         cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
         rows = torch.arange(len(samples)).repeat_interleave(lengths)
-        starts = torch.tensor([len(s.prompt) - 1 for s in samples])
-        columns = torch.arange(int(cu_seqlens[-1])) - cu_seqlens[rows] + starts[rows]
-        tensors = {
-            "ids": torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True),
-            "rows": rows,
-            "columns": columns,
-            "tokens": torch.tensor([t for s in samples for t in s.completion.tokens]),
-            "cu_seqlens": cu_seqlens.int(),
-            "advantages": torch.tensor([s.advantage for s in samples]),
-            "old_logprobs": torch.tensor([p for s in samples for p in s.completion.logprobs]),
-        }
-        return cls(**{name: tensor.to(device) for name, tensor in tensors.items()})
+        first = torch.tensor([len(s.prompt) - 1 for s in samples])  # predicts the first token
+        positions = None
+        if packed:
+            sizes = torch.tensor([len(sequence) for sequence in sequences])
+            first += sizes.cumsum(0) - sizes
+            positions = torch.cat([torch.arange(size) for size in sizes])[None].to(device)
+            ids = torch.cat(sequences)[None]
+        else:
+            ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
+        columns = torch.arange(len(rows)) - cu_seqlens[rows] + first[rows]
+        return cls(
+            ids=ids.to(device),
+            positions=positions,
+            rows=(torch.zeros_like(rows) if packed else rows).to(device),
+            columns=columns.to(device),
+            tokens=torch.tensor([t for s in samples for t in s.completion.tokens], device=device),
+            cu_seqlens=cu_seqlens.int().to(device),
+            advantages=torch.tensor([s.advantage for s in samples], device=device),
+            old_logprobs=torch.tensor(
+                [p for s in samples for p in s.completion.logprobs], device=device
+            ),
+        )
 
     def hidden(self, policy: Policy) -> Tensor:
         """Hidden states (N, D) that predict completion tokens: no other row meets the head."""
-        return policy.hidden_states(self.ids)[self.rows, self.columns]
+        return policy.hidden_states(self.ids, self.positions)[self.rows, self.columns]
 
 
 class Sums(defaultdict):
@@ -127,8 +138,7 @@ class Learner:
         normalizer = sum(sample.length for sample in live) if by_tokens else len(samples)
         self.optimizer.zero_grad(set_to_none=True)
         loss = torch.zeros((), device=self.policy.device)
-        for part in by_token_budget(live, self.config.token_budget):
-            batch = MicroBatch.of(part, self.policy.device)
+        for _, batch in self._micro_batches(live):
             result = self._loss(batch, normalizer, on_policy)
             result.loss.backward()
             loss += result.loss.detach()
@@ -157,6 +167,11 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
 
+    def _micro_batches(self, samples: list[Sample]) -> Iterator[tuple[list[Sample], MicroBatch]]:
+        packed = self.policy.packs if self.config.packing is None else self.config.packing
+        for part in by_token_budget(samples, self.config.token_budget, packed=packed):
+            yield part, MicroBatch.of(part, self.policy.device, packed=packed)
+
     def _loss(self, batch: MicroBatch, normalizer: int, on_policy: bool) -> fastpo.PolicyLoss:
         return fastpo.linear_policy_loss(
             batch.hidden(self.policy),
@@ -173,8 +188,7 @@ class Learner:
 
     def _recompute_old_logprobs(self, samples: list[Sample]) -> None:
         """Low-precision decoding differs from the update's own log-probs: take those instead."""
-        for part in by_token_budget(samples, self.config.token_budget):
-            batch = MicroBatch.of(part, self.policy.device)
+        for part, batch in self._micro_batches(samples):
             pieces = self._score(self.policy, batch).split([sample.length for sample in part])
             for sample, logprobs in zip(part, pieces, strict=True):
                 sample.completion.logprobs = logprobs.tolist()
@@ -190,14 +204,18 @@ class Learner:
         ).logprobs
 
 
-def by_token_budget(samples: list[Sample], budget: int) -> Iterator[list[Sample]]:
-    """Micro-batches of similar lengths whose padded size stays within `budget` tokens."""
+def by_token_budget(
+    samples: list[Sample], budget: int, *, packed: bool = False
+) -> Iterator[list[Sample]]:
+    """Micro-batches of similar lengths within `budget` tokens, padding counted unless packed."""
     part: list[Sample] = []
+    total = 0
     for sample in sorted(samples, key=lambda s: len(s.prompt) + s.length):
         width = len(sample.prompt) + sample.length  # the longest so far
-        if part and width * (len(part) + 1) > budget:
+        if part and (total if packed else width * len(part)) + width > budget:
             yield part
-            part = []
+            part, total = [], 0
         part.append(sample)
+        total += width
     if part:
         yield part
