@@ -8,7 +8,7 @@ Registers decide how much is kept (figures from ahead-of-time compilation, tests
     logits                  kept per thread     why
     2 bytes, 16-byte loads  64, two a register  fits a whole row of 32,768; 96 spill on sm_80
     4 bytes, 16-byte loads  48                  64 spill on sm_100
-    not aligned             32                  one register each, and one address a logit; 48 spill
+    not aligned             24                  one register and one address each; 32 spill on sm_80
 
 512 threads leave 128 registers each, so that one row's program fills an SM, and what the second
 sweeps of 132 SMs read again (V = 151,936 in bf16: 304 KB less 64 KB each, 32 MB in all) is still in
@@ -46,7 +46,7 @@ class RowLayout(NamedTuple):
 @functools.cache
 def _layout(V: int, itemsize: int, aligned: bool) -> RowLayout:
     packed = aligned and itemsize == 2
-    most_kept = (8 if packed else 6) if aligned else 4
+    most_kept = (8 if packed else 6) if aligned else 3
     lanes = 128
     while lanes < MAX_LANES and lanes * CHUNK_PER_LANE * most_kept < V:
         lanes *= 2

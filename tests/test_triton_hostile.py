@@ -315,3 +315,34 @@ def test_more_rows_than_a_grid_dimension_holds(device):
     logits = torch.empty(70_000, 8)
     _layout.launch_rows(Kernel(), logits, _layout.row_layout(logits))
     assert grids == [(70_000,)]  # the first dimension, which holds 2^31 - 1
+
+
+@pytest.mark.parametrize("view", ["expanded", "every other", "column"])
+def test_strides_of_the_numbers_per_token(view, device):
+    """5: expanded and strided row inputs are read as what they are, never as their neighbours."""
+    case = RowCase.random(4, 300, EVERYTHING, device=device, temperature=torch.full((4,), 0.8))
+
+    def restride(x: torch.Tensor) -> torch.Tensor:
+        if view == "expanded":
+            return x[:1].expand(4)
+        poison = torch.full_like(x, 7 if x.dtype == torch.int64 else NAN)
+        pairs = torch.stack([x, poison], 1)
+        return pairs[:, 0] if view == "column" else pairs.flatten()[::2]
+
+    strided = dataclasses.replace(
+        case,
+        tokens=restride(case.tokens),
+        temperature=restride(case.temperature),
+        inputs=RowInputs(*map(restride, case.inputs)),
+    )
+    assert not strided.tokens.is_contiguous()
+    check_policy_loss(triton_rows, strided, EVERYTHING)
+    stats = triton_rows.row_stats(case.logits, strided.tokens, strided.temperature)
+    c, e = strided.inputs.advantages, strided.inputs.weight
+    results = []
+    for numbers in ((stats, c, e), (stats, c.contiguous(), e.contiguous())):
+        out = torch.empty_like(case.logits)
+        arguments = (case.logits, strided.tokens, *numbers, strided.temperature, out)
+        triton_rows.row_grad(*arguments)
+        results.append(out)
+    assert torch.equal(*results)

@@ -40,6 +40,7 @@ def row_stats(
     logits: Tensor, tokens: Tensor, temperature: float | Tensor, live: Tensor | None = None
 ) -> RowStats:
     """See `fastpo.backends.base.Backend`."""
+    tokens, live = _contiguous(tokens, live)
     return RowStats(*ops.triton_row_stats(logits, tokens, *_temperature(temperature), live))
 
 
@@ -53,8 +54,8 @@ def row_grad(
     out: Tensor,
 ) -> None:
     """See `fastpo.backends.base.Backend`."""
-    sums = (stats.row_max, stats.log_sum, stats.entropy)
-    arguments = (logits, tokens, *sums, logprob_grad, entropy_grad, *_temperature(temperature))
+    rows = (tokens, stats.row_max, stats.log_sum, stats.entropy, logprob_grad, entropy_grad)
+    arguments = (logits, *_contiguous(*rows), *_temperature(temperature))
     if _overwrites(logits, out):
         ops.triton_row_grad_(*arguments, out.dtype)
     else:
@@ -71,7 +72,7 @@ def row_policy_loss(
 ) -> RowLosses:
     """See `fastpo.backends.base.Backend`."""
     rule = [float(number) for number in Rule.of(objective)]
-    arguments = (logits, tokens, *inputs, rule, *_temperature(temperature))
+    arguments = (logits, *_contiguous(tokens, *inputs), rule, *_temperature(temperature))
     if out is None:
         return RowLosses(*ops.triton_row_policy_loss(*arguments))
     if _overwrites(logits, out):
@@ -84,9 +85,14 @@ def scale_(grad: Tensor, factor: Tensor) -> None:
     ops.triton_scale_(grad, factor)
 
 
+def _contiguous(*rows: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The kernels read neighbouring elements: another stride would be a silent wild read."""
+    return tuple(None if x is None else x.contiguous() for x in rows)
+
+
 def _temperature(temperature: float | Tensor) -> tuple[float, Tensor | None]:
     if isinstance(temperature, Tensor):
-        return 1.0, temperature
+        return 1.0, temperature.contiguous()
     return float(temperature), None
 
 

@@ -100,9 +100,9 @@ class LossBatch:
             advantages = advantages * self.importance_weights
         if self.sequence_weights is not None:
             advantages = advantages * self.segments.spread(self.sequence_weights)
-        return RowInputs(
-            self.weight, advantages, self.old_logprobs, self.ref_logprobs, self.entropy_weight
-        )
+        rows = (self.weight, advantages, self.old_logprobs, self.ref_logprobs, self.entropy_weight)
+        # One sequence's advantage, spread over its tokens, is an expanded view of stride 0.
+        return RowInputs(*(None if x is None else x.contiguous() for x in rows))
 
     def token_loss(self, logprobs: Tensor) -> TokenLoss:
         """The specification's per-token terms for log-probs (N,)."""
