@@ -1,0 +1,120 @@
+"""`fastpo plan` says what a step takes, and a step takes it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastpo import plan
+
+ROOT = Path(__file__).resolve().parents[1]
+SHAPE = {"vocab": 151936, "hidden": 4096, "tokens": 8192}
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+
+
+def memory_curve():
+    """benchmarks/memory_curve.py as a module."""
+    spec = importlib.util.spec_from_file_location(
+        "memory_curve", ROOT / "benchmarks" / "memory_curve.py"
+    )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@linux
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("path", "tokens"), [("fastpo", 1024), ("fastpo", 3000), ("materialized", 1024)]
+)
+def test_planned_peak_is_the_measured_one(path, tokens):
+    """Within 10 %: growth of the resident set of a process of its own."""
+    point = memory_curve().measure_apart(path, tokens, 64, 60000)
+    assert point["peak_bytes"] == pytest.approx(point["planned_peak_bytes"], rel=0.10)
+
+
+@linux
+@pytest.mark.slow
+def test_extra_memory_does_not_grow_with_the_context():
+    """Beyond inputs and gradients, from N = 4k on, within 5 %."""
+    points = [memory_curve().measure_apart("fastpo", tokens, 16, 50000) for tokens in (4096, 16384)]
+    extra = [point["peak_bytes"] - point["results_bytes"] for point in points]
+    assert extra[1] == pytest.approx(extra[0], rel=0.05)
+
+
+def test_chunk_and_bytes_of_every_path():
+    """The figures one can work out by hand, at TRL's own benchmark shape in bf16."""
+    plans = {path: plan.plan(path=path, **SHAPE) for path in plan.PATHS}
+    logits = 8192 * 151936
+    head = 4096 * 151936
+    states = 4096 * 8192
+    assert plans["materialized"].peak_bytes == 3 * 4 * logits + 64 * 8192
+    assert plans["materialized"].chunk_tokens is None
+    ours = plans["fastpo"]
+    assert ours.chunk_tokens == 2048
+    sweep = 2 * states + 4 * head + 4 * 2048 * 151936
+    assert ours.peak_bytes == max(sweep, 2 * states + 6 * head) + 64 * 8192
+    tile = 2 * 4096 * 32768
+    assert plans["chunked_recompute"].peak_bytes == 6 * (states + head) + tile + 64 * 8192
+    assert ours.peak_bytes < plans["chunked_recompute"].peak_bytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_planned_extra_is_flat_in_tokens(dtype):
+    few, many = (
+        plan.plan(vocab=151936, hidden=512, tokens=n, dtype=dtype, device="cpu")
+        for n in (4096, 131072)
+    )
+    assert many.extra_bytes - few.extra_bytes == 64 * (131072 - 4096)
+    assert many.extra_bytes < 1.05 * few.extra_bytes
+
+
+def test_a_budget_sets_the_chunk():
+    chunks = [plan.plan(budget=budget, **SHAPE).chunk_tokens for budget in (1, 2**28, 2**30, 2**34)]
+    assert chunks == [256, 256, 1536, 8192]
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("1280MiB", 1280 * 2**20), ("1.5GB", 15 * 10**8), (" 200 ", 200)]
+)
+def test_bytes_as_people_write_them(text, count):
+    assert plan.parse_bytes(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "0", "lots", "-3MB", "3 MB MB", "1e9"])
+def test_bytes_that_are_none_are_refused(text):
+    with pytest.raises(ValueError, match="is no number of bytes"):
+        plan.parse_bytes(text)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokens": 0}, "tokens is 0, expected at least 1"),
+        ({"path": "magic"}, "path is 'magic', expected one of materialized"),
+        ({"dtype": torch.int8}, "dtype is torch.int8"),
+        ({"device": "tpu"}, "device is 'tpu', expected 'cuda' or 'cpu'"),
+        ({"budget": 0}, "budget is 0 bytes"),
+    ],
+)
+def test_bad_shapes_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        plan.plan(**(SHAPE | change))
+
+
+def test_command_prints_every_buffer(capsys):
+    parser = argparse.ArgumentParser()
+    plan.add_arguments(parser)
+    given = "--vocab 151936 --hidden 4096 --tokens 8192 --dtype bfloat16 --budget 1.25GiB"
+    assert plan.run(parser.parse_args(given.split())) == 0
+    text = capsys.readouterr().out
+    for path in plan.PATHS:
+        assert path in text
+        for buffer in plan.plan(path=path, **SHAPE).buffers:
+            assert (buffer.name in text) == (buffer.bytes > 0)
+    assert "fastpo, 2048 tokens at a time" in text
