@@ -10,9 +10,10 @@ Registers decide how much is kept (figures from ahead-of-time compilation, tests
     4 bytes, 16-byte loads  48                  64 spill on sm_100
     not aligned             24                  one register and one address each; 32 spill on sm_80
 
-512 threads leave 128 registers each, so that one row's program fills an SM, and what the second
-sweeps of 132 SMs read again (V = 151,936 in bf16: 304 KB less 64 KB each, 32 MB in all) is still in
-an L2 of 50 MB. Shorter rows take fewer threads, several rows to an SM.
+512 threads leave 128 registers each, so one row's program fills an SM. What one row touches between
+a first and a second read (fastpo/testing/traffic.py counts it), times 132 SMs, must fit the 50 MB
+of L2 of an H100 for the second read to cost no DRAM traffic: in place in bf16 it is 38 MB at
+V = 151,936 and 66 MB at V = 262,144. Shorter rows take fewer threads, several rows to an SM.
 """
 
 from __future__ import annotations
@@ -59,6 +60,11 @@ def _layout(V: int, itemsize: int, aligned: bool) -> RowLayout:
     )
 
 
+def row_stride(matrix: Tensor) -> int:
+    """Elements from one row to the next; a lone row's stride is arbitrary and not used."""
+    return matrix.stride(0) if matrix.shape[0] > 1 else matrix.shape[1]
+
+
 def row_layout(logits: Tensor) -> RowLayout:
     """The layout for (N, V) logits.
 
@@ -67,7 +73,7 @@ def row_layout(logits: Tensor) -> RowLayout:
     its sums, and so its bits, to its place in memory.
     """
     V = logits.shape[1]
-    aligned = V % 16 == 0 and logits.stride(0) % 16 == 0 and logits.data_ptr() % 16 == 0
+    aligned = V % 16 == 0 and row_stride(logits) % 16 == 0 and logits.data_ptr() % 16 == 0
     return _layout(V, logits.element_size(), aligned)
 
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._layout import launch_rows, row_layout, shares_rows
+from ._layout import launch_rows, row_layout, row_stride, shares_rows
 from ._rows import (
     block_columns,
     block_gradient,
@@ -118,8 +118,8 @@ def row_grad(
         logprob_grad,
         entropy_grad,
         temperatures,
-        logits.stride(0),
-        out.stride(0),
+        row_stride(logits),
+        row_stride(out),
         V,
         V // layout.BLOCK_V * layout.BLOCK_V,
         temperature,

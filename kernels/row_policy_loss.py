@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._layout import launch_rows, row_layout, shares_rows
+from ._layout import launch_rows, row_layout, row_stride, shares_rows
 from ._rows import (
     as_fp32,
     fill_row_with_zero,
@@ -211,8 +211,8 @@ def row_policy_loss(
         logprobs,
         entropy,
         clipped,
-        logits.stride(0),
-        0 if out is None else out.stride(0),
+        row_stride(logits),
+        0 if out is None else row_stride(out),
         V,
         layout.body(V),
         temperature,

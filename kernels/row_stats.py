@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._layout import launch_rows, row_layout
+from ._layout import launch_rows, row_layout, row_stride
 from ._rows import load_inverse_temperature, load_token_logit, row_offset, sweep_row, token_logprob
 
 _PER_ROW = ["tokens_ptr", "live_ptr", "temperatures_ptr"]
@@ -78,7 +78,7 @@ def row_stats(
         live,
         temperatures,
         *outputs,
-        logits.stride(0),
+        row_stride(logits),
         V,
         layout.body(V),
         temperature,

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._layout import launch_rows, row_layout
+from ._layout import launch_rows, row_layout, row_stride
 from ._rows import block_columns, row_offset, store_block
 
 
@@ -38,7 +38,7 @@ def scale_(grad: Tensor, factor: Tensor) -> None:
         layout,
         grad,
         factor,
-        grad.stride(0),
+        row_stride(grad),
         grad.shape[1],
         BLOCK_V=layout.BLOCK_V,
         LANES=layout.LANES,

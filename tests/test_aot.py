@@ -78,6 +78,15 @@ def test_resources_on_hopper(capsys):
 
 
 @pytest.mark.slow
+def test_short_rows_take_fewer_threads_and_spill_nothing():
+    kernels = compile_kernels(["sm_90"], ["bf16", "fp32"], [1000, 1024, 8192, 16384])
+    for kernel in kernels:
+        assert kernel["stack"] == 0 and kernel["spills"] == 0, kernel
+    threads = {(k["dtype"], k["vocab"]): k["threads"] for k in kernels}
+    assert threads["bf16", 8192] == 128 and threads["bf16", 16384] == 256
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("target", TARGETS)
 def test_resources_everywhere(target, capsys):

@@ -259,6 +259,15 @@ def test_a_row_does_not_know_how_many_there_are(dtype, device):
         assert torch.equal(grad[cut], part_grad)
 
 
+def test_a_lone_row_has_no_stride(device):
+    """A (1, V) view may carry any row stride; the result is that of the same row in a batch."""
+    case = RowCase.random(3, 320, EVERYTHING, dtype=torch.bfloat16, device=device)
+    _, grad = run_policy_loss(triton_rows, case, EVERYTHING)
+    lone = case.take(slice(1, 2))
+    lone = lone.with_logits(lone.logits.as_strided((1, 320), (7, 1)))
+    assert torch.equal(run_policy_loss(triton_rows, lone, EVERYTHING)[1], grad[1:2])
+
+
 @pytest.mark.parametrize("view", ["transposed batch", "every other row", "offset", "padded"])
 def test_row_strides(view, device):
     """5: any row stride, any first element."""
