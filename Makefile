@@ -12,6 +12,7 @@ SMOLLM2 := .cache/smollm2-135m-instruct
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints-dev.txt
 EXTENSION_SOURCES := $(wildcard setup.py csrc/* csrc/*/*)
 PEERS := trl liger-kernel pytest-benchmark
+VERL_IMPORTS := tensordict hydra-core codetiming
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -47,11 +48,11 @@ format: $(STAMPS)/lint ## Reformat the code
 	@$(BIN)/ruff format
 
 bench: $(STAMPS)/peers ## Time fastpo against its peers on this machine
-	@$(BIN)/python -m pytest benchmarks -m "not gpu" --benchmark-only $(PYTEST_ARGS)
+	@$(BIN)/python benchmarks/bench_cpu_rows.py
+	@$(BIN)/python benchmarks/bench_linear_cpu.py
 
 gpu: $(STAMPS)/peers ## Run the tests and benchmarks that need a GPU
-	@$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
-	@$(BIN)/python -m pytest benchmarks -m gpu --benchmark-only $(PYTEST_ARGS)
+	@$(BIN)/python benchmarks/gpu.py
 
 clean: ## Remove the virtual environment, caches and everything built
 	rm -rf $(VENV) .cache build dist *.egg-info fastpo/*.so .pytest_cache .ruff_cache .benchmarks
@@ -84,7 +85,7 @@ $(STAMPS)/fastpo: pyproject.toml $(EXTENSION_SOURCES) $(STAMPS)/torch
 
 $(STAMPS)/peers: $(STAMPS)/fastpo
 	@echo "setup: the libraries that fastpo is compared with ($(PEERS) verl)"
-	@$(PIP) $(PEERS)
+	@$(PIP) $(PEERS) $(VERL_IMPORTS)
 	@$(PIP) --no-deps verl
 	@touch $@
 

