@@ -22,7 +22,7 @@ TRL_TILE = (4096, 32768)
 PATHS = ("materialized", "chunked_recompute", "fastpo")
 _TRL_TEMPORARIES = 7
 _FP32 = 4
-_PER_TOKEN = 64  # loss, log-probs, entropy, flags, weights and their fp32 temporaries
+_PER_TOKEN = 32  # loss, log-probs, entropy, flags; weights, advantages, indices of live rows
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -75,12 +75,13 @@ def test_fp16_gradient_survives_a_loss_scale():
     assert (hidden.grad - exact).norm() < 1e-3 * exact.norm()
 
 
-def test_second_backward_raises():
+@pytest.mark.parametrize("level", OBJECTIVES)
+def test_second_backward_raises(level):
     """REGRESSIONS 9: the gradient was handed over; a second use would be of a used buffer."""
     case = LinearCase.random()
     hidden, weight = case.leaves()
     loss = fastpo.linear_policy_loss(
-        hidden, weight, case.tokens, case.advantages, **case.options(fastpo.dapo())
+        hidden, weight, case.tokens, case.advantages, **case.options(OBJECTIVES[level])
     ).loss
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match=r"second time.*call linear_policy_loss again"):

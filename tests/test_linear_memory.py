@@ -53,14 +53,14 @@ def test_chunk_and_bytes_of_every_path():
     logits = 8192 * 151936
     head = 4096 * 151936
     states = 4096 * 8192
-    assert plans["materialized"].peak_bytes == 3 * 4 * logits + 64 * 8192
+    assert plans["materialized"].peak_bytes == 3 * 4 * logits + 32 * 8192
     assert plans["materialized"].chunk_tokens is None
     ours = plans["fastpo"]
     assert ours.chunk_tokens == 2048
     sweep = 2 * states + 4 * head + 4 * 2048 * 151936
-    assert ours.peak_bytes == max(sweep, 2 * states + 6 * head) + 64 * 8192
+    assert ours.peak_bytes == max(sweep, 2 * states + 6 * head) + 32 * 8192
     tile = 2 * 4096 * 32768
-    assert plans["chunked_recompute"].peak_bytes == 6 * (states + head) + tile + 64 * 8192
+    assert plans["chunked_recompute"].peak_bytes == 6 * (states + head) + tile + 32 * 8192
     assert ours.peak_bytes < plans["chunked_recompute"].peak_bytes
 
 
@@ -70,7 +70,7 @@ def test_planned_extra_is_flat_in_tokens(dtype):
         plan.plan(vocab=151936, hidden=512, tokens=n, dtype=dtype, device="cpu")
         for n in (4096, 131072)
     )
-    assert many.extra_bytes - few.extra_bytes == 64 * (131072 - 4096)
+    assert many.extra_bytes - few.extra_bytes == 32 * (131072 - 4096)
     assert many.extra_bytes < 1.05 * few.extra_bytes
 
 

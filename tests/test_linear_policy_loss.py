@@ -87,19 +87,22 @@ def test_fused_equals_two_steps(preset, backend):
     assert_equal_results(fused, case.two_step(objective, backend=backend))
 
 
-@pytest.mark.parametrize("preset", ["dapo", "grpo_kl", "gspo", "vespo"])
-def test_options_reach_the_loss(preset):
+@pytest.mark.parametrize("chunk_tokens", [16, 32, None])
+@pytest.mark.parametrize("per_token", [True, False])
+@pytest.mark.parametrize("preset", ["dapo", "grpo_kl", "gspo", "luspo", "gmpo", "vespo"])
+def test_options_reach_the_loss(preset, per_token, chunk_tokens):
     """importance_weights, normalizer, cu_seqlens: equal to the two steps with the same ones."""
     objective, case = PRESETS[preset], LinearCase.random(shape=(1, 60))
     rows = {"mask": case.mask[0], "old_logprobs": case.old_logprobs[0]}
     rows["ref_logprobs"] = case.ref_logprobs[0] if objective.kl_coef else None
     rows["cu_seqlens"] = torch.tensor([0, 13, 13, 40, 60], dtype=torch.int32)
-    rows["importance_weights"] = 0.5 + torch.rand(4)
-    rows["normalizer"] = 17.0
+    rows["importance_weights"] = 0.5 + torch.rand(60 if per_token else 4)
+    if not objective.entropy_coef:
+        rows["normalizer"] = 17.0
     hidden, weight = case.hidden[0].requires_grad_(), case.weight.requires_grad_()
     advantages, tokens = torch.randn(4), case.tokens[0]
     fused = fastpo.linear_policy_loss(
-        hidden, weight, tokens, advantages, objective=objective, chunk_tokens=16, **rows
+        hidden, weight, tokens, advantages, objective=objective, chunk_tokens=chunk_tokens, **rows
     )
     scored = fastpo.linear_token_logprobs(hidden, weight, tokens, mask=rows["mask"])
     steps = fastpo.policy_loss_from_logprobs(

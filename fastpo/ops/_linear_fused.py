@@ -1,6 +1,9 @@
-"""Token-level objectives: the gradient is made in the forward pass, in 6 N D V operations."""
+"""The gradient is made in the forward pass, while a chunk's logits exist: 6 N D V operations."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,14 +14,26 @@ from fastpo.objective import Objective
 from fastpo.ops import _chunks
 from fastpo.ops._chunks import Rows
 from fastpo.ops._head import Head
-from fastpo.ops._linear_call import LinearCall, LinearGrads, Workspace
+from fastpo.ops._linear_call import Chunk, LinearCall, LinearGrads, Workspace
 from fastpo.ops._tensor_parallel import VocabularyShard
+
+
+class ChunkLoss(Protocol):
+    """A loss that can be finished, with its gradient, from the logits of one chunk."""
+
+    def chunks(
+        self, call: LinearCall, head: Head, *, gradient: bool
+    ) -> tuple[list[Rows], list[Rows]]:
+        """Chunks that need a gradient, and chunks whose losses and statistics are enough."""
+
+    def losses(self, call: LinearCall, chunk: Chunk, temperature: float | Tensor) -> RowLosses:
+        """Losses of a chunk's rows; fills `chunk.grad` where there is one."""
 
 
 class FusedLinearLoss(torch.autograd.Function):
     """loss, logprobs, entropy, clip flags of (hidden, weight, bias). One backward only.
 
-    Per chunk: logits GEMM, `row_policy_loss` over it in place, dH GEMM, dW GEMM into an fp32 sum.
+    Per chunk: logits GEMM, the row primitives over it in place, dH GEMM, dW GEMM into an fp32 sum.
     """
 
     @staticmethod
@@ -28,25 +43,17 @@ class FusedLinearLoss(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         call: LinearCall,
-        inputs: RowInputs,
-        objective: Objective,
+        chunk_loss: ChunkLoss,
         needs: tuple[bool, bool, bool],
     ):
         head, hidden = call.head(weight, bias), hidden.detach()
         grads = LinearGrads(head, hidden, needs) if any(needs) else None
-        losses = _empty_losses(inputs.weight)
-        paying, idle = _chunks_by_gradient(call, head, inputs, objective, needed=any(needs))
+        losses = _empty_losses(call.tokens, hidden.dtype)
+        paying, idle = chunk_loss.chunks(call, head, gradient=any(needs))
         workspace = Workspace(call, head, paying + idle, gradient=any(needs))
         for number, rows in enumerate(paying + idle):
             chunk = workspace.load(hidden, rows, gradient=number < len(paying))
-            part = call.backend.row_policy_loss(
-                chunk.logits,
-                call.tokens[rows],
-                RowInputs(*(None if x is None else x[rows] for x in inputs)),
-                objective,
-                call.row_temperature(rows, head),
-                chunk.grad,
-            )
+            part = chunk_loss.losses(call, chunk, call.row_temperature(rows, head))
             for full, values in zip(losses, part, strict=True):
                 _chunks.put(full, rows, values)
             if chunk.grad is not None:
@@ -66,26 +73,42 @@ class FusedLinearLoss(torch.autograd.Function):
                 "backward through linear_policy_loss a second time: the first one handed over the "
                 "gradient, which was made in the forward pass; call linear_policy_loss again"
             )
-        return *grads.scaled(loss_grad, ctx.backend), None, None, None, None
+        return *grads.scaled(loss_grad, ctx.backend), None, None, None
 
 
-def _chunks_by_gradient(
-    call: LinearCall, head: Head, inputs: RowInputs, objective: Objective, *, needed: bool
-) -> tuple[list[Rows], list[Rows]]:
-    """Chunks that need a gradient, and chunks whose losses and statistics are enough.
+@dataclass(frozen=True, kw_only=True)
+class TokenLoss:
+    """A token-level objective: one launch of `row_policy_loss` finishes any set of rows."""
 
-    With A = 0 and neither KL penalty nor entropy bonus a row's gradient is 0. Only the CPU asks.
-    """
-    if not needed:
-        return [], call.chunks(head)
-    if not call.may_look or objective.kl_coef != 0 or objective.entropy_coef != 0:
-        return call.chunks(head), []
-    pays = inputs.advantages != 0
-    if bool(pays.all()):
-        return call.chunks(head), []
-    return call.chunks(head, only=pays), call.chunks(head, only=~pays)
+    inputs: RowInputs
+    objective: Objective
+
+    def chunks(
+        self, call: LinearCall, head: Head, *, gradient: bool
+    ) -> tuple[list[Rows], list[Rows]]:
+        """With A = 0 and neither KL penalty nor entropy bonus a row's gradient is 0."""
+        if not gradient:
+            return [], call.chunks(head)
+        if not call.may_look or self.objective.kl_coef != 0 or self.objective.entropy_coef != 0:
+            return call.chunks(head), []
+        pays = self.inputs.advantages != 0
+        if bool(pays.all()):
+            return call.chunks(head), []
+        return call.chunks(head, only=pays), call.chunks(head, only=~pays)
+
+    def losses(self, call: LinearCall, chunk: Chunk, temperature: float | Tensor) -> RowLosses:
+        """See `ChunkLoss`."""
+        return call.backend.row_policy_loss(
+            chunk.logits,
+            call.tokens[chunk.rows],
+            RowInputs(*(None if x is None else x[chunk.rows] for x in self.inputs)),
+            self.objective,
+            temperature,
+            chunk.grad,
+        )
 
 
-def _empty_losses(like: Tensor) -> RowLosses:
-    zeros = [torch.zeros_like(like) for _ in range(3)]
-    return RowLosses(*zeros, torch.zeros_like(like, dtype=torch.uint8))
+def _empty_losses(tokens: Tensor, dtype: torch.dtype) -> RowLosses:
+    dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    zeros = [torch.zeros(tokens.shape, dtype=dtype, device=tokens.device) for _ in range(3)]
+    return RowLosses(*zeros, torch.zeros_like(tokens, dtype=torch.uint8))

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from fastpo.objective import Objective, TokenLoss
-from fastpo.ops import _checks, _linear_inputs
+from fastpo.ops import _checks, _linear_fused, _linear_inputs
 from fastpo.ops._batch import LossBatch
-from fastpo.ops._linear_fused import FusedLinearLoss
 from fastpo.ops._linear_recompute import LinearTokenLogprobs
+from fastpo.ops._linear_sequences import SequenceLoss
 from fastpo.ops.from_logprobs import loss_of_batch
 from fastpo.ops.results import PolicyLoss, TokenLogprobs
 
@@ -46,9 +46,10 @@ def linear_policy_loss(
 
         logits = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)
 
-    Token-level objectives make their gradient in the forward pass: three GEMMs, 6 N D V operations
-    (4 with a frozen head; 2 when nothing requires a gradient), and one backward only: a second one
-    raises. Sequence-level objectives compute the logits twice, 8 N D V. Equal to
+    The gradient is made in the forward pass: three GEMMs, 6 N D V operations (4 with a frozen head;
+    2 when nothing requires a gradient), and one backward only: a second one raises. Sequence-level
+    objectives do so where every sequence fits a chunk; where one does not, or its length is known
+    on a GPU alone (cu_seqlens), the backward computes the logits again, 8 N D V. Equal to
     `linear_token_logprobs` followed by `policy_loss_from_logprobs` for every objective and option.
 
     On CPU, masked tokens never enter a GEMM, and tokens with A = 0 (without KL penalty and entropy
@@ -92,7 +93,7 @@ def linear_policy_loss(
 
     Raises:
         ValueError, TypeError: see the message: what was got, what is expected, what to do.
-        RuntimeError: on a second backward through a token-level loss.
+        RuntimeError: on a second backward through a gradient that the forward pass made.
     """
     hidden, weight, bias = _linear_inputs.operands(hidden, weight, bias)
     leading = hidden.shape[:-1]
@@ -123,15 +124,19 @@ def linear_policy_loss(
         live_rows=live_rows,
     )
     hidden = _linear_inputs.flat_hidden(hidden)
-    if not objective.is_token_level:
+    if objective.is_token_level:
+        chunk_loss = _linear_fused.TokenLoss(inputs=batch.row_inputs(), objective=objective)
+    else:
+        chunk_loss = SequenceLoss.of(batch, call, weight)
+    if chunk_loss is None:
         logprobs, entropy = call.visible(*LinearTokenLogprobs.apply(hidden, weight, bias, call))
         return loss_of_batch(batch, logprobs.view(leading), entropy.view(leading))
     needs = tuple(
         torch.is_grad_enabled() and x is not None and x.requires_grad
         for x in (hidden, weight, bias)
     )
-    loss, logprobs, entropy, clipped = FusedLinearLoss.apply(
-        hidden, weight, bias, call, batch.row_inputs(), objective, needs
+    loss, logprobs, entropy, clipped = _linear_fused.FusedLinearLoss.apply(
+        hidden, weight, bias, call, chunk_loss, needs
     )
     with torch.no_grad():
         terms = batch.token_loss(logprobs)
