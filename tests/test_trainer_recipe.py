@@ -51,6 +51,7 @@ def test_text_needs_no_quotes_and_numbers_may_name_a_directory(tmp_path):
         ("", ["optim.learning_rate=fast"], ["optim.learning_rate", "'fast'", "number"]),
         ("", ["algorithm.overlong_filter=7"], ["algorithm.overlong_filter", "7", "boolean"]),
         ("", ["rollout.group_size=1"], ["rollout.group_size", "1", "greater than or equal to 2"]),
+        ("", ["optim.learning_rate=nan"], ["optim.learning_rate", "nan", "finite number"]),
         ("", ["model.dtype=int8"], ["model.dtype", "'int8'", "'float32'"]),
         ("", ["optim=3"], ["optim", "table"]),
         ("seed = 1", ["seed.x=3"], ["seed.x", "seed is a value"]),

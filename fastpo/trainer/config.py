@@ -14,9 +14,8 @@ from annotated_types import Ge, Gt
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
-section = partial(
-    dataclass, kw_only=True, config=ConfigDict(extra="forbid", coerce_numbers_to_str=True)
-)
+RULES = ConfigDict(extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=False)
+section = partial(dataclass, kw_only=True, config=RULES)
 Count = Annotated[int, Ge(1)]
 Index = Annotated[int, Ge(0)]
 Positive = Annotated[float, Gt(0)]
