@@ -49,6 +49,17 @@ def notice(text):
     print(f"fastpo: {text}", file=sys.stderr)
 
 
+def why(error):
+    """The root of a build error in a few words; a compiler has said the rest itself."""
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__
+    if isinstance(error, subprocess.CalledProcessError):
+        return f"{error.cmd[0]} failed, see above"
+    if isinstance(error, FileNotFoundError):
+        return f"there is no {error.filename}"
+    return error
+
+
 def find_nvcc():
     """Path of nvcc from CUDA_HOME, CUDA_PATH or PATH, or None."""
     for root in filter(None, map(os.environ.get, ("CUDA_HOME", "CUDA_PATH"))):
@@ -120,7 +131,7 @@ class BuildExtension(build_ext):
         except Exception as error:
             if switched("FASTPO_FORCE_EXT"):
                 raise
-            notice(f"the C++ extension was not built ({error}); going on without it")
+            notice(f"the C++ extension was not built ({why(error)}); going on without it")
 
     def _compile(self, ext, source):
         Path(self.build_temp).mkdir(parents=True, exist_ok=True)

@@ -7,12 +7,6 @@
 
 #include "rows.h"
 
-#ifdef __VERSION__
-#define FASTPO_COMPILER __VERSION__
-#else
-#define FASTPO_COMPILER "unknown"
-#endif
-
 namespace py = pybind11;
 
 static py::dict build_info() {
@@ -23,7 +17,7 @@ static py::dict build_info() {
   info["simd"] = fastpo::row_kernels().simd;
   info["cuda_archs"] = py::str(FASTPO_CUDA_ARCHS).attr("split")();
   info["torch_target"] = FASTPO_TORCH_TARGET;
-  info["compiler"] = FASTPO_COMPILER;
+  info["compiler"] = __VERSION__;
   return info;
 }
 

@@ -12,14 +12,6 @@
 #include "lanes.h"
 #include "rows.h"
 
-#ifdef __GNUC__
-#define FASTPO_UNROLL _Pragma("GCC unroll 4")
-#define FASTPO_PREFETCH(address) __builtin_prefetch(address, 0, 2)
-#else
-#define FASTPO_UNROLL
-#define FASTPO_PREFETCH(address) (void)(address)
-#endif
-
 namespace fastpo {
 
 template <class S>
@@ -65,7 +57,8 @@ struct RowKernels {
   static FASTPO_INLINE void forward(int64_t columns, Body&& body) {
     int64_t j = 0;
     for (; j + kChains * W <= columns; j += kChains * W)
-      FASTPO_UNROLL for (int chain = 0; chain < kChains; ++chain) body(chain, j + chain * W, All{});
+#pragma GCC unroll 4
+      for (int chain = 0; chain < kChains; ++chain) body(chain, j + chain * W, All{});
     for (; j + W <= columns; j += W) body(0, j, All{});
     if (j < columns) body(1, j, First{int(columns - j)});
   }
@@ -105,7 +98,7 @@ struct RowKernels {
     for (Vec& s : sums) s = S::all(0);
     for (Vec& s : weighted) s = S::all(0);
     forward(in.columns, [&](int chain, int64_t j, auto lanes) FASTPO_LAMBDA {
-      if (ahead) FASTPO_PREFETCH(ahead + j);
+      if (ahead) __builtin_prefetch(ahead + j, 0, 2);
       const Vec x = floored(shift(z + j, lanes));
       const Vec e = exp<S>(x);
       if (kKeep) S::store(exps + j, e, lanes);

@@ -11,13 +11,8 @@
 
 // Functions used in files compiled for different instruction sets are inlined without exception: a
 // copy emitted from the AVX-512 file could otherwise be the one that the linker keeps for everyone.
-#ifdef _MSC_VER
-#define FASTPO_INLINE __forceinline
-#define FASTPO_LAMBDA
-#else
 #define FASTPO_INLINE inline __attribute__((always_inline))
 #define FASTPO_LAMBDA __attribute__((always_inline))
-#endif
 
 namespace fastpo {
 
