@@ -153,6 +153,34 @@ def test_activation_checkpointing_gives_the_same_gradient():
     assert torch.equal(weight.grad, expected[1])
 
 
+@pytest.mark.parametrize("level", OBJECTIVES)
+def test_inside_a_compiled_step(level):
+    """One graph break, no tracing of the chunks: a new length compiles nothing new."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    @torch.compile(backend=backend, dynamic=True)
+    def step(case, hidden, weight):
+        options = case.options(OBJECTIVES[level])
+        loss = fastpo.linear_policy_loss(
+            hidden * 2.0, weight, case.tokens, case.advantages, **options
+        ).loss
+        return loss * 3.0
+
+    for length in (21, 22, 23):
+        case = LinearCase.random(shape=(3, length))
+        hidden, weight = case.leaves()
+        grads = torch.autograd.grad(step(case, hidden, weight), [hidden, weight])
+        doubled = replace(case, hidden=2.0 * case.hidden)
+        expected = doubled.fused(OBJECTIVES[level])[1]
+        torch.testing.assert_close(grads[0], 6.0 * expected[0])
+        torch.testing.assert_close(grads[1], 3.0 * expected[1])
+    assert len(graphs) == 2
+
+
 VIEWS = {
     "shifted": lambda x: torch.cat([x, x[:, :1]], 1)[:, :-1],
     "transposed": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),

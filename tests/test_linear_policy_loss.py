@@ -9,6 +9,7 @@ import torch
 
 import fastpo
 from fastpo import backends
+from fastpo.ops._linear_call import Workspace
 from fastpo.testing.budget import assert_within_budget, cosine
 from fastpo.testing.linear import LinearCase
 
@@ -184,6 +185,24 @@ def test_low_precision_is_as_good_as_fp32_logits(preset, dtype):
     for grad, *pair in zip(grads, exact_grads, plain_grads, strict=True):
         assert grad.dtype == dtype
         assert_within_budget(grad, *pair, factor=1.2)
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("preset", ["dapo", "dapo_all", "gspo"])
+def test_bfloat16_gradient_over_fp32_logits(preset, head, monkeypatch):
+    """The way on GPUs: the gradient of fp32 logits is bf16 and shares their storage."""
+    objective = PRESETS[preset]
+    case = LinearCase.random(
+        shape=(2, 80), width=64, vocabulary=5000, dtype=torch.bfloat16, **HEADS[head]
+    )
+    exact, exact_grads = case.eager(objective, torch.float64)
+    plain, plain_grads = case.eager(objective, torch.float32)
+    monkeypatch.setattr(Workspace, "grad_dtype", torch.bfloat16)
+    for backend in BACKENDS:
+        result, grads = case.fused(objective, chunk_tokens=100, backend=backend)
+        assert_within_budget(result.logprobs, exact.logprobs, plain.logprobs, factor=1.2)
+        for grad, *pair in zip(grads, exact_grads, plain_grads, strict=True):
+            assert_within_budget(grad, *pair, factor=2.0)
 
 
 def test_bfloat16_logits_are_a_noisier_choice():

@@ -126,7 +126,7 @@ class Workspace:
     def _grad_buffer(self, logits: Tensor) -> Tensor:
         if self._apart is not None:
             return self._apart[: logits.shape[0]]
-        return alias_rows(logits, self._grad_dtype)
+        return alias_rows(logits, self.grad_dtype)
 
     def linear_grad(self, chunk: Chunk) -> Tensor:
         """(padded n, V) at the GEMM's output, from what the row primitive left in `chunk.grad`."""
@@ -134,14 +134,14 @@ class Workspace:
         grad[_chunks.length(chunk.rows) :].zero_()
         if self._apart is not None:
             self.head.through_tanh_(grad, chunk.padded_logits)
-        if grad.dtype == self._grad_dtype:
+        if grad.dtype == self.grad_dtype:
             return grad
-        narrow = alias_rows(chunk.padded_logits, self._grad_dtype)
+        narrow = alias_rows(chunk.padded_logits, self.grad_dtype)
         narrow.copy_(grad)
         return narrow
 
     @property
-    def _grad_dtype(self) -> torch.dtype:
+    def grad_dtype(self) -> torch.dtype:
         """bf16 where the GEMM accumulates bf16 operands wide; else no rounding.
 
         Not fp16: an unscaled policy gradient, about p / N, is below its smallest number.

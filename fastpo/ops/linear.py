@@ -18,7 +18,10 @@ from fastpo.ops._linear_sequences import SequenceLoss
 from fastpo.ops.from_logprobs import loss_of_batch
 from fastpo.ops.results import PolicyLoss, TokenLogprobs
 
+_UNTRACED = "its loop over chunks runs GEMMs and one kernel each: nothing there to compile"
 
+
+@torch.compiler.disable(reason=_UNTRACED)
 def linear_policy_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -147,6 +150,7 @@ def linear_policy_loss(
     return PolicyLoss(loss, logprobs.view(leading), entropy.view(leading), metrics)
 
 
+@torch.compiler.disable(reason=_UNTRACED)
 def linear_token_logprobs(
     hidden: Tensor,
     weight: Tensor,
