@@ -27,6 +27,7 @@ def convert(gguf: Path, directory: Path) -> None:
     """Dequantize model and tokenizer into `directory`, which appears only when it is complete."""
     os.environ["TQDM_DISABLE"] = "1"
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
     source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     tokenizer = AutoTokenizer.from_pretrained(**source)
     model = AutoModelForCausalLM.from_pretrained(
