@@ -344,6 +344,17 @@ def test_scale():
     assert grad.isnan().all()
 
 
+@pytest.mark.parametrize("factor", [0.37, 3.0, 1e-3])
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_every_two_byte_number_is_converted_as_torch_does(dtype, factor):
+    """Read, scaled and rounded back: subnormals, infinities, NaN and ties included."""
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    numbers = bits.view(dtype)[None]
+    want = (numbers.float() * torch.tensor(factor)).to(dtype)
+    cpp_rows.scale_(numbers, torch.tensor(factor))
+    torch.testing.assert_close(numbers, want, rtol=0, atol=0, equal_nan=True)
+
+
 def test_writing_is_seen_by_autograd():
     """Overwriting a tensor that autograd saved must raise in backward, not change its gradient."""
     leaf = torch.randn(4, 20, requires_grad=True)

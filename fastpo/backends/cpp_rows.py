@@ -83,7 +83,7 @@ def _temperature(temperature: float | Tensor) -> tuple[float, Tensor | None]:
 
 def _written(tensor: Tensor) -> None:
     """Tell autograd, as torch's own in-place operators do: saved old values are gone."""
-    if not torch.compiler.is_compiling():
+    if not (torch.compiler.is_compiling() or tensor.is_inference()):
         torch.autograd.graph.increment_version(tensor)
 
 
