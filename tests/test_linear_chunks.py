@@ -9,6 +9,7 @@ import torch
 
 import fastpo
 from fastpo.ops import _chunks, _gemm
+from fastpo.ops._linear_call import Workspace
 from fastpo.testing.linear import LinearCase
 
 
@@ -95,3 +96,28 @@ def test_matmul_of_narrow_operands_is_not_rounded(shape, narrow, beta):
     expected = 0.7 * a.double() @ b.double() + (beta * out.double() if beta else 0)
     _gemm.add_matmul_(out, a, b, alpha=0.7, beta=beta)
     assert (out - expected).norm() < 1e-6 * expected.norm()
+
+
+@pytest.mark.parametrize("preset", ["dapo", "gspo"])
+@pytest.mark.parametrize("chunk_tokens", [16, 21, 50, 1000])
+def test_no_chunk_is_larger_than_asked(preset, chunk_tokens, monkeypatch):
+    """Whole sequences too: as many as fit, none left out."""
+    sizes = []
+    load = Workspace.load
+
+    def counting(self, hidden, rows, *, gradient):
+        sizes.append((gradient, _chunks.length(rows)))
+        return load(self, hidden, rows, gradient=gradient)
+
+    monkeypatch.setattr(Workspace, "load", counting)
+    case = LinearCase.random(shape=(5, 21))
+    case = replace(case, advantages=torch.ones(5, 21))
+    live = int(case.mask.sum())
+    case.fused(
+        {"dapo": fastpo.dapo(), "gspo": fastpo.gspo(clip_high=9.0)}[preset],
+        chunk_tokens=chunk_tokens,
+    )
+    assert max(size for _, size in sizes) <= chunk_tokens
+    assert sum(size for gradient, size in sizes if gradient) == live
+    if chunk_tokens == 50:
+        assert len(sizes) == -(-live // 50) if preset == "dapo" else len(sizes) <= 3

@@ -16,6 +16,8 @@ CPU_BUDGET = 128 * 2**20
 """Bytes of a chunk's (n, V) buffers on CPU: twice as many gain nothing, half as many cost 2 %."""
 GPU_BUDGET = 1280 * 2**20
 """The same on GPUs with memory to spare."""
+SHARDED_ROWS = 2048
+"""Rows of a chunk over a vocabulary shard: no rank may decide by its own width or memory."""
 
 Rows = slice | Tensor
 """A chunk: consecutive rows, or (n,) int64 indices of rows."""

@@ -71,6 +71,9 @@ class LinearCall:
         """Tokens per chunk for `rows` tokens in all."""
         if self.chunk_tokens is not None:
             return self.chunk_tokens
+        if isinstance(self.backend, VocabularyShard):
+            # Ranks with ragged shards and other free memory must cut at the same tokens.
+            return _chunks.chunk_rows(rows, 1, _chunks.SHARDED_ROWS)
         buffers = 1 if self.softcap is None else 2
         row_bytes = weight.shape[0] * self.logits_dtype.itemsize * buffers
         return _chunks.chunk_rows(rows, row_bytes, _chunks.budget_bytes(weight.device))

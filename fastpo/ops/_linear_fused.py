@@ -77,7 +77,7 @@ class FusedLinearLoss(torch.autograd.Function):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenLoss:
+class TokenLevelLoss:
     """A token-level objective: one launch of `row_policy_loss` finishes any set of rows."""
 
     inputs: RowInputs

@@ -27,7 +27,7 @@ _PER_TOKEN = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class SequenceLoss:
+class SequenceLevelLoss:
     """Chunks of whole sequences: `row_stats`, the specification on (n,) numbers, `row_grad`."""
 
     batch: LossBatch
@@ -35,7 +35,7 @@ class SequenceLoss:
     entering: list[int]  # B + 1 offsets among the rows that enter the GEMMs
 
     @classmethod
-    def of(cls, batch: LossBatch, call: LinearCall, weight: Tensor) -> SequenceLoss | None:
+    def of(cls, batch: LossBatch, call: LinearCall, weight: Tensor) -> SequenceLevelLoss | None:
         """None where a sequence is longer than a chunk, or only the device knows the lengths."""
         starts = _starts(batch.segments)
         if starts is None or (call.index is not None and not call.may_look):

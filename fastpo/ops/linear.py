@@ -14,7 +14,7 @@ from fastpo.objective import Objective, TokenLoss
 from fastpo.ops import _checks, _linear_fused, _linear_inputs
 from fastpo.ops._batch import LossBatch
 from fastpo.ops._linear_recompute import LinearTokenLogprobs
-from fastpo.ops._linear_sequences import SequenceLoss
+from fastpo.ops._linear_sequences import SequenceLevelLoss
 from fastpo.ops.from_logprobs import loss_of_batch
 from fastpo.ops.results import PolicyLoss, TokenLogprobs
 
@@ -128,9 +128,9 @@ def linear_policy_loss(
     )
     hidden = _linear_inputs.flat_hidden(hidden)
     if objective.is_token_level:
-        chunk_loss = _linear_fused.TokenLoss(inputs=batch.row_inputs(), objective=objective)
+        chunk_loss = _linear_fused.TokenLevelLoss(inputs=batch.row_inputs(), objective=objective)
     else:
-        chunk_loss = SequenceLoss.of(batch, call, weight)
+        chunk_loss = SequenceLevelLoss.of(batch, call, weight)
     if chunk_loss is None:
         logprobs, entropy = call.visible(*LinearTokenLogprobs.apply(hidden, weight, bias, call))
         return loss_of_batch(batch, logprobs.view(leading), entropy.view(leading))
