@@ -121,3 +121,28 @@ def test_no_chunk_is_larger_than_asked(preset, chunk_tokens, monkeypatch):
     assert sum(size for gradient, size in sizes if gradient) == live
     if chunk_tokens == 50:
         assert len(sizes) == -(-live // 50) if preset == "dapo" else len(sizes) <= 3
+
+
+@pytest.mark.parametrize("preset", ["dapo", "gspo"])
+def test_no_uninitialized_memory_is_read(preset, poisoned_empty):
+    """Every torch.empty holds NaN: the padding of ragged chunks, the gradient apart from a tanh."""
+    objective = {"dapo": fastpo.dapo(entropy_coef=0.01), "gspo": fastpo.gspo()}[preset]
+    for head in ({}, {"bias": True, "softcap": 3.0}, {"dtype": torch.bfloat16}):
+        case = LinearCase.random(**head)
+        for chunk_tokens in (None, 16, 19):
+            result, grads = case.fused(objective, chunk_tokens=chunk_tokens)
+            assert result.loss.isfinite()
+            assert all(bool(grad.isfinite().all()) for grad in grads)
+
+
+@pytest.mark.parametrize("vocabulary", [1, 2, 7, 4097, 8200])
+@pytest.mark.parametrize("width", [1, 3, 130])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_odd_sizes(vocabulary, width, dtype):
+    case = LinearCase.random(shape=(2, 9), width=width, vocabulary=vocabulary, dtype=dtype)
+    exact, exact_grads = case.eager(fastpo.dapo(), torch.float64)
+    result, grads = case.fused(fastpo.dapo())
+    torch.testing.assert_close(result.logprobs.double(), exact.logprobs, rtol=1e-6, atol=2e-6)
+    tolerance = 4e-6 if dtype == torch.float32 else 8e-3
+    for grad, expected in zip(grads, exact_grads, strict=True):
+        assert (grad - expected).norm() <= tolerance * expected.norm() + 1e-9
