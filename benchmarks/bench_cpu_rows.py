@@ -92,12 +92,12 @@ def eager(batch: Batch) -> Callable[[], object]:
     leaf = batch.logits.detach().clone().requires_grad_()
 
     def step() -> None:
-        leaf.grad = None
         logprobs = leaf.log_softmax(-1).gather(-1, batch.tokens[:, None])[:, 0].float()
         ratio = (logprobs - batch.inputs.old_logprobs).exp()
         clipped = ratio.clamp(1 - PPO.clip_low, 1 + PPO.clip_high)
         advantages = batch.inputs.advantages
         (-torch.min(ratio * advantages, clipped * advantages).mean()).backward()
+        leaf.grad = None
 
     return step
 
@@ -112,8 +112,8 @@ def compiled(batch: Batch) -> Callable[[], object]:
         return (batch.inputs.advantages * nll).mean()
 
     def step() -> None:
-        leaf.grad = None
         loss(leaf).backward()
+        leaf.grad = None
 
     return step
 
