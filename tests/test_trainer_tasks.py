@@ -1,10 +1,12 @@
 """Tasks: problems, verifiers, streams that resume, held-out problems that stay held out."""
 
 import random
+import signal
 import sys
 
 import pytest
 
+from fastpo.trainer import tasks
 from fastpo.trainer.errors import RecipeError, TrainerError
 from fastpo.trainer.tasks import (
     Problem,
@@ -84,6 +86,21 @@ def test_a_task_of_the_users_own_is_imported_from_the_working_directory(tmp_path
 def test_unknown_tasks_and_arguments(name, arguments, message):
     with pytest.raises(RecipeError, match=message):
         load_task(name, arguments)
+
+
+def test_a_hanging_verifier_is_stopped_and_named(monkeypatch):
+    """REGRESSIONS 29."""
+
+    class Endless(SortDigits):
+        def reward(self, problem, completion):
+            while True:
+                pass
+
+    monkeypatch.setattr(tasks, "VERIFIER_SECONDS", 0.05)
+    with pytest.raises(TrainerError, match=r"Endless\.reward raised TimeoutError: took longer"):
+        judge(Endless(), Problem("12=", "12"), "21")
+    assert judge(SortDigits(), Problem("12=", "12"), "12") == 1.0
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
 def test_a_raising_verifier_is_named_with_the_completion():

@@ -1,14 +1,16 @@
-"""Ctrl-C and SIGTERM: the first asks to stop at the end of the step, the second stops at once."""
+"""Signals: Ctrl-C and SIGTERM that let a step finish, and a time limit on other people's code."""
 
 from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 
 class StopRequest:
-    """A context manager in which the first signal only sets `signal_number`."""
+    """In this context the first SIGINT or SIGTERM only sets `signal_number`; a second one acts."""
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -34,3 +36,27 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in Python code that runs longer (not inside one long C call).
+
+    Only in the main thread, and only where the system has interval timers; elsewhere no limit.
+    """
+    if threading.current_thread() is not threading.main_thread() or not hasattr(
+        signal, "setitimer"
+    ):
+        yield
+        return
+
+    def expire(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError(f"took longer than {seconds:g} s")
+
+    previous = signal.signal(signal.SIGALRM, expire)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)

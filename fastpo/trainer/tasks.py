@@ -13,6 +13,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 from fastpo.trainer.errors import RecipeError, TrainerError
+from fastpo.trainer.interrupt import time_limit
+
+VERIFIER_SECONDS = 10.0
 
 
 class Problem(NamedTuple):
@@ -101,9 +104,10 @@ def _import_attribute(name: str) -> Any:
 
 
 def judge(task: Task, problem: Problem, completion: str) -> float:
-    """The task's reward as a float; whatever the verifier raises becomes one line that names it."""
+    """The task's reward as a float; a verifier that raises or hangs becomes one line naming it."""
     try:
-        return float(task.reward(problem, completion))
+        with time_limit(VERIFIER_SECONDS):
+            return float(task.reward(problem, completion))
     except Exception as error:
         raise TrainerError(
             f"{type(task).__name__}.reward raised {type(error).__name__}: {error}, for prompt "
