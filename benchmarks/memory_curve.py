@@ -134,7 +134,7 @@ def main() -> None:
 def record(point: dict) -> None:
     """Add a point to results/memory.json, in place of one of the same shape."""
     points = json.loads(RECORDS.read_text()) if RECORDS.exists() else []
-    shape = ("path", "tokens", "hidden", "vocab")
+    shape = ("path", "hidden", "vocab", "tokens")
     points = [old for old in points if any(old[key] != point[key] for key in shape)] + [point]
     points.sort(key=lambda each: [each[key] for key in shape])
     RECORDS.write_text(json.dumps(points, indent=1) + "\n")
@@ -145,8 +145,8 @@ def row(point: dict) -> str:
     """One line of the Markdown table."""
     peak, results = point["peak_bytes"] / GIB, point["results_bytes"] / GIB
     planned = point["planned_peak_bytes"] / GIB
-    cells = (point["path"], f"{point['tokens']:,}", f"{results:.2f}", f"{peak:.2f}")
-    more = (f"{peak - results:.3f}", f"{planned:.2f}", f"{point['seconds']:.0f}")
+    cells = (point["path"], str(point["hidden"]), f"{point['tokens']:,}", f"{results:.3f}")
+    more = (f"{peak:.3f}", f"{peak - results:.3f}", f"{planned:.3f}", f"{point['seconds']:.0f}")
     return f"| {' | '.join((*cells, *more))} |"
 
 
@@ -157,33 +157,28 @@ def draw(points: list[dict]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    ours = [point for point in points if point["path"] == "fastpo"]
-    hidden, vocab = ours[0]["hidden"], ours[0]["vocab"]
-    tokens = [point["tokens"] for point in ours]
     figure, axes = plt.subplots(figsize=(7, 4.2), dpi=150)
+    tokens = sorted({point["tokens"] for point in points})
+    vocab = points[0]["vocab"]
     logits = [3 * n * vocab * 4 / GIB for n in tokens]
-    axes.plot(tokens, logits, "--", color="0.5", label="eager, computed: 3 x N x V x 4 bytes")
-    eager = [point for point in points if point["path"] == "materialized"]
-    axes.plot(
-        [point["tokens"] for point in eager],
-        [point["peak_bytes"] / GIB for point in eager],
-        "s",
-        color="0.3",
-        label="eager, measured",
-    )
-    peaks = [point["peak_bytes"] / GIB for point in ours]
-    extra = [(point["peak_bytes"] - point["results_bytes"]) / GIB for point in ours]
-    axes.plot(tokens, peaks, "o-", color="tab:blue", label="fastpo, with the gradients it returns")
-    axes.plot(tokens, extra, "o-", color="tab:green", label="fastpo, beyond inputs and gradients")
+    axes.plot(tokens, logits, "--", color="0.6", label="eager, computed: 3 N V 4 bytes")
+    for path, marker in (("materialized", "s"), ("fastpo", "o")):
+        for hidden in sorted({p["hidden"] for p in points if p["path"] == path}, reverse=True):
+            chosen = [p for p in points if (p["path"], p["hidden"]) == (path, hidden)]
+            extra = [(p["peak_bytes"] - p["results_bytes"]) / GIB for p in chosen]
+            name = "eager" if path == "materialized" else path
+            label = f"{name}, measured, D = {hidden}"
+            axes.plot([p["tokens"] for p in chosen], extra, f"{marker}-", label=label)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(tokens, [f"{n // 1024}k" for n in tokens])
     axes.set_xlabel("tokens N")
-    axes.set_ylabel("peak memory beyond the inputs, GiB")
-    axes.set_title(f"Policy loss, forward + backward: D = {hidden}, V = {vocab}, fp32, CPU")
+    axes.set_ylabel("GiB beyond inputs and gradients")
+    axes.set_title(f"Peak memory of a policy loss, forward + backward: V = {vocab}, fp32, CPU")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
+    PICTURE.parent.mkdir(exist_ok=True)
     figure.savefig(PICTURE)
     TABLE.write_text(table(points))
     print(PICTURE, TABLE)
@@ -195,12 +190,12 @@ def table(points: list[dict]) -> str:
     lines = [
         "# Memory of a policy loss from hidden states, forward + backward",
         "",
-        f"D = {first['hidden']}, V = {first['vocab']}, fp32, CPU, {first['threads']} threads, GiB. "
-        "Peak: growth of the resident set beyond the inputs. Results: the gradients returned. "
-        "Extra: peak less results. Planned: what `fastpo plan` says. Seconds: of a busy machine.",
+        f"V = {first['vocab']}, fp32, CPU, {first['threads']} threads, GiB. Peak: growth of the "
+        "resident set beyond the inputs. Results: the gradients returned. Extra: peak less "
+        "results. Planned: what `fastpo plan` says. Seconds: on a machine busy with other work.",
         "",
-        "| path | tokens | results | peak | extra | planned peak | seconds |",
-        "|---|---|---|---|---|---|---|",
+        "| path | D | tokens | results | peak | extra | planned peak | seconds |",
+        "|---|---|---|---|---|---|---|---|",
         *map(row, points),
         "",
         f"torch {torch.__version__}, {platform.machine()}. "

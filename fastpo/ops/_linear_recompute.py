@@ -44,10 +44,8 @@ class LinearTokenLogprobs(torch.autograd.Function):
 def _stats(call: LinearCall, head: Head, hidden: Tensor) -> RowStats:
     """Statistics of all rows, 0 on dead ones."""
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    zeros = torch.zeros(
-        len(RowStats._fields), call.tokens.numel(), dtype=dtype, device=hidden.device
-    )
-    stats = RowStats(*zeros.unbind())
+    count, device = call.tokens.numel(), hidden.device
+    stats = RowStats(*(torch.zeros(count, dtype=dtype, device=device) for _ in RowStats._fields))
     chunks = call.chunks(head)
     workspace = Workspace(call, head, chunks, gradient=False)
     for rows in chunks:
