@@ -214,29 +214,24 @@ def measure(name: str, problem: Problem, original: Tensor, floor_ms: float) -> R
     return result
 
 
-def run(seconds: float, vocabularies=VOCABULARIES) -> tuple[list[Result], dict[int, float]]:
-    """All peers at all vocabularies until the time is up; also the copy bandwidths in GB/s."""
-    deadline, results, bandwidths = time.monotonic() + seconds, [], {}
-    for vocab in vocabularies:
-        rows = LOGITS_BYTES // (2 * vocab) // 128 * 128
-        problem = Problem.random(rows, vocab, torch.device("cuda"))
-        original = problem.logits.clone()
-        floor_ms = copy_ms(original)
-        bandwidths[vocab] = 2 * original.nbytes / floor_ms / 1e6
-        for name in PEERS:
-            if time.monotonic() > deadline:
-                results.append(Result(name, vocab, rows, note="skipped: time is up"))
-                continue
+def run_vocabulary(vocab: int, deadline: float) -> tuple[list[Result], float]:
+    """All peers at one vocabulary until the time is up; also the copy bandwidth in GB/s."""
+    rows, results = LOGITS_BYTES // (2 * vocab) // 128 * 128, []
+    problem = Problem.random(rows, vocab, torch.device("cuda"))
+    original = problem.logits.clone()
+    floor_ms = copy_ms(original)
+    for name in PEERS:
+        if time.monotonic() > deadline:
+            result = Result(name, vocab, rows, note="skipped: time is up")
+        else:
             try:
                 result = measure(name, problem, original, floor_ms)
             except (ImportError, RuntimeError) as error:  # out of memory is a RuntimeError
-                reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
-                result = Result(name, vocab, rows, note=f"failed: {reason}")
-            results.append(result)
-            print(_row(result), flush=True)
-        del problem, original
-        torch.cuda.empty_cache()
-    return results, bandwidths
+                reason = str(error).strip().splitlines() or [type(error).__name__]
+                result = Result(name, vocab, rows, note=f"failed: {reason[0]}")
+        results.append(result)
+        print(_row(result), flush=True)
+    return results, 2 * original.nbytes / floor_ms / 1e6
 
 
 HEAD = (
@@ -285,8 +280,16 @@ def machine() -> str:
     return f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}"
 
 
+def save(out: Path, results: list[Result], bandwidths: dict[int, float]) -> None:
+    """Write logits_gpu.md and logits_gpu.json."""
+    (out / "logits_gpu.md").write_text(markdown(results, bandwidths, machine()))
+    record = {"machine": machine(), "copy_gigabytes_per_second": bandwidths}
+    record["results"] = [asdict(r) for r in results]
+    (out / "logits_gpu.json").write_text(json.dumps(record, indent=1))
+
+
 def main() -> None:
-    """Command line: measure, print, write logits_gpu.json and logits_gpu.md."""
+    """Command line: measure, print, save."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--seconds", type=float, default=240.0, help="start nothing after this")
@@ -294,14 +297,15 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("bench_logits_gpu: torch sees no GPU; `make bench` measures on the CPU")
-    results, bandwidths = run(options.seconds, options.vocab)
+    deadline = time.monotonic() + options.seconds
     options.out.mkdir(parents=True, exist_ok=True)
-    page = markdown(results, bandwidths, machine())
-    (options.out / "logits_gpu.md").write_text(page)
-    record = {"machine": machine(), "copy_gigabytes_per_second": bandwidths}
-    record["results"] = [asdict(r) for r in results]
-    (options.out / "logits_gpu.json").write_text(json.dumps(record, indent=1))
-    print(page)
+    results, bandwidths = [], {}
+    for vocab in options.vocab:
+        more, bandwidths[vocab] = run_vocabulary(vocab, deadline)
+        results += more
+        torch.cuda.empty_cache()
+        save(options.out, results, bandwidths)  # after each: a run that is cut short leaves these
+    print(markdown(results, bandwidths, machine()))
 
 
 if __name__ == "__main__":

@@ -13,13 +13,14 @@ from torch import Tensor
 from ._layout import launch_rows, row_layout, row_stride, shares_rows
 from ._rows import (
     block_columns,
-    block_gradient,
     fill_row_with_zero,
     load_inverse_temperature,
+    load_token_logit,
     row_offset,
+    softmax_gradient,
     store_block,
-    token_column,
     write_body_gradient,
+    write_token_gradient,
 )
 
 _PER_ROW = ["tokens_ptr", "row_max_ptr", "log_sum_ptr", "entropy_ptr", "temperatures_ptr"]
@@ -59,22 +60,19 @@ def _row_grad_kernel(
         inverse_temperature = load_inverse_temperature(temperature, temperatures_ptr)
         c = c * inverse_temperature
         e = e * inverse_temperature
-        token = token_column(tl.load(tokens_ptr + row), V)
+        token = tl.load(tokens_ptr + row)
+        token_logit = load_token_logit(row_ptr, token, V)
         log_sum = tl.load(log_sum_ptr + row)
         stats = (tl.load(row_max_ptr + row), log_sum, log_sum - tl.load(entropy_ptr + row))
         columns = block_columns(body, BLOCK_V, LANES, VECTOR)
         logits = tl.load(row_ptr + columns, mask=columns < V, other=float("-inf"))
-        if SHARED_ROWS:
-            tl.debug_barrier()
-        gradient = block_gradient(
-            logits, columns, token, stats, inverse_temperature, c, e, HAS_ENTROPY_GRAD
-        )
+        tl.debug_barrier()  # all threads have read the token's logit, and shared rows this block
+        gradient = softmax_gradient(logits, stats, inverse_temperature, c, e, HAS_ENTROPY_GRAD)
         store_block(out_row_ptr, columns, gradient, V)
         write_body_gradient(
             row_ptr,
             out_row_ptr,
             body,
-            token,
             stats,
             inverse_temperature,
             c,
@@ -84,6 +82,17 @@ def _row_grad_kernel(
             BLOCK_V,
             LANES,
             VECTOR,
+        )
+        write_token_gradient(
+            out_row_ptr,
+            token,
+            token_logit,
+            V,
+            stats,
+            inverse_temperature,
+            c,
+            e,
+            HAS_ENTROPY_GRAD,
         )
 
 

@@ -22,10 +22,10 @@ from ._rows import (
     load_token_logit,
     row_offset,
     sweep_row,
-    token_column,
     token_logprob,
     write_body_gradient,
     write_kept_gradient,
+    write_token_gradient,
 )
 from ._token_loss import importance_ratio, kl_penalty, surrogate_loss
 
@@ -124,7 +124,6 @@ def _row_policy_loss_kernel(
             out_row_ptr = out_ptr + row_offset(out_stride)
             c = weight * slope * inverse_temperature
             e = -entropy_weight * inverse_temperature
-            column = token_column(token, V)
             stats = (row_max, log_sum, log_sum - entropy)
             if (c == 0) & (e == 0):
                 fill_row_with_zero(out_row_ptr, V, BLOCK_V, LANES, VECTOR)
@@ -134,7 +133,6 @@ def _row_policy_loss_kernel(
                     out_row_ptr,
                     V,
                     body,
-                    column,
                     stats,
                     inverse_temperature,
                     c,
@@ -148,7 +146,6 @@ def _row_policy_loss_kernel(
                     row_ptr,
                     out_row_ptr,
                     body,
-                    column,
                     stats,
                     inverse_temperature,
                     c,
@@ -158,6 +155,17 @@ def _row_policy_loss_kernel(
                     BLOCK_V,
                     LANES,
                     VECTOR,
+                )
+                write_token_gradient(
+                    out_row_ptr,
+                    token,
+                    token_logit,
+                    V,
+                    stats,
+                    inverse_temperature,
+                    c,
+                    e,
+                    HAS_ENTROPY_GRAD,
                 )
 
 

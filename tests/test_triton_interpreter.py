@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-
-pytest.importorskip("triton")
-
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from fastpo.testing.interpreter import check_arithmetic, fix_arithmetic, interpreting

@@ -10,6 +10,7 @@ import importlib
 import pytest
 import triton
 import triton.language as tl
+from fastpo.kernels._token_loss import surrogate_loss
 
 from fastpo.backends import triton_rows
 from fastpo.objective import Objective
@@ -26,28 +27,31 @@ OBJECTIVE = Objective(kl_coef=0.1, entropy_coef=0.05)
 
 
 @triton.jit
-def _no_policy_gradient(
-    logits, columns, token, row, inverse_temperature, c, e, HAS_ENTROPY_GRAD: tl.constexpr
-):
+def _no_gradient(logits, row, inverse_temperature, c, e, HAS_ENTROPY_GRAD: tl.constexpr):
     return tl.zeros(logits.shape, tl.float32)
 
 
 @triton.jit
-def _gradient_without_token(
-    logits, columns, token, row, inverse_temperature, c, e, HAS_ENTROPY_GRAD: tl.constexpr
+def _no_policy_gradient(
+    logprob, ratio, slope, advantage, low, high, top, tau_pos, tau_neg, SURROGATE: tl.constexpr
 ):
-    row_max, log_sum, mean = row
-    centered = logits.to(tl.float32) * inverse_temperature - row_max
-    return tl.exp(centered - log_sum) * (e * (mean - tl.maximum(centered, -200.0)) - c)
+    loss, slope, clipped = surrogate_loss(
+        logprob, ratio, slope, advantage, low, high, top, tau_pos, tau_neg, SURROGATE
+    )
+    return loss, slope * 0.0, clipped
 
 
 @triton.jit
-def _entropy_gradient_dropped(
-    logits, columns, token, row, inverse_temperature, c, e, HAS_ENTROPY_GRAD: tl.constexpr
+def _no_token_term(
+    out_row_ptr, token, token_logit, V, row, inverse_temperature, c, e, HAS: tl.constexpr
 ):
+    pass
+
+
+@triton.jit
+def _no_entropy_gradient(logits, row, inverse_temperature, c, e, HAS_ENTROPY_GRAD: tl.constexpr):
     row_max, log_sum, _ = row
-    p = tl.exp(logits.to(tl.float32) * inverse_temperature - row_max - log_sum)
-    return tl.where(columns == token, c, 0.0) - c * p
+    return -c * tl.exp(logits.to(tl.float32) * inverse_temperature - row_max - log_sum)
 
 
 @triton.jit
@@ -71,9 +75,10 @@ def _ratio_of_one(logprob, old_logprob):
 
 
 MUTATIONS = {
-    "the gradient is zero": ("_rows", "block_gradient", _no_policy_gradient),
-    "the token's own term is missing": ("_rows", "block_gradient", _gradient_without_token),
-    "the entropy's gradient is dropped": ("_rows", "block_gradient", _entropy_gradient_dropped),
+    "the policy gradient is zero": ("row_policy_loss", "surrogate_loss", _no_policy_gradient),
+    "the softmax gradient is zero": ("_rows", "softmax_gradient", _no_gradient),
+    "the token's own term is missing": ("row_policy_loss", "write_token_gradient", _no_token_term),
+    "the entropy's gradient is dropped": ("_rows", "softmax_gradient", _no_entropy_gradient),
     "the temperature is ignored": (
         "row_policy_loss",
         "load_inverse_temperature",
