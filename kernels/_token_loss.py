@@ -120,3 +120,33 @@ def surrogate_loss(
         return loss, slope, tl.full((), 0, tl.int32)
     else:
         return -advantage * logprob, -advantage, tl.full((), 0, tl.int32)
+
+
+@triton.jit
+def token_loss(
+    logprob,
+    old_logprob,
+    advantage,
+    ref_logprob,
+    rule,
+    SURROGATE: tl.constexpr,
+    KL: tl.constexpr,
+    KL_RATIO_WEIGHTED: tl.constexpr,
+):
+    """(loss, slope, clip bits) of one token before its weight: surrogate + kl_coef * kl [* r].
+
+    `rule` is (ratio_low, ratio_high, ratio_max, kl_coef, tau_pos, tau_neg), all fp32.
+    """
+    low, high, ratio_max, kl_coef, tau_pos, tau_neg = rule
+    ratio, ratio_slope = importance_ratio(logprob, old_logprob)
+    loss, slope, clipped = surrogate_loss(
+        logprob, ratio, ratio_slope, advantage, low, high, ratio_max, tau_pos, tau_neg, SURROGATE
+    )
+    if KL != 0:
+        kl, kl_slope = kl_penalty(logprob - ref_logprob, KL)
+        if KL_RATIO_WEIGHTED:
+            kl_slope = kl_slope * ratio + kl * ratio_slope
+            kl = kl * ratio
+        loss += kl_coef * kl
+        slope += kl_coef * kl_slope
+    return loss, slope, clipped

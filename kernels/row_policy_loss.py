@@ -27,7 +27,7 @@ from ._rows import (
     write_kept_gradient,
     write_token_gradient,
 )
-from ._token_loss import importance_ratio, kl_penalty, surrogate_loss
+from ._token_loss import token_loss
 
 _PER_ROW = ["tokens_ptr", "weight_ptr", "advantages_ptr", "old_logprobs_ptr", "ref_logprobs_ptr"]
 _OPTIONAL = ["entropy_weight_ptr", "temperatures_ptr"]
@@ -91,27 +91,24 @@ def _row_policy_loss_kernel(
         )
         logprob = token_logprob(token_logit, inverse_temperature, row_max, log_sum)
 
-        old_logprob = logprob if old_logprobs_ptr is None else tl.load(old_logprobs_ptr + row)
-        ratio, ratio_slope = importance_ratio(logprob, old_logprob)
-        loss, slope, clipped = surrogate_loss(
-            logprob,
-            ratio,
-            ratio_slope,
-            tl.load(advantages_ptr + row),
+        rule = (
             as_fp32(ratio_low),
             as_fp32(ratio_high),
             as_fp32(ratio_max),
+            as_fp32(kl_coef),
             as_fp32(tau_pos),
             as_fp32(tau_neg),
-            SURROGATE,
         )
-        if KL != 0:
-            kl, kl_slope = kl_penalty(logprob - tl.load(ref_logprobs_ptr + row), KL)
-            if KL_RATIO_WEIGHTED:
-                kl_slope = kl_slope * ratio + kl * ratio_slope
-                kl = kl * ratio
-            loss += as_fp32(kl_coef) * kl
-            slope += as_fp32(kl_coef) * kl_slope
+        loss, slope, clipped = token_loss(
+            logprob,
+            logprob if old_logprobs_ptr is None else tl.load(old_logprobs_ptr + row),
+            tl.load(advantages_ptr + row),
+            0.0 if ref_logprobs_ptr is None else tl.load(ref_logprobs_ptr + row),
+            rule,
+            SURROGATE,
+            KL,
+            KL_RATIO_WEIGHTED,
+        )
         loss = weight * loss
         if HAS_ENTROPY_GRAD:
             loss -= entropy_weight * entropy

@@ -75,7 +75,7 @@ def _ratio_of_one(logprob, old_logprob):
 
 
 MUTATIONS = {
-    "the policy gradient is zero": ("row_policy_loss", "surrogate_loss", _no_policy_gradient),
+    "the policy gradient is zero": ("_token_loss", "surrogate_loss", _no_policy_gradient),
     "the softmax gradient is zero": ("_rows", "softmax_gradient", _no_gradient),
     "the token's own term is missing": ("row_policy_loss", "write_token_gradient", _no_token_term),
     "the entropy's gradient is dropped": ("_rows", "softmax_gradient", _no_entropy_gradient),
@@ -84,9 +84,9 @@ MUTATIONS = {
         "load_inverse_temperature",
         _temperature_ignored,
     ),
-    "the KL has no gradient": ("row_policy_loss", "kl_penalty", _kl_without_slope),
+    "the KL has no gradient": ("_token_loss", "kl_penalty", _kl_without_slope),
     "the running sums keep their old maximum": ("_rows", "_rescale", _no_rescale),
-    "the ratio is always one": ("row_policy_loss", "importance_ratio", _ratio_of_one),
+    "the ratio is always one": ("_token_loss", "importance_ratio", _ratio_of_one),
 }
 
 
