@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import os
 import platform
@@ -11,6 +10,7 @@ import shutil
 import torch
 
 import fastpo
+from fastpo import _extension
 from fastpo import backends
 
 PACKAGES = {
@@ -31,7 +31,7 @@ def report() -> str:
         f"torch {torch.__version__}",
         *(_package(name, use) for name, use in PACKAGES.items()),
         "",
-        f"C++ extension: {_extension()}",
+        f"C++ extension: {_cpp_extension()}",
         f"GPU: {_gpu()}",
     ]
     for device in ("cpu", "cuda"):
@@ -47,9 +47,9 @@ def _package(name: str, use: str) -> str:
         return f"{name} is not installed ({use})"
 
 
-def _extension() -> str:
+def _cpp_extension() -> str:
     try:
-        info = importlib.import_module("fastpo._C").build_info()
+        info = _extension.build_info()
     except ImportError as error:
         compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
         way_out = (
@@ -58,7 +58,9 @@ def _extension() -> str:
             else "install a C++17 compiler (apt install g++), then reinstall fastpo"
         )
         return f"missing ({error}); {way_out}"
-    archs = ", ".join(info["cuda_archs"]) or "none (no nvcc at build time)"
+    except RuntimeError as error:  # FASTPO_SIMD names a level that this CPU lacks
+        return f"unusable: {error}"
+    archs = ", ".join(info["cuda_archs"]) or "none (built without nvcc, or beside a CPU torch)"
     return f"SIMD {info['simd']} of {', '.join(info['simd_compiled'])}; CUDA architectures {archs}"
 
 
