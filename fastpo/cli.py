@@ -1,4 +1,4 @@
-"""The command line: `fastpo train | eval | plot | doctor`.
+"""The command line: `fastpo train | eval | plot | plan | doctor`.
 
 Exit codes: 0 done, 1 a run failed, 2 bad input, 130 Ctrl-C (the checkpoint is saved).
 """
@@ -12,6 +12,8 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from fastpo import plan
 
 SHOWN_ANSWERS = 3
 TRAIN_EXTRA = "the trainer needs more packages: pip install 'fastpo[train]'"
@@ -83,6 +85,11 @@ def _parser() -> argparse.ArgumentParser:
     plot = commands.add_parser("plot", help="draw a run's curves.png")
     plot.add_argument("run_dir", type=Path, help="directory of a run")
     plot.set_defaults(run=_plot)
+    planned = commands.add_parser(
+        "plan", help="bytes of every buffer of a loss step, for each way to compute it"
+    )
+    plan.add_arguments(planned)
+    planned.set_defaults(run=_plan)
     settings = commands.add_parser("settings", help="list every setting of a recipe")
     settings.set_defaults(run=_settings)
     doctor = commands.add_parser(
@@ -120,6 +127,14 @@ def _plot(options: argparse.Namespace, command: str) -> int:
 
     print(plot(options.run_dir))
     return 0
+
+
+def _plan(options: argparse.Namespace, command: str) -> int:
+    try:
+        return plan.run(options)
+    except ValueError as error:
+        print(f"fastpo: {error}", file=sys.stderr)
+        return 2
 
 
 def _settings(options: argparse.Namespace, command: str) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastpo import plan
+from fastpo import cli, plan
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPE = {"vocab": 151936, "hidden": 4096, "tokens": 8192}
@@ -108,13 +107,19 @@ def test_bad_shapes_are_refused(change, message):
 
 
 def test_command_prints_every_buffer(capsys):
-    parser = argparse.ArgumentParser()
-    plan.add_arguments(parser)
-    given = "--vocab 151936 --hidden 4096 --tokens 8192 --dtype bfloat16 --budget 1.25GiB"
-    assert plan.run(parser.parse_args(given.split())) == 0
+    given = "plan --vocab 151936 --hidden 4096 --tokens 8192 --dtype bfloat16 --budget 1.25GiB"
+    assert cli.main(given.split()) == 0
     text = capsys.readouterr().out
     for path in plan.PATHS:
         assert path in text
         for buffer in plan.plan(path=path, **SHAPE).buffers:
             assert (buffer.name in text) == (buffer.bytes > 0)
     assert "fastpo, 2048 tokens at a time" in text
+
+
+def test_command_refuses_what_cannot_be_in_one_line(capsys):
+    assert cli.main(["plan", "--vocab", "0", "--hidden", "4096", "--tokens", "8192"]) == 2
+    assert "vocab is 0, expected at least 1" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["plan", "--vocab", "9", "--hidden", "9", "--tokens", "9", "--budget", "lots"])
+    assert exit.value.code == 2
