@@ -209,7 +209,7 @@ def test_clip_bits(device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("vocab", [300, 1000, 1537])
+@pytest.mark.parametrize("vocab", [300, 1537])
 def test_in_place_equals_out_of_place_bit_by_bit(vocab, dtype, device, small_layout):
     case = RowCase.random(3, vocab, EVERYTHING, dtype=dtype, device=device)
     rows, grad = run_policy_loss(triton_rows, case, EVERYTHING)
@@ -219,7 +219,7 @@ def test_in_place_equals_out_of_place_bit_by_bit(vocab, dtype, device, small_lay
 
 
 @pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("vocab", [300, 1000, 1536, 1537])
+@pytest.mark.parametrize("vocab", [1000, 1536])
 def test_gradient_in_the_upper_half_of_fp32_rows(vocab, narrow, device, small_layout):
     """The narrower gradient overwrites only logits that have been read."""
     case = RowCase.random(3, vocab, EVERYTHING, device=device)

@@ -135,7 +135,7 @@ def test_linear_ops(name, device):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["dapo", "gspo"])
+@pytest.mark.parametrize("name", ["dapo", pytest.param("gspo", marks=pytest.mark.slow)])
 def test_torch_compile_fullgraph(name, device):
     logits, arguments = batch(PRESETS[name], device)
 
@@ -151,6 +151,7 @@ def test_torch_compile_fullgraph(name, device):
     torch.testing.assert_close(leaf.grad, grad)
 
 
+@pytest.mark.slow
 def test_operators_keep_their_schema(device):
     """torch.library.opcheck: declared mutations, fakes and dispatch of every operator."""
     case = RowCase.random(3, 64, fastpo.grpo(kl_coef=0.1, entropy_coef=0.1), device=device)

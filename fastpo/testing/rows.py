@@ -19,7 +19,7 @@ from fastpo.testing.budget import assert_within_budget, cosine
 
 FP32_FACTOR = 4.0  # sums of V terms in another order than torch's, over few rows: luck plays a part
 ROUNDED_FACTOR = 2.0  # a 2-byte gradient: rounding it is nearly all of the error
-LEAST_ERROR = 2.0**-22  # nats: log(1 + x) cannot see a smaller x in fp32, a lucky row apart
+LEAST_ERROR = 2.0**-20  # of values up to 1 or the largest: log-probs near -16 are rounded to 1e-6
 LEAST_COSINE = 0.999  # of bf16 gradients; far below it lies a wrong or missing gradient
 
 
@@ -191,7 +191,8 @@ def check_stats_and_grad(backend, case: RowCase) -> None:
 
 
 def _check_statistic(name: str, got: Tensor, exact: Tensor, plain: Tensor) -> None:
-    if not (got - exact).abs().max() <= LEAST_ERROR:
+    scale = exact.abs().max().clamp(min=1)
+    if not (got - exact).abs().max() <= LEAST_ERROR * scale:
         assert_within_budget(got, exact, plain, factor=FP32_FACTOR, name=name)
 
 
