@@ -10,8 +10,7 @@ import shutil
 import torch
 
 import fastpo
-from fastpo import _extension
-from fastpo import backends
+from fastpo import _extension, backends
 
 PACKAGES = {
     "triton": "the default backend on GPUs",
