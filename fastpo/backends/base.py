@@ -164,3 +164,23 @@ def alias_rows(logits: Tensor, dtype: torch.dtype) -> Tensor:
     ratio = logits.element_size() // dtype.itemsize
     v = logits.shape[1]
     return logits.view(dtype)[:, (ratio - 1) * v :] if ratio > 1 else logits
+
+
+def overwrites(logits: Tensor, out: Tensor) -> bool:
+    """Whether `out` shares the storage of `logits`, as `logits` itself or as `alias_rows` of it.
+
+    Raises:
+        ValueError: it shares the storage in another way, so that a logit would be overwritten
+            before it is read.
+    """
+    if out is logits or torch.compiler.is_compiling():  # traced ops never pass an alias
+        return out is logits
+    if not torch._C._is_alias_of(out, logits):
+        return False
+    own = alias_rows(logits, out.dtype)
+    if out.storage_offset() == own.storage_offset() and out.stride() == own.stride():
+        return True
+    raise ValueError(
+        "out shares the storage of logits but is neither logits nor alias_rows(logits, dtype): it "
+        "would overwrite logits that have yet to be read; pass one of those, or its own tensor"
+    )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastpo import _extension
-from fastpo.backends.base import RowInputs, RowLosses, RowStats, Rule, alias_rows
+from fastpo.backends.base import RowInputs, RowLosses, RowStats, Rule, overwrites
 from fastpo.objective import Objective
 
 ops = torch.ops.fastpo
@@ -41,7 +41,7 @@ def row_grad(
 ) -> None:
     """See `fastpo.backends.base.Backend`."""
     arguments = (logits, tokens, *stats, logprob_grad, entropy_grad, *_temperature(temperature))
-    if _overwrites(logits, out):
+    if overwrites(logits, out):
         ops.cpp_row_grad_(*arguments, out.dtype)
     else:
         ops.cpp_row_grad_out(*arguments, out)
@@ -61,7 +61,7 @@ def row_policy_loss(
     arguments = (logits, tokens, *inputs, rule, *_temperature(temperature))
     if out is None:
         return RowLosses(*ops.cpp_row_policy_loss(*arguments))
-    if _overwrites(logits, out):
+    if overwrites(logits, out):
         losses = ops.cpp_row_policy_loss_(*arguments, out.dtype)
     else:
         losses = ops.cpp_row_policy_loss_out(*arguments, out)
@@ -85,18 +85,3 @@ def _written(tensor: Tensor) -> None:
     """Tell autograd, as torch's own in-place operators do: saved old values are gone."""
     if not (torch.compiler.is_compiling() or tensor.is_inference()):
         torch.autograd.graph.increment_version(tensor)
-
-
-def _overwrites(logits: Tensor, out: Tensor) -> bool:
-    """Whether `out` shares the storage of `logits`, as `logits` itself or as `alias_rows` of it."""
-    if out is logits or torch.compiler.is_compiling():  # traced ops never pass an alias
-        return out is logits
-    if not torch._C._is_alias_of(out, logits):
-        return False
-    own = alias_rows(logits, out.dtype)
-    if out.storage_offset() == own.storage_offset() and out.stride() == own.stride():
-        return True
-    raise ValueError(
-        "out shares the storage of logits but is neither logits nor alias_rows(logits, dtype): it "
-        "would overwrite logits that have yet to be read; pass one of those, or its own tensor"
-    )

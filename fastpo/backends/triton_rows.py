@@ -12,7 +12,7 @@ import importlib
 import torch
 from torch import Tensor
 
-from fastpo.backends.base import RowInputs, RowLosses, RowStats, Rule, alias_rows
+from fastpo.backends.base import RowInputs, RowLosses, RowStats, Rule, overwrites
 from fastpo.objective import Objective
 
 ops = torch.ops.fastpo
@@ -56,7 +56,7 @@ def row_grad(
     """See `fastpo.backends.base.Backend`."""
     rows = (tokens, stats.row_max, stats.log_sum, stats.entropy, logprob_grad, entropy_grad)
     arguments = (logits, *_contiguous(*rows), *_temperature(temperature))
-    if _overwrites(logits, out):
+    if overwrites(logits, out):
         ops.triton_row_grad_(*arguments, out.dtype)
     else:
         ops.triton_row_grad_out(*arguments, out)
@@ -75,7 +75,7 @@ def row_policy_loss(
     arguments = (logits, *_contiguous(tokens, *inputs), rule, *_temperature(temperature))
     if out is None:
         return RowLosses(*ops.triton_row_policy_loss(*arguments))
-    if _overwrites(logits, out):
+    if overwrites(logits, out):
         return RowLosses(*ops.triton_row_policy_loss_(*arguments, out.dtype))
     return RowLosses(*ops.triton_row_policy_loss_out(*arguments, out))
 
@@ -94,18 +94,3 @@ def _temperature(temperature: float | Tensor) -> tuple[float, Tensor | None]:
     if isinstance(temperature, Tensor):
         return 1.0, temperature.contiguous()
     return float(temperature), None
-
-
-def _overwrites(logits: Tensor, out: Tensor) -> bool:
-    """Whether `out` lies in the storage of `logits`, as `logits` itself or `alias_rows` of it."""
-    if out is logits or torch.compiler.is_compiling():  # traced ops never pass another alias
-        return out is logits
-    if not torch._C._is_alias_of(out, logits):
-        return False
-    own = alias_rows(logits, out.dtype)
-    if out.storage_offset() == own.storage_offset() and out.stride() == own.stride():
-        return True
-    raise ValueError(
-        "out shares the storage of logits but is neither logits nor alias_rows(logits, dtype), so "
-        "that rows would be overwritten before they are read; pass one of those, or another tensor"
-    )
