@@ -41,7 +41,7 @@ def gradients(leaf, logprobs, entropy, upstream):
 def test_values_and_gradients(vocab, dtype, through, backend):
     """REGRESSIONS 7: entropy carries its gradient, alone and together with the log-prob."""
     gen = torch.Generator().manual_seed(vocab)
-    rows = 5 if vocab > 5000 else 24  # enough numbers that the baseline's error is no stroke of luck
+    rows = 5 if vocab > 5000 else 24  # enough that the baseline is no stroke of luck
     logits = (2 * torch.randn(rows, vocab, generator=gen)).to(dtype)
     tokens = torch.randint(0, vocab, (rows,), generator=gen)
     upstream = torch.randn(2, rows, generator=gen)
