@@ -64,7 +64,7 @@ fastpo::RowsIn rows_in(const Tensor& logits, const Tensor& tokens, double temper
   const int64_t rows = logits.size(0);
   return {matrix(logits, "logits"), logits.size(1),
           vector<const int64_t>(tokens, ScalarType::Long, rows, "tokens"),
-          {floats(temperatures, rows, "temperatures"), float(temperature)}};
+          {floats(temperatures, rows, "temperatures"), temperature}};
 }
 
 fastpo::Matrix gradient(const Tensor& out, const Tensor& logits) {

@@ -93,7 +93,7 @@ struct RowKernels {
     Summary row;
     row.shift = {max_logit(z, in.columns), in.temperature.inverse(i), 0.0f};
     const Shift shift = row.shift;
-    const float token_x = token_shifted(in, i, z, shift);
+    const double token_x = token_shifted(in, i, z, shift.before);
     Vec sums[kChains], weighted[kChains];
     for (Vec& s : sums) s = S::all(0);
     for (Vec& s : weighted) s = S::all(0);
@@ -106,11 +106,12 @@ struct RowKernels {
       weighted[chain] = S::mul_add(x, e, weighted[chain]);
     });
     row.exp_sum = total(sums);
-    row.log_sum = logf(row.exp_sum);
+    const double log_sum = log(double(row.exp_sum));
+    row.log_sum = float(log_sum);
     row.mean_shift = total(weighted) / row.exp_sum;
     const float entropy = row.log_sum - row.mean_shift;
     row.entropy = entropy < 0 ? 0.0f : entropy;
-    const float logprob = token_x - row.log_sum;
+    const float logprob = float(token_x - log_sum);
     row.logprob = logprob > 0 ? 0.0f : logprob;  // by a rounding error
     return row;
   }
@@ -119,11 +120,13 @@ struct RowKernels {
     return S::sum(S::add(S::add(chains[0], chains[1]), S::add(chains[2], chains[3])));
   }
 
-  // x of the row's token; NaN for a token outside the row.
+  // (z_y - max z) / T of the row's token, in double: a log-prob of -20 enters exp, and three roundings
+  // to fp32 would cost it 3e-6. NaN for a token outside the row.
   template <class T>
-  static float token_shifted(const RowsIn& in, int64_t i, const T* z, const Shift& shift) {
+  static double token_shifted(const RowsIn& in, int64_t i, const T* z, float row_max) {
     const int64_t token = in.tokens[i];
-    return token < 0 || token >= in.columns ? NAN : S::first(shift(z + token, First{1}));
+    if (token < 0 || token >= in.columns) return NAN;
+    return (double(S::first(S::load(z + token, First{1}))) - row_max) / in.temperature.of(i);
   }
 
   // The two slopes and the token's own gradient from c, e and the statistics of a row; `inverse_s` = 1 / s.

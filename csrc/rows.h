@@ -41,9 +41,10 @@ struct Matrix {
 
 struct Temperature {
   const float* per_row = nullptr;  // (N,), wins over `value`
-  float value = 1;
+  double value = 1;
 
-  FASTPO_INLINE float inverse(int64_t i) const { return 1.0f / (per_row ? per_row[i] : value); }
+  FASTPO_INLINE double of(int64_t i) const { return per_row ? per_row[i] : value; }
+  FASTPO_INLINE float inverse(int64_t i) const { return float(1.0 / of(i)); }
 };
 
 // What every primitive reads.

@@ -284,6 +284,7 @@ def test_a_crash_between_the_two_renames_leaves_a_checkpoint(tiny):
 
 
 def test_doctor_names_every_backend_and_what_is_missing(capsys):
+    """REGRESSIONS 28: a fast path that is off says so, and why."""
     assert main(["doctor"]) == 0
     output = capsys.readouterr().out
     for part in ("torch", "cpp", "triton", "cuda", "C++ extension", "flash-attn", "GPU"):
