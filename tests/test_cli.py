@@ -248,6 +248,15 @@ def test_a_corrupt_checkpoint_is_named_and_nothing_is_overwritten(tiny, capsys, 
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
 
+@pytest.fixture
+def sigint_as_in_a_terminal():
+    """Shells start background jobs, CI among them, with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("sigint_as_in_a_terminal")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_ctrl_c_saves_a_checkpoint_that_resumes(tiny, monkeypatch, capsys, number, code):
     def interrupt(self):
@@ -264,6 +273,7 @@ def test_ctrl_c_saves_a_checkpoint_that_resumes(tiny, monkeypatch, capsys, numbe
     assert [row["step"] for row in rows(run) if "reward" in row] == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.usefixtures("sigint_as_in_a_terminal")
 def test_a_second_ctrl_c_stops_at_once(tiny, monkeypatch, capsys):
     def interrupt(self):
         signal.raise_signal(signal.SIGINT)
