@@ -133,7 +133,7 @@ print(json.dumps({
 
 
 def test_nothing_recompiles():
-    """REGRESSIONS 27: 50 lengths, 10 temperatures, any coefficients: one binary per dtype and V class."""
+    """REGRESSIONS 27: 50 lengths, 10 temperatures, any coefficients: one binary."""
     counts = json.loads(run_python(RECOMPILATION))
     kernels = {"_row_stats_kernel", "_row_grad_kernel", "_row_policy_loss_kernel", "_scale_kernel"}
     expected = {"lengths": 1, "dtypes": 3, "vocabularies of a class": 1}

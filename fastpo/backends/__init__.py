@@ -34,6 +34,7 @@ def unavailable(name: str, device: torch.device | str = "cpu") -> str | None:
     return module.unavailable(torch.device(device))
 
 
+@torch.compiler.assume_constant_result  # Dynamo cannot trace imports, and need not
 def resolve(name: str | None, device: torch.device, dtype: torch.dtype) -> str:
     """The backend to run on `device`: `name` itself if it can, the best available one for None.
 
@@ -50,11 +51,6 @@ def resolve(name: str | None, device: torch.device, dtype: torch.dtype) -> str:
             f"backend {name!r} computes in float32, got float64 logits: use backend='torch'"
         )
     return name
-
-
-# Dynamo cannot trace imports, and need not. torch.compiler.assume_constant_result sets it too,
-# but would import all of Dynamo (some seconds) with `import fastpo`.
-resolve._dynamo_marked_constant = True
 
 
 def load(name: str) -> ModuleType:
