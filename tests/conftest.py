@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.abc
+import importlib.machinery
 import importlib.util
 import os
 import sys
+from unittest.mock import MagicMock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -76,3 +79,34 @@ def small_layout(monkeypatch: pytest.MonkeyPatch, triton_backend) -> None:
 
     layout = _layout.RowLayout(LANES=32, VECTOR=4, BLOCK_V=256, KEPT=2)
     monkeypatch.setattr(_layout, "_layout", lambda *shape: layout)
+
+
+class RayStub(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """verl's package imports ray, which its loss functions never call."""
+
+    def find_spec(self, name, path, target=None):
+        if name.partition(".")[0] == "ray":
+            return importlib.machinery.ModuleSpec(name, self, is_package=True)
+        return None
+
+    def create_module(self, spec):
+        return MagicMock(name=spec.name, __path__=[])
+
+    def exec_module(self, module):
+        pass
+
+
+@pytest.fixture(scope="module")
+def verl():
+    """(core_algos, config class); ray is stubbed where it is not installed."""
+    stub = RayStub()
+    sys.meta_path.append(stub)
+    try:
+        core = pytest.importorskip("verl.trainer.ppo.core_algos", reason="needs verl")
+        from verl.workers.config import ActorConfig
+    finally:
+        sys.meta_path.remove(stub)
+        for name, module in list(sys.modules.items()):
+            if name.partition(".")[0] == "ray" and isinstance(module, MagicMock):
+                del sys.modules[name]
+    return core, ActorConfig

@@ -4,12 +4,8 @@ Values, and gradients in the log-probs and the entropy, agree to 1e-10 in float6
 differs by design, the difference itself is asserted.
 """
 
-import importlib.abc
-import importlib.machinery
-import sys
 import types
 from collections import defaultdict
-from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -336,37 +332,6 @@ def test_differs_from_trl_vespo_hides_a_nan(trainer_class):
 # verl
 
 
-class RayStub(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """verl's package imports ray, which its loss functions never call."""
-
-    def find_spec(self, name, path, target=None):
-        if name.partition(".")[0] == "ray":
-            return importlib.machinery.ModuleSpec(name, self, is_package=True)
-        return None
-
-    def create_module(self, spec):
-        return MagicMock(name=spec.name, __path__=[])
-
-    def exec_module(self, module):
-        pass
-
-
-@pytest.fixture(scope="module")
-def verl():
-    """(core_algos, config class); ray is stubbed where it is not installed."""
-    stub = RayStub()
-    sys.meta_path.append(stub)
-    try:
-        core = pytest.importorskip("verl.trainer.ppo.core_algos", reason="needs verl")
-        from verl.workers.config import ActorConfig
-    finally:
-        sys.meta_path.remove(stub)
-        for name, module in list(sys.modules.items()):
-            if name.partition(".")[0] == "ray" and isinstance(module, MagicMock):
-                del sys.modules[name]
-    return core, ActorConfig
-
-
 def verl_loss(verl, loss: str, t: dict, advantages, mode="token-mean", weights=None, **config):
     core, config_class = verl
     logp = t["logp"].clone().requires_grad_()
@@ -533,38 +498,3 @@ def test_differs_from_verl_gspo_bound_on_the_sequence_ratio(verl):
     got, theirs = verl_pair(verl, presets.gspo(), "gspo", t, "a", "seq-mean-token-mean")
     torch.testing.assert_close(got[0], torch.tensor(15.0).exp())
     torch.testing.assert_close(theirs[0], torch.tensor(10.0).exp(), **VERL_CLOSE)
-
-
-def test_registered_objective_is_verls_own_loss(verl):
-    """fastpo.integrations.verl: the registry's entry, global batch counts included."""
-    from fastpo.integrations.verl import register
-
-    core, config_class = verl
-    register("fastpo_dapo", presets.dapo())
-    t = batch()
-    config = config_class(
-        strategy="fsdp",
-        rollout_n=1,
-        use_dynamic_bsz=True,
-        clip_ratio_low=0.2,
-        clip_ratio_high=0.28,
-        clip_ratio_c=1e9,
-    )
-    config.global_batch_info.update(batch_num_tokens=40, dp_size=2)
-    values, metrics = [], []
-    for name in ("fastpo_dapo", "vanilla"):
-        logp = t["logp"].clone().requires_grad_()
-        loss, logged = core.get_policy_loss_fn(name)(
-            old_log_prob=t["old"],
-            log_prob=logp,
-            advantages=t["token_a"],
-            response_mask=t["mask"].double(),
-            config=config,
-            rollout_is_weights=t["iw"],
-        )
-        values.append((loss.detach(), *torch.autograd.grad(loss, logp)))
-        metrics.append(logged.keys())
-    torch.testing.assert_close(*values, **CLOSE)
-    assert metrics[0] == metrics[1]
-    with pytest.raises(ValueError, match=r"kl_coef=0.1 .* expected 0: verl adds"):
-        register("fastpo_kl", presets.dapo(kl_coef=0.1))
