@@ -12,7 +12,7 @@ SMOLLM2 := .cache/smollm2-135m-instruct
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints-dev.txt
 EXTENSION_SOURCES := $(wildcard setup.py csrc/* csrc/*/*)
 PEERS := trl liger-kernel pytest-benchmark
-VERL_IMPORTS := tensordict hydra-core codetiming
+VERL_IMPORTS := tensordict hydra-core codetiming orjson
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
