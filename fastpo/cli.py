@@ -34,6 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"fastpo: {error}; {TRAIN_EXTRA}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader, `| head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit, too
+        return 1
     except OSError as error:  # a full disk, a directory that cannot be written, ...
         print(f"fastpo: {error}", file=sys.stderr)
         return 1
