@@ -27,6 +27,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from linear_methods import METHODS, Problem, bare_gemms, relative_error, unavailable  # noqa: E402
 from memory_curve import high_water_mark, reset_high_water_mark  # noqa: E402
+from provenance import provenance  # noqa: E402
 
 BATCH, LENGTH, WIDTH, VOCAB = 8, 256, 576, 49152  # N = 2048 and the head of SmolLM2-135M
 CPU_METHODS = ("fastpo", "eager", "torch linear_cross_entropy", "TRL", "Liger")
@@ -117,7 +118,7 @@ def table(rounds: int) -> str:
             *rows,
             "",
             *notes,
-            f"torch {torch.__version__}. `python benchmarks/bench_linear_cpu.py`",
+            provenance("python benchmarks/bench_linear_cpu.py --write"),
             "",
         ]
     )

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -23,6 +22,9 @@ import torch
 
 import fastpo
 from fastpo import plan
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from provenance import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "benchmarks" / "results" / "memory.json"
@@ -146,7 +148,13 @@ def row(point: dict) -> str:
     peak, results = point["peak_bytes"] / GIB, point["results_bytes"] / GIB
     planned = point["planned_peak_bytes"] / GIB
     cells = (point["path"], str(point["hidden"]), f"{point['tokens']:,}", f"{results:.3f}")
-    more = (f"{peak:.3f}", f"{peak - results:.3f}", f"{planned:.3f}", f"{point['seconds']:.0f}")
+    more = (
+        f"{peak:.3f}",
+        f"{peak - results:.3f}",
+        f"{planned:.3f}",
+        f"{point['seconds']:.0f}",
+        str(point["threads"]),
+    )
     return f"| {' | '.join((*cells, *more))} |"
 
 
@@ -190,16 +198,15 @@ def table(points: list[dict]) -> str:
     lines = [
         "# Memory of a policy loss from hidden states, forward + backward",
         "",
-        f"V = {first['vocab']}, fp32, CPU, {first['threads']} threads, GiB. Peak: growth of the "
+        f"V = {first['vocab']}, fp32, CPU, GiB. Peak: growth of the "
         "resident set beyond the inputs. Results: the gradients returned. Extra: peak less "
-        "results. Planned: what `fastpo plan` says. Seconds: on a machine busy with other work.",
+        "results. Planned: what `fastpo plan` says. Seconds: on a machine busy with other work",
         "",
-        "| path | D | tokens | results | peak | extra | planned peak | seconds |",
-        "|---|---|---|---|---|---|---|---|",
+        "| path | D | tokens | results | peak | extra | planned peak | seconds | threads |",
+        "|---|---|---|---|---|---|---|---|---|",
         *map(row, points),
         "",
-        f"torch {torch.__version__}, {platform.machine()}. "
-        "`python benchmarks/memory_curve.py measure --tokens ...`, then `draw`.",
+        provenance("python benchmarks/memory_curve.py measure --tokens N ...; ... draw"),
     ]
     return "\n".join(lines) + "\n"
 
