@@ -200,7 +200,7 @@ def table(points: list[dict]) -> str:
         "",
         f"V = {first['vocab']}, fp32, CPU, GiB. Peak: growth of the "
         "resident set beyond the inputs. Results: the gradients returned. Extra: peak less "
-        "results. Planned: what `fastpo plan` says. Seconds: on a machine busy with other work",
+        "results. Planned: what `fastpo plan` says. Seconds: on a machine busy with other work.",
         "",
         "| path | D | tokens | results | peak | extra | planned peak | seconds | threads |",
         "|---|---|---|---|---|---|---|---|---|",
