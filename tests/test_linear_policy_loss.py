@@ -12,28 +12,8 @@ from fastpo import backends
 from fastpo.ops._linear_call import Workspace
 from fastpo.testing.budget import assert_within_budget, cosine
 from fastpo.testing.linear import LinearCase
+from fastpo.testing.objectives import PRESETS
 
-PRESETS = {
-    "ppo": fastpo.ppo(),
-    "ppo_dual_clip": fastpo.ppo(ratio_max=3.0),
-    "grpo": fastpo.grpo(),
-    "grpo_kl": fastpo.grpo(kl_coef=0.04),
-    "dapo": fastpo.dapo(),
-    "dapo_entropy": fastpo.dapo(entropy_coef=0.01),
-    "dapo_all": fastpo.dapo(
-        ratio_max=4.0, kl_coef=0.1, kl_estimator="k3+", kl_ratio_weighted=True, entropy_coef=0.05
-    ),
-    "dr_grpo": fastpo.dr_grpo(max_length=64),
-    "bnpo": fastpo.bnpo(),
-    "gspo": fastpo.gspo(clip_low=0.05, clip_high=0.05),
-    "luspo": fastpo.luspo(clip_low=0.05, clip_high=0.05),
-    "cispo": fastpo.cispo(),
-    "sapo": fastpo.sapo(),
-    "gmpo": fastpo.gmpo(kl_coef=0.1, entropy_coef=0.02),
-    "vespo": fastpo.vespo(),
-    "gpg": fastpo.gpg(),
-    "reinforce": fastpo.reinforce(kl_coef=0.1, kl_estimator="abs"),
-}
 HEADS = {
     "plain": {},
     "bias": {"bias": True},
