@@ -1,4 +1,4 @@
-"""Objectives that between them cover every preset and every option of the family."""
+"""Every preset of the family, some with their options combined: what a loss path must get right."""
 
 from __future__ import annotations
 
