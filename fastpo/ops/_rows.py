@@ -55,3 +55,8 @@ def flat_temperature(temperature: Temperature) -> Temperature:
         return float(temperature)
     flat = temperature.detach().reshape(-1)
     return flat if flat.dtype == torch.float64 else flat.float()
+
+
+def temperature_of(temperature: Temperature, rows: slice) -> Temperature:
+    """The temperature of some of the rows."""
+    return temperature[rows] if isinstance(temperature, Tensor) else temperature

@@ -6,18 +6,12 @@ import torch
 from torch import Tensor
 
 from fastpo import backends
-from fastpo.backends.base import RowInputs, RowLosses, RowStats
 from fastpo.objective import Objective, TokenLoss
 from fastpo.ops import _checks
 from fastpo.ops._batch import LossBatch
-from fastpo.ops._rows import (
-    Temperature,
-    concatenate,
-    flat_temperature,
-    matching_views,
-    row_views,
-    slices,
-)
+from fastpo.ops._logits_fused import FusedCall, FusedPolicyLoss
+from fastpo.ops._logits_two_step import LogitsTokenLogprobs
+from fastpo.ops._rows import flat_temperature
 from fastpo.ops.from_logprobs import loss_of_batch
 from fastpo.ops.results import PolicyLoss, TokenLogprobs
 
@@ -46,16 +40,14 @@ def policy_loss(
     `policy_loss_from_logprobs` for every objective and option.
 
     Args:
-        logits: [N, V] or [B, T, V] fp32, bf16 or fp16 (fp64 on the torch backend), unit stride in
-        V.
-            `logits[i]` scores `tokens[i]`: nothing is shifted here.
+        logits: [N, V] or [B, T, V] fp32, bf16 or fp16 (fp64 on the torch backend), unit stride
+            along V. `logits[i]` scores `tokens[i]`: nothing is shifted here.
         tokens: [...] int64 or int32 sampled ids.
         advantages: [...] per token, or [B] per sequence.
         objective: which loss; see `fastpo.Objective` and the presets.
         mask: [...] bool, the tokens that count; None = all. Masked rows are never read.
         old_logprobs: [...] of the policy that sampled; None = strictly on-policy (the ratio is 1
-        and
-            keeps its gradient).
+            and keeps its gradient).
         ref_logprobs: [...] of the reference policy; required exactly when `objective.kl_coef != 0`.
         importance_weights: [...] or [B] rollout-mismatch weights (TIS, MIS), without gradient.
         temperature: sampling temperature, a float or one per token [...]; log-probs are those of
@@ -64,8 +56,7 @@ def policy_loss(
         normalizer: global token count (token_mean) or sequence count (other aggregations), for
             gradient accumulation and data parallelism; None = this batch's own.
         inplace: the gradient overwrites the logits: no extra memory of their size. A second
-        backward
-            raises.
+            backward raises.
         backend: "torch", "cpp" or "triton"; None = the best available. An explicit request never
             falls back.
 
@@ -89,18 +80,17 @@ def policy_loss(
     backend = _prepare(logits, tokens, mask, temperature, inplace, backend)
     temperature = flat_temperature(temperature)
     needs_grad = torch.is_grad_enabled() and logits.requires_grad
-    if not objective.is_token_level or torch.compiler.is_compiling():
-        inplace = (
-            inplace and not torch.compiler.is_compiling()
-        )  # the compiler reuses buffers itself
-        logprobs, entropy = _TokenLogprobs.apply(
-            logits, tokens.reshape(-1).long(), batch.mask, temperature, backend, inplace
+    tokens = tokens.reshape(-1).long()
+    compiling = torch.compiler.is_compiling()
+    if not objective.is_token_level or compiling:
+        # The compiler reuses buffers itself. The fused path would gain nothing under it: a gradient
+        # saved in the forward graph is copied before the backward graph may scale it.
+        logprobs, entropy = LogitsTokenLogprobs.apply(
+            logits, tokens, batch.mask, temperature, backend, inplace and not compiling
         )
         return loss_of_batch(batch, logprobs.view(leading), entropy.view(leading))
-    call = _FusedCall(
-        tokens.reshape(-1).long(), batch.row_inputs(), objective, temperature, backend
-    )
-    loss, logprobs, entropy, clipped = _FusedPolicyLoss.apply(logits, call, needs_grad, inplace)
+    call = FusedCall(tokens, batch.row_inputs(), objective, temperature, backend)
+    loss, logprobs, entropy, clipped = FusedPolicyLoss.apply(logits, call, needs_grad, inplace)
     with torch.no_grad():
         terms = batch.token_loss(logprobs)
     metrics = batch.metrics(
@@ -124,8 +114,9 @@ def token_logprobs(
     between.
 
     Args:
-        logits: [N, V] or [B, T, V] fp32, bf16 or fp16 (fp64 on the torch backend), unit stride in
-        V. tokens: [...] int64 or int32; `logits[i]` scores `tokens[i]`.
+        logits: [N, V] or [B, T, V] fp32, bf16 or fp16 (fp64 on the torch backend), unit stride
+            along V.
+        tokens: [...] int64 or int32; `logits[i]` scores `tokens[i]`.
         mask: [...] bool; masked rows are never read, their outputs and gradients are 0.
         temperature: a float or one per token [...].
         inplace_backward: the gradient overwrites the logits; a second backward raises.
@@ -140,7 +131,7 @@ def token_logprobs(
     backend = _prepare(logits, tokens, mask, temperature, inplace_backward, backend)
     live = None if mask is None else mask.reshape(-1)
     inplace_backward = inplace_backward and not torch.compiler.is_compiling()
-    logprobs, entropy = _TokenLogprobs.apply(
+    logprobs, entropy = LogitsTokenLogprobs.apply(
         logits,
         tokens.reshape(-1).long(),
         live,
@@ -163,147 +154,3 @@ def _prepare(logits, tokens, mask, temperature, inplace: bool, backend: str | No
             "inplace on expanded logits would write one row's gradient over another's: clone them"
         )
     return backends.resolve(backend, logits.device, logits.dtype)
-
-
-class _FusedCall:
-    """One fused loss call on rows: what the forward pass needs, kept for a second backward."""
-
-    def __init__(
-        self,
-        tokens: Tensor,
-        inputs: RowInputs,
-        objective: Objective,
-        temperature: Temperature,
-        backend: str,
-    ):
-        self.tokens, self.inputs, self.objective = tokens, inputs, objective
-        self.temperature, self.backend = temperature, backend
-
-    def run(self, logits: Tensor, grad: Tensor | None) -> RowLosses:
-        """Losses of all rows; the gradient goes to `grad`, of the shape of `logits`."""
-        views = row_views(logits)
-        grads = [None] * len(views) if grad is None else matching_views(grad, views)
-        cuts = slices(views)
-        return concatenate(
-            [
-                backends.load(self.backend).row_policy_loss(
-                    view,
-                    self.tokens[cut],
-                    RowInputs(*(None if x is None else x[cut] for x in self.inputs)),
-                    self.objective,
-                    self.temperature[cut]
-                    if isinstance(self.temperature, Tensor)
-                    else self.temperature,
-                    out,
-                )
-                for view, cut, out in zip(views, cuts, grads, strict=True)
-            ]
-        )
-
-
-class _FusedPolicyLoss(torch.autograd.Function):
-    """Gradient in forward. The first backward hands its buffer over; another recomputes it."""
-
-    @staticmethod
-    def forward(ctx, logits: Tensor, call: _FusedCall, needs_grad: bool, inplace: bool):
-        grad = None
-        if needs_grad:
-            grad = logits.detach() if inplace else torch.empty_like(logits)
-        rows = call.run(logits.detach(), grad)
-        ctx.grad, ctx.call, ctx.inplace = grad, call, inplace
-        if inplace and grad is not None:
-            # Whoever saved these logits for its own backward (a softcap's tanh) must hear of it.
-            torch.autograd.graph.increment_version(logits)
-        elif needs_grad:
-            ctx.save_for_backward(logits)
-        ctx.mark_non_differentiable(rows.logprobs, rows.entropy, rows.clipped)
-        return rows.loss.sum(), rows.logprobs, rows.entropy, rows.clipped
-
-    @staticmethod
-    def backward(ctx, loss_grad: Tensor, *_):
-        grad, ctx.grad = ctx.grad, None
-        if grad is None:
-            if ctx.inplace:
-                raise RuntimeError(
-                    "backward through an inplace policy_loss a second time: its gradient buffer "
-                    "was the logits "
-                    "themselves and is gone; pass inplace=False to keep the graph"
-                )
-            (logits,) = ctx.saved_tensors
-            grad = torch.empty_like(logits)
-            ctx.call.run(logits.detach(), grad)
-        for view in row_views(grad):
-            backends.load(ctx.call.backend).scale_(view, loss_grad)
-        return grad, None, None, None
-
-
-class _TokenLogprobs(torch.autograd.Function):
-    """`row_stats` forward, `row_grad` backward."""
-
-    @staticmethod
-    def forward(ctx, logits, tokens, live, temperature, backend, inplace):
-        module = backends.load(backend)
-        views = row_views(logits.detach())
-        cuts = slices(views)
-        stats = concatenate(
-            [
-                module.row_stats(
-                    view,
-                    tokens[cut],
-                    temperature[cut] if isinstance(temperature, Tensor) else temperature,
-                    None if live is None else live[cut],
-                )
-                for view, cut in zip(views, cuts, strict=True)
-            ]
-        )
-        ctx.set_materialize_grads(False)
-        per_token = temperature if isinstance(temperature, Tensor) else None
-        ctx.save_for_backward(logits, tokens, live, per_token, *stats)
-        ctx.temperature, ctx.backend, ctx.inplace = temperature, backend, inplace
-        return stats.logprobs, stats.entropy
-
-    @staticmethod
-    def backward(ctx, logprob_grad, entropy_grad):
-        if logprob_grad is None and entropy_grad is None:
-            return (None,) * 6
-        if ctx.inplace:
-            _refuse_second_backward(ctx)
-        logits, tokens, live, per_token, *stats = ctx.saved_tensors
-        stats = RowStats(*stats)
-        logprob_grad = _row_grads(logprob_grad, stats.logprobs, live)
-        entropy_grad = (
-            None if entropy_grad is None else _row_grads(entropy_grad, stats.logprobs, live)
-        )
-        grad = logits.detach() if ctx.inplace else torch.empty_like(logits)
-        views = row_views(logits.detach())
-        for view, out, cut in zip(views, matching_views(grad, views), slices(views), strict=True):
-            backends.load(ctx.backend).row_grad(
-                view,
-                tokens[cut],
-                RowStats(*(x[cut] for x in stats)),
-                logprob_grad[cut],
-                None if entropy_grad is None else entropy_grad[cut],
-                ctx.temperature if per_token is None else per_token[cut],
-                out,
-            )
-        if ctx.inplace:
-            torch.autograd.graph.increment_version(logits)
-        return grad, None, None, None, None, None
-
-
-def _refuse_second_backward(ctx) -> None:
-    if getattr(ctx, "consumed", False):
-        raise RuntimeError(
-            "backward through token_logprobs(inplace_backward=True) a second time: the first one "
-            "overwrote the "
-            "logits; pass inplace_backward=False to keep the graph"
-        )
-    ctx.consumed = True
-
-
-def _row_grads(grad: Tensor | None, like: Tensor, live: Tensor | None) -> Tensor:
-    """An incoming gradient as contiguous rows, exactly 0 on dead ones."""
-    if grad is None:
-        return torch.zeros_like(like)
-    grad = grad.to(like.dtype).contiguous()
-    return grad if live is None else torch.where(live, grad, 0.0)
