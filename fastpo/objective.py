@@ -263,8 +263,17 @@ def _live_sequence_weights(
     return _constant(weights, live, 1)
 
 
+def _clamp(x: Tensor, low: float, high: float) -> Tensor:
+    """x within [low, high], with gradient 1 on the closed interval.
+
+    That is torch.clamp up to 2.13. From 2.14 on its gradient at a bound is 0, so that PPO's min
+    would halve the gradient of a token whose ratio has just reached the bound.
+    """
+    return torch.where((x >= low) & (x <= high), x, x.detach().clamp(low, high))
+
+
 def _exp(log_ratio: Tensor) -> Tensor:
-    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    return _clamp(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
 def _ratio(objective: Objective, tokens: _Tokens) -> Tensor:
@@ -278,8 +287,8 @@ def _clip(objective: Objective, tokens: _Tokens) -> tuple[Tensor, Tensor, Tensor
     """PPO: -min(r A, clip(r, 1 - low, 1 + high) A), r bounded by ratio_max where A < 0."""
     ratio, advantages = _ratio(objective, tokens), tokens.weighted_advantages()
     low, high = 1 - objective.clip_low, 1 + objective.clip_high
-    bounded = ratio if objective.ratio_max is None else ratio.clamp(max=objective.ratio_max)
-    loss = -torch.min(bounded * advantages, ratio.clamp(low, high) * advantages)
+    bounded = ratio if objective.ratio_max is None else _clamp(ratio, 0, objective.ratio_max)
+    loss = -torch.min(bounded * advantages, _clamp(ratio, low, high) * advantages)
     clipped = _flags((advantages < 0) & (ratio < low), CLIPPED_LOW)
     clipped |= _flags((advantages > 0) & (ratio > high), CLIPPED_HIGH)
     if objective.ratio_max is not None:
@@ -317,7 +326,7 @@ def _gmpo(objective: Objective, tokens: _Tokens) -> tuple[Tensor, Tensor, Tensor
     mask, segments = tokens.mask, tokens.segments
     sign = advantages.sign()
     low, high = -objective.clip_low, objective.clip_high
-    pessimistic = sign * torch.min(sign * log_ratio, sign * log_ratio.clamp(low, high))
+    pessimistic = sign * torch.min(sign * log_ratio, sign * _clamp(log_ratio, low, high))
     ratio = _exp(segments.mean(pessimistic, mask))
     advantage = segments.mean(advantages, mask)
     if tokens.importance_weights is not None:
@@ -387,7 +396,7 @@ def _kl(estimator: str, log_ratio: Tensor) -> Tensor:
         return 0.5 * log_ratio.square()
     if estimator == "abs":
         return log_ratio.abs()
-    inverse = (-log_ratio).clamp(max=MAX_LOG_RATIO)
+    inverse = _clamp(-log_ratio, -math.inf, MAX_LOG_RATIO)
     return inverse.expm1() - inverse  # expm1: near 0 the difference would be all rounding error
 
 
