@@ -1,6 +1,6 @@
 """The command line: `fastpo train | eval | plot | plan | doctor`.
 
-Exit codes: 0 done, 1 a run failed, 2 bad input, 130 Ctrl-C (the checkpoint is saved).
+Exit codes: 0 done, 1 a run failed, 2 bad input, 128 + n stopped by signal n (130 = Ctrl-C).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from fastpo import plan
 
 SHOWN_ANSWERS = 3
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # torch on a GPU, on a CPU
 TRAIN_EXTRA = "the trainer needs more packages: pip install 'fastpo[train]'"
 
 
@@ -26,9 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         repeat = [argument for argument in arguments if argument != "--resume"]
         return options.run(options, shlex.join([_program(), *repeat]))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("fastpo: stopped at once; the last checkpoint, if any, is intact", file=sys.stderr)
-        return 130
+        return getattr(stop, "exit_code", 130)
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("fastpo"):
             raise
@@ -41,10 +42,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"fastpo: {error}", file=sys.stderr)
         return 1
     except Exception as error:
-        code = getattr(error, "exit_code", None)
-        if code is None:
+        code, message = getattr(error, "exit_code", 1), str(error)
+        if any(sign in message for sign in OUT_OF_MEMORY):
+            message = f"{message.splitlines()[0]}; lower optim.token_budget or rollout.batch_size"
+        elif not hasattr(error, "exit_code"):
             raise
-        print(f"fastpo: {error}", file=sys.stderr)
+        print(f"fastpo: {message}", file=sys.stderr)
         return code
 
 

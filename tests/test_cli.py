@@ -1,7 +1,9 @@
 """The command line, in process: whole tiny runs, and one clear line for whatever goes wrong."""
 
+import io
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import transformers
 from fastpo.cli import main
 from fastpo.trainer import checkpoint, tasks
 from fastpo.trainer.tasks import Problem
+from fastpo.trainer.update import Learner
 
 TINY = """
 task = "even"
@@ -44,7 +47,7 @@ class Even:
     """Begin with an even digit: right by chance one time in three, so every step can learn."""
 
     alphabet, stop = "0123456789=", None
-    sabotage = None  # what happens when reward number `after` is asked for
+    sabotage = None  # what happens, once, when reward number `after` has been asked for
     after = math.inf
 
     def __init__(self):
@@ -56,7 +59,8 @@ class Even:
     def reward(self, problem, completion):
         self.calls += 1
         if self.calls > self.after:
-            return self.sabotage()
+            type(self).after = math.inf
+            self.sabotage()
         return float(completion[:1] in set("02468"))
 
 
@@ -147,6 +151,47 @@ def test_resuming_is_bit_exact(tiny, options):
     assert [row["reward"] for row in rows(run) if "reward" in row] == expected
 
 
+def test_resuming_is_bit_exact_while_the_learning_rate_decays(tiny, monkeypatch):
+    """The schedule of a run that was stopped on its way is the one it would have followed."""
+    options = ["steps=4", "optim.decay=cosine", "algorithm.dynamic_sampling=false"]
+    run = tiny(*options)
+    whole, rates = weights(run), [row["learning_rate"] for row in rows(run) if "reward" in row]
+    assert rates[0] == 1e-2 and rates == sorted(rates, reverse=True) and rates[-1] < 2e-3
+    monkeypatch.setattr(Even, "after", EVALUATION + 2 * 16 + 5)
+    monkeypatch.setattr(Even, "sabotage", lambda self: signal.raise_signal(signal.SIGTERM))
+    tiny(*options, "existing=move_aside", code=143)
+    tiny(*options, "--resume")
+    assert [row["learning_rate"] for row in rows(run) if "reward" in row] == rates
+    assert all(torch.equal(value, whole[name]) for name, value in weights(run).items())
+
+
+def test_a_resumed_run_says_what_changed_and_refuses_what_cannot(tiny, capsys):
+    run = tiny()
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    for change, old in (
+        ("seed=1", "0 -> 1"),
+        ("model.hidden_size=64", "32 -> 64"),
+        ("eval.problems=8", "16 -> 8"),
+    ):
+        tiny("--resume", "steps=3", change, code=2)
+        one_line(capsys, change.partition("=")[0], old, "another run_dir")
+    tiny("--resume", "steps=3", "algorithm.kl_coef=0.1", code=2)
+    one_line(capsys, "kl_coef is 0.1", "no reference policy")
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    tiny("--resume", "steps=3", "optim.learning_rate=1e-3")
+    output = capsys.readouterr().out
+    assert "Changed since the run began: steps 2 -> 3, optim.learning_rate 0.01 -> 0.001" in output
+    assert [row["learning_rate"] for row in rows(run) if "reward" in row] == [0.01, 0.01, 0.001]
+
+
+def test_a_directory_that_is_no_run_is_never_moved_aside(tiny, tmp_path, capsys):
+    (tmp_path / "precious").mkdir()
+    tiny(f"run_dir={tmp_path / 'precious'}", "existing=move_aside", code=2)
+    one_line(capsys, "precious", "holds no run")
+    tiny(f"run_dir={tmp_path}", "existing=move_aside", code=2)
+    assert (tmp_path / "precious").is_dir()
+
+
 def test_an_existing_run_is_left_alone_or_moved_aside(tiny, capsys):
     run = tiny()
     before = (run / "metrics.jsonl").read_bytes()
@@ -170,7 +215,13 @@ def test_an_existing_run_is_left_alone_or_moved_aside(tiny, capsys):
         (["run_dir={nope}"], ["run_dir", "{task}"]),
         (["run_dir=/dev/null/run"], ["/dev/null/run"]),
         (["device=abacus"], ["device", "'abacus'"]),
+        (["device=meta"], ["device", "'meta'"]),
         (["eval.problems=10001"], ["eval.problems"]),
+        (["seed=18446744073709551616"], ["seed", "less than"]),
+        (["optim.beta1=1.0"], ["optim.beta1", "less than 1"]),
+        (["optim.decay=sine"], ["optim.decay", "'linear'"]),
+        (["model.attention=abacus"], ["cannot build", "abacus"]),
+        (["model.hidden_size=6"], ["model.hidden_size", "multiple"]),
     ],
 )
 def test_bad_input_starts_nothing(tiny, tmp_path, capsys, arguments, parts):
@@ -204,6 +255,28 @@ def test_a_raising_verifier_keeps_metrics_and_a_checkpoint(tiny, monkeypatch, ca
     assert checkpoint.load_state(run / "checkpoint")["step"] == 4
 
 
+def test_a_verifier_that_raises_in_an_evaluation_costs_no_step(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(Even, "after", EVALUATION + 2 * 16 + 3)
+    monkeypatch.setattr(Even, "sabotage", lambda self: {}["nothing"])
+    run = tiny("steps=50", "eval.every=2", "algorithm.dynamic_sampling=false", code=1)
+    one_line(capsys, "Even.reward raised KeyError")
+    assert checkpoint.load_state(run / "checkpoint")["step"] == 2
+    assert [row["step"] for row in rows(run)] == [0, 1, 2]
+
+
+def test_rewards_that_are_no_number_are_left_out_of_evaluations(tiny, monkeypatch, capsys):
+    def judged(self, problem, completion):
+        return math.nan if completion[:1] in set("13579") else float(completion[:1] != "0")
+
+    monkeypatch.setattr(Even, "reward", judged)
+    summary = json.loads((tiny() / "summary.json").read_text())
+    assert 0 < summary["before"]["accuracy"] < 1
+    assert summary["before"]["reward"] == summary["before"]["accuracy"]
+    monkeypatch.setattr(Even, "reward", lambda *_: math.nan)
+    tiny("existing=move_aside", code=1)
+    one_line(capsys, "no reward of an evaluation is a finite number")
+
+
 def test_a_solved_or_hopeless_task_stops_with_what_to_do(tiny, monkeypatch, capsys):
     monkeypatch.setattr(Even, "reward", lambda self, problem, completion: 0.0)
     run = tiny(code=1)
@@ -232,7 +305,43 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_checkpoint(tiny, mon
     assert max(row["step"] for row in rows(run)) == 2
 
 
-@pytest.mark.parametrize("damage", ["truncated state", "code in the state", "truncated weights"])
+def test_a_failing_step_keeps_the_steps_before_it(tiny, monkeypatch, capsys):
+    """Out of memory in the third step, without a checkpoint so far."""
+
+    def greedy(self, samples, sums, *, on_policy):
+        if self.updates == 2:
+            torch.empty(2**60)
+        update(self, samples, sums, on_policy=on_policy)
+
+    update = Learner.update
+    monkeypatch.setattr(Learner, "update", greedy)
+    run = tiny("steps=4", code=1)
+    one_line(capsys, "allocate memory", "optim.token_budget")
+    assert checkpoint.load_state(run / "checkpoint")["step"] == 2
+    monkeypatch.setattr(Learner, "update", update)
+    tiny("steps=4", "--resume")
+    assert [row["step"] for row in rows(run) if "reward" in row] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("steps", [3, 9])
+def test_weights_that_are_not_finite_never_replace_a_checkpoint(tiny, monkeypatch, capsys, steps):
+    def explode(self, samples, sums, *, on_policy):
+        update(self, samples, sums, on_policy=on_policy)
+        self.parameters[0].data.fill_(math.inf)
+
+    run = tiny("steps=2")
+    saved, update = weights(run), Learner.update
+    monkeypatch.setattr(Learner, "update", explode)
+    tiny(f"steps={steps}", "--resume", code=1)
+    one_line(capsys, "weights are not finite after step 3", "optim.learning_rate")
+    assert all(torch.equal(value, saved[name]) for name, value in weights(run).items())
+    assert checkpoint.load_state(run / "checkpoint")["step"] == 2
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["truncated state", "code in the state", "foreign state", "old state", "truncated weights"],
+)
 def test_a_corrupt_checkpoint_is_named_and_nothing_is_overwritten(tiny, capsys, damage):
     run = tiny()
     state, model = run / "checkpoint" / checkpoint.STATE, run / "checkpoint" / "model.safetensors"
@@ -240,6 +349,12 @@ def test_a_corrupt_checkpoint_is_named_and_nothing_is_overwritten(tiny, capsys, 
         state.write_bytes(state.read_bytes()[:1000])
     elif damage == "code in the state":
         torch.save({"step": pytest.fail}, state)
+    elif damage == "foreign state":
+        values = torch.load(state)
+        values["learner"]["optimizer"]["param_groups"][0]["params"].pop()
+        torch.save(values, state)
+    elif damage == "old state":
+        torch.save({"step": 2, "optimizer": {}}, state)
     else:
         model.write_bytes(model.read_bytes()[:1000])
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
@@ -259,18 +374,69 @@ def sigint_as_in_a_terminal():
 @pytest.mark.usefixtures("sigint_as_in_a_terminal")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_ctrl_c_saves_a_checkpoint_that_resumes(tiny, monkeypatch, capsys, number, code):
-    def interrupt(self):
-        Even.after = math.inf
-        signal.raise_signal(number)
-        return 1.0
-
     monkeypatch.setattr(Even, "after", EVALUATION + 2 * 16 + 5)
-    monkeypatch.setattr(Even, "sabotage", interrupt)
+    monkeypatch.setattr(Even, "sabotage", lambda self: signal.raise_signal(number))
     run = tiny("steps=5", "algorithm.dynamic_sampling=false", code=code)
     one_line(capsys, "stopped at step 3", "--resume")
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     tiny("steps=5", "algorithm.dynamic_sampling=false", "--resume")
     assert [row["step"] for row in rows(run) if "reward" in row] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.usefixtures("sigint_as_in_a_terminal")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("after", [5, 256 + 5], ids=["warm-up", "first evaluation"])
+def test_a_signal_before_the_first_step_stops_at_once(
+    tiny, monkeypatch, capsys, number, code, after
+):
+    monkeypatch.setattr(Even, "after", after)
+    monkeypatch.setattr(Even, "sabotage", lambda self: signal.raise_signal(number))
+    run = tiny("warmup.max_steps=1", code=code)
+    one_line(capsys, "stopped at once")
+    assert [row for row in rows(run) if row["step"] > 0] == []
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@pytest.mark.usefixtures("sigint_as_in_a_terminal")
+def test_a_run_stopped_in_its_last_evaluation_is_finished_by_resuming(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(Even, "after", EVALUATION + 2 * 16 + 5)
+    monkeypatch.setattr(Even, "sabotage", lambda self: signal.raise_signal(signal.SIGINT))
+    run = tiny("algorithm.dynamic_sampling=false", code=130)
+    one_line(capsys, "stopped at once")
+    tiny("algorithm.dynamic_sampling=false", "--resume")
+    assert json.loads((run / "summary.json").read_text())["steps"] == 2
+    assert [row["step"] for row in rows(run)] == [0, 1, 2, 2]  # the last is the evaluation
+
+
+def test_ignored_signals_stay_ignored(tiny, monkeypatch):
+    """A run under nohup, or in the background of a script, hears no Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        monkeypatch.setattr(Even, "after", EVALUATION + 5)
+        monkeypatch.setattr(Even, "sabotage", lambda self: signal.raise_signal(signal.SIGINT))
+        run = tiny("algorithm.dynamic_sampling=false")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (run / "summary.json").exists()
+
+
+def test_a_reader_that_goes_away_costs_no_step(tiny, monkeypatch, capsys):
+    """`fastpo train ... | head`."""
+
+    class Pipe(io.StringIO):
+        def write(self, text):
+            if text.startswith("step 2/"):
+                raise BrokenPipeError
+            return super().write(text)
+
+        def fileno(self):
+            return os.open(os.devnull, os.O_RDWR)
+
+    monkeypatch.setattr(sys, "stdout", Pipe())
+    run = tiny("steps=5", "log.print_every=1", code=1)
+    monkeypatch.undo()
+    one_line(capsys, "reader of the output has gone")
+    assert checkpoint.load_state(run / "checkpoint")["step"] == 2
 
 
 @pytest.mark.usefixtures("sigint_as_in_a_terminal")
@@ -321,13 +487,8 @@ def test_import_fastpo_and_doctor_need_no_trainer_packages():
 
 
 def test_a_signal_during_the_last_step_lets_the_run_finish(tiny, monkeypatch):
-    def interrupt(self):
-        signal.raise_signal(signal.SIGINT)
-        Even.after = math.inf
-        return 1.0
-
     monkeypatch.setattr(Even, "after", EVALUATION + 1 * 16 + 5)
-    monkeypatch.setattr(Even, "sabotage", interrupt)
+    monkeypatch.setattr(Even, "sabotage", lambda self: signal.raise_signal(signal.SIGINT))
     run = tiny("steps=2", "algorithm.dynamic_sampling=false")
     assert (run / "summary.json").exists()
 
@@ -336,8 +497,8 @@ def test_tensorboard_gets_every_number_where_it_is_installed(tiny, monkeypatch):
     seen = []
 
     class Writer:
-        def __init__(self, path):
-            self.path = path
+        def __init__(self, path, purge_step):
+            seen.append(purge_step)
 
         def add_scalar(self, name, value, step):
             seen.append((name, step))
@@ -349,7 +510,11 @@ def test_tensorboard_gets_every_number_where_it_is_installed(tiny, monkeypatch):
     module.SummaryWriter = Writer
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
     tiny("log.tensorboard=true")
-    assert ("reward", 1) in seen and ("eval_accuracy", 0) in seen and seen[-1] == "closed"
+    assert ("reward", 1) in seen and ("eval_accuracy", 0) in seen
+    assert seen[0] is None and seen[-1] == "closed"
+    seen.clear()
+    tiny("log.tensorboard=true", "--resume", "steps=3")
+    assert seen[0] == 3  # events of steps that are done again are dropped
 
 
 def test_the_progress_shown_has_the_six_numbers(tiny, capsys):

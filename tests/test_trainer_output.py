@@ -2,18 +2,22 @@
 
 import io
 import json
+import resource
 
 import pytest
-import torch
 from rich.console import Console
 
 from fastpo.trainer import checkpoint
 from fastpo.trainer.console import SHOWN, Display
-from fastpo.trainer.errors import RecipeError, TrainerError
+from fastpo.trainer.errors import TrainerError
 from fastpo.trainer.plot import plot, smooth
 from fastpo.trainer.rundir import RunLog, read_metrics
 
 METRICS = dict.fromkeys(SHOWN, 0.5)
+
+
+def state(step):
+    return dict.fromkeys(checkpoint.KEYS) | {"step": step}
 
 
 class Weights:
@@ -28,27 +32,29 @@ class Weights:
 
 
 def test_a_checkpoint_replaces_the_last_one_as_a_whole(tmp_path):
-    checkpoint.save(tmp_path, Weights("first"), {"step": 1})
-    checkpoint.save(tmp_path, Weights("second"), {"step": 2})
+    checkpoint.save(tmp_path, Weights("first"), state(1))
+    checkpoint.save(tmp_path, Weights("second"), state(2))
     found = checkpoint.find(tmp_path)
     assert (found / "model").read_text() == "second"
-    assert checkpoint.load_state(found) == {"step": 2}
+    assert checkpoint.load_state(found) == state(2)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 
-def test_a_failure_while_saving_leaves_the_last_checkpoint(tmp_path, monkeypatch):
-    checkpoint.save(tmp_path, Weights("first"), {"step": 1})
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="No space left"):
-        checkpoint.save(tmp_path, Weights("second"), {"step": 2})
-    monkeypatch.undo()
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
+    """A limit on the size of files stands in for the disk: torch reports neither as an OSError."""
+    checkpoint.save(tmp_path, Weights("first"), state(1))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(TrainerError, match=r"cannot write checkpoint .* is intact") as caught:
+            checkpoint.save(tmp_path, Weights("second"), state(2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
     found = checkpoint.find(tmp_path)
     assert (found / "model").read_text() == "first" and checkpoint.load_state(found)["step"] == 1
-    checkpoint.save(tmp_path, Weights("third"), {"step": 3})
+    checkpoint.save(tmp_path, Weights("third"), state(3))
     assert (checkpoint.find(tmp_path) / "model").read_text() == "third"
 
 
@@ -91,8 +97,7 @@ def test_metrics_are_json_even_when_a_number_is_not_finite(tmp_path):
 def test_a_line_cut_off_by_a_crash_is_dropped_on_resume(tmp_path):
     lines = [json.dumps({"step": step}) + "\n" for step in (1, 2, 3)]
     (tmp_path / "metrics.jsonl").write_text("".join(lines) + '{"step": 4, "rew')
-    with pytest.raises(RecipeError, match="damaged"):
-        read_metrics(tmp_path)
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]  # a run may be writing it
     RunLog(tmp_path, tensorboard=False, resume_at=2).close()
     assert read_metrics(tmp_path) == [{"step": 1}, {"step": 2}]
 

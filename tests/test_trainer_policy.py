@@ -128,5 +128,5 @@ def test_missing_models_and_missing_weights_are_one_line(tmp_path):
 def test_what_cannot_be_built_is_said():
     with pytest.raises(RecipeError, match=r"model\.path"):
         make_policy(ModelConfig(), CPU, alphabet=None, stop=None)
-    with pytest.raises(RecipeError, match=r"multiple of model\.heads = 3"):
+    with pytest.raises(RecipeError, match=r"multiple of twice model\.heads = 3"):
         make_policy(ModelConfig(heads=3), CPU, alphabet="ab", stop=None)

@@ -18,6 +18,19 @@ from fastpo.trainer.tasks import (
     parse_integer,
 )
 
+OWN_TASK = """
+class Half:
+    alphabet, stop = "yes?", None
+    def problem(self, rng): pass
+
+class Yes(Half):
+    def __init__(self, n=1): self.n = n
+    def reward(self, problem, completion): return 1.0
+
+class Rude:
+    def __init__(self): {}["nothing"]
+"""
+
 
 def test_sort_accepts_the_sorted_digits_and_nothing_else():
     task = SortDigits(digits=4)
@@ -64,14 +77,20 @@ def test_too_few_different_problems_is_an_error_and_no_endless_loop():
 
 
 def test_a_task_of_the_users_own_is_imported_from_the_working_directory(tmp_path, monkeypatch):
-    (tmp_path / "my_own_task.py").write_text(
-        "class Yes:\n    alphabet, stop = 'yes?', None\n    def __init__(self, n=1): self.n = n\n"
-    )
+    (tmp_path / "my_own_task.py").write_text(OWN_TASK)
+    (tmp_path / "my_broken_task.py").write_text("class Yes\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
     assert load_task("my_own_task:Yes", {"n": 3}).n == 3
-    with pytest.raises(RecipeError, match="cannot import task 'my_own_task:No'"):
-        load_task("my_own_task:No", {})
+    for name, reason in (
+        ("my_own_task:No", "cannot import task 'my_own_task:No': AttributeError"),
+        ("my_own_task:Half", "a Half without reward"),
+        ("my_own_task:Rude", "KeyError: 'nothing'"),
+        ("my_broken_task:Yes", "SyntaxError"),
+    ):
+        with pytest.raises(RecipeError, match=reason) as caught:
+            load_task(name, {})
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -103,12 +122,29 @@ def test_a_hanging_verifier_is_stopped_and_named(monkeypatch):
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
-def test_a_raising_verifier_is_named_with_the_completion():
+@pytest.mark.parametrize(
+    ("broken", "kind"),
+    [(lambda: 1 / 0, "ZeroDivisionError"), (sys.exit, "SystemExit"), (lambda: None, "TypeError")],
+)
+def test_a_raising_verifier_is_named_with_the_completion(broken, kind):
     class Broken(SortDigits):
         def reward(self, problem, completion):
-            return 1 / 0
+            return broken()
 
     with pytest.raises(TrainerError) as caught:
         judge(Broken(), Problem("12=", "12"), "21")
-    for part in ("Broken.reward", "ZeroDivisionError", "'12='", "'21'"):
+    for part in ("Broken.reward", kind, "'12='", "'21'"):
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("made", "reason"),
+    [(lambda: {}["sum"], "raised KeyError: 'sum'"), (lambda: "12=", "returned '12='")],
+)
+def test_a_task_that_makes_no_problems_is_named(made, reason):
+    class Broken(SortDigits):
+        def problem(self, rng):
+            return made()
+
+    with pytest.raises(TrainerError, match=rf"Broken\.problem {reason}"):
+        next(ProblemStream(Broken(), "train"))

@@ -13,19 +13,25 @@ from fastpo.trainer.experience import Sample
 from fastpo.trainer.policy import make_policy
 from fastpo.trainer.rollout import Completion, sample
 from fastpo.trainer.tasks import Problem
-from fastpo.trainer.update import Learner, MicroBatch, Sums, by_token_budget
+from fastpo.trainer.update import Learner, MicroBatch, Sums, by_token_budget, rate_factor
 from fastpo.trainer.warmup import reference_sample
 
 CPU = torch.device("cpu")
 PROMPTS = [[3, 4, 5], [6], [7, 8, 9, 10, 11]]
 
 
-def make(seed=0, temperature=0.8, objective=None, **optim):
+def make(seed=0, temperature=0.8, objective=None, total_updates=0, **optim):
     torch.manual_seed(seed)
     policy = make_policy(
         ModelConfig(hidden_size=32, layers=1, heads=2), CPU, alphabet="0123456789=", stop=None
     )
-    return Learner(policy, OptimConfig(**optim), objective or fastpo.dapo(), temperature)
+    return Learner(
+        policy,
+        OptimConfig(**optim),
+        objective or fastpo.dapo(),
+        temperature,
+        total_updates=total_updates,
+    )
 
 
 def samples_of(policy, *, temperature=0.8, advantages=None):
@@ -205,13 +211,37 @@ def test_warm_up_is_maximum_likelihood_end_token_included():
     torch.testing.assert_close(gradient, expected, atol=1e-6, rtol=1e-4)
 
 
-def test_learning_rate_rises_linearly_then_stays():
-    learner = make(learning_rate=1.0, warmup_steps=4)
-    rates = []
-    for updates in range(6):
-        learner.updates = updates
-        rates.append(learner.learning_rate)
-    assert rates == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+@pytest.mark.parametrize(
+    ("decay", "expected"),
+    [
+        ("none", [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        ("linear", [0.25, 0.5, 0.75, 1.0, 1.0, 0.75, 0.5, 0.25]),
+        ("cosine", [0.25, 0.5, 0.75, 1.0, 1.0, (1 + 0.5**0.5) / 2, 0.5, (1 - 0.5**0.5) / 2]),
+    ],
+)
+def test_learning_rate_rises_linearly_then_stays_or_falls(decay, expected):
+    config = OptimConfig(warmup_steps=4, decay=decay)
+    assert [rate_factor(config, 8, n) for n in range(8)] == pytest.approx(expected)
+    assert rate_factor(config, 8, 8) == pytest.approx(float(decay == "none"))
+
+
+def test_the_optimizer_follows_the_schedule_also_after_a_checkpoint():
+    """A loaded learner has the moments and the count, but its own recipe's rate, decay, betas."""
+    learner = make(learning_rate=1e-2, decay="linear", total_updates=4)
+    samples = samples_of(learner.policy)
+    used = []
+    for _ in range(2):
+        learner.update(samples, Sums(), on_policy=True)
+        used.append(learner.optimizer.param_groups[0]["lr"])
+    assert used == pytest.approx([0.75e-2, 0.5e-2])  # of the next update
+    longer = make(learning_rate=4e-2, decay="linear", weight_decay=0.1, total_updates=8)
+    longer.load_state_dict(learner.state_dict())
+    group = longer.optimizer.param_groups[0]
+    assert longer.updates == 2 and group["weight_decay"] == 0.1
+    assert longer.learning_rate == group["lr"] == pytest.approx(3e-2)
+    moments = longer.optimizer.state[longer.parameters[0]]["exp_avg"]
+    expected = learner.optimizer.state[learner.parameters[0]]["exp_avg"]
+    assert torch.equal(moments, expected) and moments.any()
 
 
 def test_micro_batches_keep_to_the_budget_and_lose_nothing():

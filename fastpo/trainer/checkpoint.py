@@ -18,6 +18,10 @@ from fastpo.trainer.policy import Policy
 
 NAME = "checkpoint"
 STATE = "trainer_state.pt"
+KEYS = {
+    *("step", "num_tokens", "seconds", "before", "learner"),
+    *("problems", "generator", "order"),  # random states
+}
 
 
 def save(run_dir: Path, policy: Policy, state: dict[str, Any]) -> Path:
@@ -28,9 +32,16 @@ def save(run_dir: Path, policy: Policy, state: dict[str, Any]) -> Path:
     """
     target, fresh, old = run_dir / NAME, run_dir / f"{NAME}.new", run_dir / f"{NAME}.old"
     shutil.rmtree(fresh, ignore_errors=True)
-    policy.save(fresh)
-    torch.save(state, fresh / STATE)
-    _flush(fresh)
+    try:
+        policy.save(fresh)
+        torch.save(state, fresh / STATE)
+        _flush(fresh)
+    except Exception as error:  # torch and safetensors have their own kinds for a full disk
+        shutil.rmtree(fresh, ignore_errors=True)
+        reason = str(error).strip().split("\n")[0][:200]
+        raise TrainerError(
+            f"cannot write checkpoint {target} ({reason}); the last one, if any, is intact"
+        ) from error
     if target.exists():
         shutil.rmtree(old, ignore_errors=True)
         target.rename(old)
@@ -59,10 +70,11 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
     """The trainer's state of a checkpoint.
 
     Raises:
-        TrainerError: missing, truncated, or holding anything but tensors and plain values.
+        TrainerError: missing, truncated, of another version, or holding anything but tensors and
+            plain values.
     """
     try:
-        return torch.load(checkpoint / STATE, weights_only=True)
+        state = torch.load(checkpoint / STATE, weights_only=True)
     except FileNotFoundError:
         raise TrainerError(
             f"{checkpoint} has no {STATE}: it is a model, not a run to resume"
@@ -73,6 +85,12 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
             f"checkpoint {checkpoint / STATE} is damaged ({reason}): restore it, or train anew in "
             "another run_dir"
         ) from error
+    if not isinstance(state, dict) or set(state) != KEYS:
+        raise TrainerError(
+            f"checkpoint {checkpoint / STATE} was written by another version of fastpo: train anew "
+            "in another run_dir, with model.path set to the checkpoint if you want its weights"
+        )
+    return state
 
 
 def _flush(directory: Path) -> None:

@@ -1,7 +1,7 @@
 """Every setting of a run, as dataclasses: recipes are these in TOML, overrides are `key=value`.
 
 Pydantic checks names, types and bounds. The docstring under a field is its help text
-(`fastpo train --help`). Lengths are in tokens, learning rates per optimizer update.
+(`fastpo settings`). Lengths are in tokens, learning rates per optimizer update.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import field
 from functools import partial
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Le, Lt
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
@@ -20,6 +20,8 @@ Count = Annotated[int, Ge(1)]
 Index = Annotated[int, Ge(0)]
 Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
+Rate = Annotated[float, Gt(0), Le(10)]  # of learning: more is a mistake
+Share = Annotated[float, Ge(0), Lt(1)]
 
 
 @section()
@@ -33,7 +35,7 @@ class ModelConfig:
     attention: str | None = None
     """HF `attn_implementation`; none = flash_attention_2 on GPU if installed, else sdpa."""
     hidden_size: Count = 128
-    """Width of the built model; a multiple of `heads`."""
+    """Width of the built model; a multiple of twice `heads`."""
     layers: Count = 2
     """Decoder layers of the built model."""
     heads: Count = 4
@@ -52,7 +54,7 @@ class WarmupConfig:
     """Updates between two such checks (256 problems each)."""
     batch_size: Count = 64
     """Problems per update."""
-    learning_rate: Positive = 1e-3
+    learning_rate: Rate = 1e-3
     """AdamW, constant."""
 
 
@@ -104,15 +106,17 @@ class AlgorithmConfig:
 class OptimConfig:
     """AdamW and how a batch becomes updates."""
 
-    learning_rate: Positive = 1e-6
+    learning_rate: Rate = 1e-6
     """Peak learning rate."""
     warmup_steps: Index = 0
     """Updates over which the learning rate rises linearly from 0."""
+    decay: Literal["none", "linear", "cosine"] = "none"
+    """Its way to 0 at the end of `steps`; resuming with more steps goes on on the longer curve."""
     weight_decay: NonNegative = 0.0
     """Decoupled weight decay."""
-    beta1: NonNegative = 0.9
+    beta1: Share = 0.9
     """Decay of the first moment."""
-    beta2: NonNegative = 0.95
+    beta2: Share = 0.95
     """Decay of the second moment."""
     max_grad_norm: Positive = 1.0
     """Gradients are clipped to this norm."""
@@ -166,7 +170,7 @@ class Config:
     """Where everything is written; {task} and {seed} are filled in."""
     existing: Literal["refuse", "move_aside"] = "refuse"
     """If run_dir exists: stop, or rename the old one to run_dir.1, .2, ..."""
-    seed: Index = 0
+    seed: Annotated[int, Ge(0), Lt(2**63)] = 0
     """Seeds weights, problems and sampling."""
     steps: Index = 100
     """Rollout batches to train on."""

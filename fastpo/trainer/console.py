@@ -8,6 +8,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.text import Text
 
+from fastpo.trainer.errors import TrainerError
+
 SHOWN = {
     "reward": ("reward", "{:.2f}"),
     "accuracy": ("acc", "{:.2f}"),
@@ -16,6 +18,15 @@ SHOWN = {
     "clip_ratio/region_mean": ("clip", "{:.1%}"),
     "groups_kept": ("groups kept", "{:.0%}"),
 }
+
+
+class Output(Console):
+    """A console whose reader may go away (`| head`): an error like any other, not an exit."""
+
+    def on_broken_pipe(self) -> None:
+        """Stop the run, which saves a checkpoint."""
+        self.quiet = True
+        raise TrainerError("the reader of the output has gone")
 
 
 class Display:
@@ -28,10 +39,11 @@ class Display:
         self._bar = Progress("step", MofNCompleteColumn(), BarColumn(None), TimeRemainingColumn())
         self._task = self._bar.add_task("train", total=steps, completed=start)
         self._numbers = Text()
+        self._animated = console.is_terminal and not console.is_dumb_terminal
         self._live = Live(Group(self._bar, self._numbers), console=console, refresh_per_second=4)
 
     def __enter__(self) -> Display:
-        if self.console.is_terminal:
+        if self._animated:
             self._live.start()
         return self
 
@@ -47,5 +59,5 @@ class Display:
         shown = (f"{name} {form.format(metrics[key])}" for key, (name, form) in SHOWN.items())
         self._numbers.plain = "  ".join(shown)
         self._bar.update(self._task, completed=step)
-        if not self.console.is_terminal and (step % self.print_every == 0 or step == self.steps):
+        if not self._animated and (step % self.print_every == 0 or step == self.steps):
             self.say(f"step {step}/{self.steps}  {self._numbers.plain}")

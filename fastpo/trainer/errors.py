@@ -16,7 +16,7 @@ class RecipeError(TrainerError):
 
 
 class Interrupted(TrainerError):
-    """Ctrl-C or SIGTERM, after the checkpoint was saved. Exit code 128 + signal number."""
+    """A signal asked to stop, and the checkpoint was saved. Exit code 128 + signal number."""
 
     def __init__(self, message: str, signal_number: int):
         super().__init__(message)

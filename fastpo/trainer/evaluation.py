@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -10,6 +11,7 @@ import torch
 
 from fastpo.trainer import checkpoint, recipe, rundir
 from fastpo.trainer.config import Config, RolloutConfig
+from fastpo.trainer.errors import TrainerError
 from fastpo.trainer.policy import (
     Policy,
     default_device,
@@ -35,7 +37,7 @@ class Answer(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """What an evaluation found; means over all completions."""
+    """What an evaluation found; means over all completions, but for rewards that are not finite."""
 
     accuracy: float  # share with reward 1
     reward: float  # the task's own, without length penalty
@@ -68,11 +70,13 @@ def evaluate(
         problem = problems[index // samples]
         text = policy.decode(completion.tokens)
         answers.append(Answer(problem, text, judge(task, problem, text)))
-    count = len(answers)
+    judged = [answer for answer in answers if math.isfinite(answer.reward)]
+    if not judged:
+        raise TrainerError("no reward of an evaluation is a finite number: check the task's reward")
     return Evaluation(
-        accuracy=sum(answer.correct for answer in answers) / count,
-        reward=sum(answer.reward for answer in answers) / count,
-        mean_length=sum(len(completion.tokens) for completion in completions) / count,
+        accuracy=sum(answer.correct for answer in judged) / len(judged),
+        reward=sum(answer.reward for answer in judged) / len(judged),
+        mean_length=sum(len(completion.tokens) for completion in completions) / len(completions),
         answers=answers,
     )
 

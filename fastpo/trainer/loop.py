@@ -12,10 +12,10 @@ from rich.console import Console
 from fastpo.trainer import checkpoint, console, report, rundir
 from fastpo.trainer.algorithm import resolve
 from fastpo.trainer.config import Config
-from fastpo.trainer.errors import Interrupted, TrainerError
+from fastpo.trainer.errors import Interrupted, RecipeError, TrainerError
 from fastpo.trainer.evaluation import evaluate_held_out
 from fastpo.trainer.experience import Batch, collect
-from fastpo.trainer.interrupt import StopRequest
+from fastpo.trainer.interrupt import StopRequest, terminable
 from fastpo.trainer.metrics import rollout_metrics, update_metrics
 from fastpo.trainer.plot import plot
 from fastpo.trainer.policy import (
@@ -44,13 +44,13 @@ def train(
     Raises:
         TrainerError: see its subclasses; what was written so far stays.
     """
-    out = out or Console(highlight=False)
-    trainer = Trainer(config, resume=resume, out=out)
-    try:
-        trainer.run()
-        return trainer.finish(command)
-    finally:
-        trainer.log.close()
+    with terminable():
+        trainer = Trainer(config, resume=resume, out=out or console.Output(highlight=False))
+        try:
+            trainer.run()
+            return trainer.finish(command)
+        finally:
+            trainer.log.close()
 
 
 class Trainer:
@@ -90,12 +90,16 @@ class Trainer:
     def _resume(self) -> None:
         self.dir = rundir.path_of(self.config)
         saved = checkpoint.find(self.dir)
+        changed = rundir.check_resumable(self.dir, self.config)
         state = checkpoint.load_state(saved)
-        if state["step"] >= self.config.steps:
+        left = self.config.steps - state["step"]
+        if left < 0 or (left == 0 and report.is_complete(self.dir, self.config.steps)):
             raise TrainerError(
                 f"{self.dir} is at step {state['step']} of {self.config.steps}: nothing to do, "
                 "raise steps to train longer"
             )
+        if changed:
+            self.out.print(f"Changed since the run began: {', '.join(changed)}", markup=False)
         self.policy = load_policy(saved, self.config.model, self.device, stop=self.task.stop)
         self.step = state["step"]
         self.learner = self._make_learner()
@@ -119,9 +123,16 @@ class Trainer:
             ) as display,
             StopRequest() as stop,
         ):
-            while self.step < self.config.steps:
-                self._train_step(display)
-                self._after_step(display, stop)
+            while self.step < self.config.steps and stop.signal_number is None:
+                self._advance(display)
+                if self._is_due(self.config.checkpoint_every) or self.step == self.config.steps:
+                    self.save()
+        if self.step < self.config.steps:
+            raise Interrupted(
+                f"stopped at step {self.step}; checkpoint saved in {self.save()}: the same command "
+                "with --resume goes on from there",
+                stop.signal_number,
+            )
 
     def _headline(self) -> str:
         rollout, model = self.config.rollout, self.policy.model
@@ -132,9 +143,31 @@ class Trainer:
             f"{rollout.group_size} completions. Everything goes to {self.dir}"
         )
 
+    def _advance(self, display: console.Display) -> None:
+        """One step and the evaluation that may be due; whatever fails, steps done are kept."""
+        try:
+            self._train_step(display)
+            if self._is_due(self.config.eval.every) and self.step < self.config.steps:
+                accuracy = self._evaluate()["accuracy"]
+                display.say(f"step {self.step}: held-out accuracy {accuracy:.3f}")
+        except Exception:
+            if self.step:
+                self.save()
+            raise
+
+    def _is_due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
+
     def _train_step(self, display: console.Display) -> None:
         started = time.monotonic()
-        batch = self._collect()
+        batch = collect(
+            self.policy,
+            self.task,
+            self.problems,
+            self.config.rollout,
+            self.algorithm,
+            self.generator,
+        )
         learning_rate = self.learner.learning_rate
         sums = self.learner.learn(batch.samples, self.order).read()
         self.step += 1
@@ -148,35 +181,6 @@ class Trainer:
         self.log.metrics(self.step, metrics)
         self._log_samples(batch)
         display.step(self.step, metrics)
-
-    def _collect(self) -> Batch:
-        try:
-            return collect(
-                self.policy,
-                self.task,
-                self.problems,
-                self.config.rollout,
-                self.algorithm,
-                self.generator,
-            )
-        except TrainerError:
-            if self.step:  # the policy is as good as the last step left it
-                self.save()
-            raise
-
-    def _after_step(self, display: console.Display, stop: StopRequest) -> None:
-        every, last = self.config.eval.every, self.step == self.config.steps
-        if every and self.step % every == 0 and not last:
-            display.say(f"step {self.step}: held-out accuracy {self._evaluate()['accuracy']:.3f}")
-        if stop.signal_number is not None and not last:
-            raise Interrupted(
-                f"stopped at step {self.step}; checkpoint saved in {self.save()}: the same command "
-                "with --resume goes on from there",
-                stop.signal_number,
-            )
-        every = self.config.checkpoint_every
-        if last or (every and self.step % every == 0):
-            self.save()
 
     def finish(self, command: str) -> dict[str, Any]:
         """Evaluate, write summary.json and curves.png, and report."""
@@ -198,14 +202,22 @@ class Trainer:
         return summary
 
     def save(self) -> Path:
-        """Write a checkpoint of this moment."""
+        """Write a checkpoint of this moment.
+
+        Raises:
+            TrainerError: the weights are not finite, or the disk is full; the last one stays.
+        """
+        if not all(parameter.isfinite().all() for parameter in self.learner.parameters):
+            raise TrainerError(
+                f"the policy's weights are not finite after step {self.step}, so no checkpoint of "
+                "them was written; lower optim.learning_rate"
+            )
         state = {
             "step": self.step,
             "num_tokens": self.num_tokens,
             "seconds": time.monotonic() - self._clock,
             "before": self.before,
-            "updates": self.learner.updates,
-            "optimizer": self.learner.optimizer.state_dict(),
+            "learner": self.learner.state_dict(),
             "problems": self.problems.rng.getstate(),
             "generator": self.generator.get_state(),
             "order": self.order.get_state(),
@@ -216,11 +228,13 @@ class Trainer:
         self.num_tokens, self.seconds, self.before = (
             state[name] for name in ("num_tokens", "seconds", "before")
         )
-        self.learner.updates = state["updates"]
-        self.learner.optimizer.load_state_dict(state["optimizer"])
-        self.problems.rng.setstate(state["problems"])
-        self.generator.set_state(state["generator"])
-        self.order.set_state(state["order"])
+        try:
+            self.learner.load_state_dict(state["learner"])
+            self.problems.rng.setstate(state["problems"])
+            self.generator.set_state(state["generator"])
+            self.order.set_state(state["order"])
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise TrainerError(f"the checkpoint in {self.dir} does not fit: {error}") from error
 
     def _warm_up(self) -> None:
         config = self.config.warmup
@@ -238,20 +252,27 @@ class Trainer:
         )
 
     def _make_learner(self) -> Learner:
+        optim = self.config.optim
         return Learner(
             self.policy,
-            self.config.optim,
+            optim,
             self.algorithm.objective,
             self.config.rollout.temperature,
             self._reference(),
+            total_updates=self.config.steps * optim.updates_per_batch * optim.epochs,
         )
 
     def _reference(self) -> Policy | None:
         if self.algorithm.objective.kl_coef == 0:
             return None
         directory = self.dir / REFERENCE
-        if self.step == 0 and not directory.exists():
+        if self.step == 0:
             self.policy.save(directory)
+        if not directory.exists():
+            raise RecipeError(
+                f"algorithm.kl_coef is {self.config.algorithm.kl_coef}, but the run began without "
+                "a KL penalty and kept no reference policy: set it to 0, or train anew"
+            )
         return load_policy(directory, self.config.model, self.device, stop=self.task.stop)
 
     def _evaluate(self) -> dict[str, Any]:

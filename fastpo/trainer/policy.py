@@ -95,12 +95,17 @@ def make_policy(
     if alphabet is None:
         raise RecipeError("this task needs a real tokenizer: set model.path")
     tokenizer = character_tokenizer(alphabet)
-    if config.hidden_size % config.heads:
+    if config.hidden_size % (2 * config.heads):  # rotary embeddings turn pairs of columns
         raise RecipeError(
-            f"model.hidden_size is {config.hidden_size}, expected a multiple of "
+            f"model.hidden_size is {config.hidden_size}, expected a multiple of twice "
             f"model.heads = {config.heads}"
         )
-    return _wrap(_small_llama(config, tokenizer), tokenizer, device, stop)
+    try:
+        model = _small_llama(config, tokenizer)
+    except Exception as error:  # transformers raises many kinds
+        reason = str(error).strip().split("\n")[0]
+        raise RecipeError(f"cannot build a model from these sizes: {reason}") from error
+    return _wrap(model, tokenizer, device, stop)
 
 
 def load_policy(
@@ -231,7 +236,9 @@ def default_device(name: str | None) -> torch.device:
     """
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=name).device
+        probe = torch.zeros(1, device=name)
+        probe.item()  # the device `meta` makes tensors, but holds nothing
+        return probe.device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).split("\n")[0]
         raise RecipeError(

@@ -9,6 +9,8 @@ import json
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, fields, is_dataclass
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,6 +66,12 @@ def dump(config: Config) -> str:
     tables = {key: values.pop(key) for key in list(values) if isinstance(values[key], dict)}
     blocks = [_table(values)] + [f"[{key}]\n{_table(table)}" for key, table in tables.items()]
     return "\n".join(blocks)
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Every value under its dotted key."""
+    values = asdict(config)
+    return {setting.key: reduce(getitem, setting.key.split("."), values) for setting in settings()}
 
 
 def settings(cls: type = Config, prefix: str = "") -> Iterator[Setting]:

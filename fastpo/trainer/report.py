@@ -59,6 +59,15 @@ def write_summary(
     return summary
 
 
+def is_complete(run_dir: Path, steps: int) -> bool:
+    """Whether the summary of a run of so many steps has been written."""
+    try:
+        summary = json.loads((run_dir / SUMMARY).read_text(encoding="utf-8"))
+        return summary["steps"] >= steps
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def show(
     out: Console, before: dict[str, Any], after: dict[str, Any], curves: Path, command: str
 ) -> None:

@@ -132,13 +132,10 @@ def left_pad(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Te
 def choose(logits: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Tokens (R,) and their fp32 log-probs (R,) from logits [R, V]; temperature 0 = greedy."""
     logprobs = (logits.float() / (temperature or 1.0)).log_softmax(-1)
+    if logprobs[:, 0].isnan().any():  # one NaN or inf makes its whole row NaN
+        raise TrainerError("the policy's logits are not finite; lower optim.learning_rate")
     if temperature == 0:
         tokens = logprobs.argmax(-1)
     else:
-        try:
-            tokens = torch.multinomial(logprobs.exp(), 1, generator=generator).squeeze(1)
-        except RuntimeError as error:
-            raise TrainerError(
-                f"the policy's logits are not finite ({error}); lower optim.learning_rate"
-            ) from error
+        tokens = torch.multinomial(logprobs.exp(), 1, generator=generator).squeeze(1)
     return tokens, logprobs.gather(1, tokens[:, None]).squeeze(1)

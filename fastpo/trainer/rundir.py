@@ -11,14 +11,20 @@ from fastpo.trainer import recipe
 from fastpo.trainer.config import Config
 from fastpo.trainer.errors import RecipeError
 
+FIXED = {
+    *("task", "task_args", "seed"),
+    *(f"model.{key}" for key in ("path", "dtype", "hidden_size", "layers", "heads")),
+    *(f"eval.{key}" for key in ("problems", "temperature", "samples")),  # before = after - rise
+}
 METRICS, SAMPLES, SUMMARY, CONFIG = "metrics.jsonl", "samples.jsonl", "summary.json", "config.toml"
 
 
 def path_of(config: Config) -> Path:
     """Where this run writes: `config.run_dir` with {task} and {seed} filled in."""
     try:
-        return Path(config.run_dir.format(task=config.task.replace(":", "."), seed=config.seed))
-    except (KeyError, IndexError, ValueError):
+        name = config.run_dir.format(task=config.task.replace(":", "."), seed=config.seed)
+        return Path(name).expanduser()
+    except (KeyError, IndexError, ValueError, AttributeError):
         raise RecipeError(
             f"run_dir is {config.run_dir!r}, expected no fields but {{task}} and {{seed}}"
         ) from None
@@ -37,10 +43,29 @@ def create(config: Config) -> Path:
                 f"{path} exists and is left as it is: choose another run_dir, go on with --resume, "
                 "or set existing=move_aside"
             )
+        if not (path / CONFIG).is_file():
+            raise RecipeError(f"{path} exists and holds no run: it is not moved aside")
         path.rename(_free_name(path))
     path.mkdir(parents=True)
     write_config(path, config)
     return path
+
+
+def check_resumable(path: Path, config: Config) -> list[str]:
+    """What differs between the recipe a run began with and `config`, as text.
+
+    Raises:
+        RecipeError: something differs that a run cannot change on its way.
+    """
+    before, now = recipe.flatten(recipe.load(path / CONFIG)), recipe.flatten(config)
+    changed = {key: f"{before[key]} -> {now[key]}" for key in now if before[key] != now[key]}
+    for key, change in changed.items():
+        if key in FIXED:
+            raise RecipeError(
+                f"a run cannot change {key} on its way ({change}): set it back, or train anew in "
+                "another run_dir"
+            )
+    return [f"{key} {change}" for key, change in changed.items()]
 
 
 def write_config(path: Path, config: Config) -> None:
@@ -64,7 +89,7 @@ class RunLog:
                 _drop_after(path / name, resume_at)
         self._metrics = (path / METRICS).open("a", encoding="utf-8")
         self._samples = (path / SAMPLES).open("a", encoding="utf-8")
-        self._events = _event_writer(path) if tensorboard else None
+        self._events = _event_writer(path, resume_at) if tensorboard else None
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Append one line; a number that is not finite is written as null."""
@@ -92,31 +117,44 @@ class RunLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl.
+    """The lines of a run's metrics.jsonl; one still being written, or cut off, is left out.
 
     Raises:
-        RecipeError: no such file, or a line that is not JSON.
+        RecipeError: no such file, or a line that is not one of ours.
     """
-    file = path / METRICS
+    return [values for _, values in _lines(path / METRICS)]
+
+
+def _lines(file: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Every whole line and what it says."""
     try:
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+        found = [(line, json.loads(line)) for line in lines if line.endswith("\n")]
+        if all(isinstance(values["step"], int) for _, values in found):
+            return found
+        reason = "a step is no integer"
     except OSError as error:
         raise RecipeError(f"cannot read {file}: {error.strerror}") from None
-    except json.JSONDecodeError as error:
-        raise RecipeError(f"{file} is damaged: {error}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        reason = str(error)
+    raise RecipeError(f"{file} is damaged: {reason}")
 
 
 def _drop_after(file: Path, step: int) -> None:
     """Drop lines of steps that the checkpoint does not know: resuming does them again."""
     if file.exists():
-        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        file.write_text("".join(kept), encoding="utf-8")
+        kept = file.with_name(f"{file.name}.new")
+        kept.write_text(
+            "".join(line for line, values in _lines(file) if values["step"] <= step),
+            encoding="utf-8",
+        )
+        kept.replace(file)  # never a moment without the steps that stay
 
 
-def _event_writer(path: Path) -> Any:
+def _event_writer(path: Path, resume_at: int | None) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(path / "tensorboard")
+    purge = None if resume_at is None else resume_at + 1
+    return SummaryWriter(path / "tensorboard", purge_step=purge)

@@ -16,6 +16,7 @@ from fastpo.trainer.errors import RecipeError, TrainerError
 from fastpo.trainer.interrupt import time_limit
 
 VERIFIER_SECONDS = 10.0
+TASK_PARTS = ("alphabet", "stop", "problem", "reward")
 
 
 class Problem(NamedTuple):
@@ -85,9 +86,18 @@ def load_task(name: str, arguments: dict[str, Any]) -> Task:
     """
     factory = TASKS.get(name) or _import_attribute(name)
     try:
-        return factory(**arguments)
-    except (TypeError, ValueError) as error:
-        raise RecipeError(f"task {name!r} does not take task_args {arguments}: {error}") from None
+        task = factory(**arguments)
+    except Exception as error:
+        raise RecipeError(
+            f"task {name!r} does not take task_args {arguments}: {_describe(error)}"
+        ) from error
+    lacking = [part for part in TASK_PARTS if not hasattr(task, part)]
+    if lacking:
+        raise RecipeError(
+            f"task {name!r} gives a {type(task).__name__} without {', '.join(lacking)}; a task has "
+            f"{', '.join(TASK_PARTS)}"
+        )
+    return task
 
 
 def _import_attribute(name: str) -> Any:
@@ -99,8 +109,8 @@ def _import_attribute(name: str) -> Any:
         sys.path.insert(0, "")
     try:
         return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise RecipeError(f"cannot import task {name!r}: {error}") from None
+    except Exception as error:  # whatever the user's module raises
+        raise RecipeError(f"cannot import task {name!r}: {_describe(error)}") from error
 
 
 def judge(task: Task, problem: Problem, completion: str) -> float:
@@ -108,11 +118,16 @@ def judge(task: Task, problem: Problem, completion: str) -> float:
     try:
         with time_limit(VERIFIER_SECONDS):
             return float(task.reward(problem, completion))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise TrainerError(
-            f"{type(task).__name__}.reward raised {type(error).__name__}: {error}, for prompt "
+            f"{type(task).__name__}.reward raised {_describe(error)}, for prompt "
             f"{problem.prompt!r} and completion {completion!r}; a verifier must judge any text"
         ) from error
+
+
+def _describe(error: BaseException) -> str:
+    """`KeyError: 'sum'`, on one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 class ProblemStream:
@@ -130,13 +145,26 @@ class ProblemStream:
 
     def __next__(self) -> Problem:
         for _ in range(self.MAX_TRIES):
-            problem = self.task.problem(self.rng)
+            problem = self._draw()
             if problem.prompt not in self.exclude:
                 return problem
         raise TrainerError(
             f"{type(self.task).__name__} makes too few different prompts: {self.MAX_TRIES} in a "
             f"row were among {len(self.exclude)} held-out ones; lower eval.problems"
         )
+
+    def _draw(self) -> Problem:
+        try:
+            problem = self.task.problem(self.rng)
+        except Exception as error:
+            name = type(self.task).__name__
+            raise TrainerError(f"{name}.problem raised {_describe(error)}") from error
+        if not isinstance(problem, Problem):
+            raise TrainerError(
+                f"{type(self.task).__name__}.problem returned {problem!r}, expected a "
+                "fastpo.trainer.Problem"
+            )
+        return problem
 
     def take(self, count: int) -> list[Problem]:
         """The next `count` problems."""

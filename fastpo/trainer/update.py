@@ -7,12 +7,16 @@ loss. Clipping begins with the second update on one batch (`updates_per_batch`, 
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 import fastpo
 from fastpo.trainer.config import OptimConfig
@@ -95,13 +99,13 @@ class Learner:
         objective: fastpo.Objective,
         temperature: float,
         reference: Policy | None = None,
+        total_updates: int = 0,  # of the run: where a decay of the learning rate ends
     ):
         self.policy = policy
         self.config = config
         self.objective = objective
         self.temperature = temperature
         self.reference = reference
-        self.updates = 0
         self.parameters = [p for p in policy.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.parameters,
@@ -109,6 +113,30 @@ class Learner:
             betas=(config.beta1, config.beta2),
             weight_decay=config.weight_decay,
         )
+        self.factor = partial(rate_factor, config, total_updates)
+        self.schedule = LambdaLR(self.optimizer, self.factor)
+
+    @property
+    def updates(self) -> int:
+        """Optimizer updates made."""
+        return self.schedule.last_epoch
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate of the next update."""
+        return self.schedule.get_last_lr()[0]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the learner."""
+        return {"optimizer": self.optimizer.state_dict(), "updates": self.updates}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take a checkpoint's moments and update count, and keep this recipe's numbers."""
+        own = [dict(group, params=None) for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group, settings in zip(self.optimizer.param_groups, own, strict=True):
+            group.update(settings, params=group["params"])
+        self.schedule = LambdaLR(self.optimizer, self.factor, last_epoch=state["updates"] - 1)
 
     def learn(self, samples: list[Sample], generator: torch.Generator) -> Sums:
         """`epochs` passes of `updates_per_batch` updates over one batch of samples."""
@@ -152,20 +180,9 @@ class Learner:
                 f"loss {loss.item():.4g}, gradient norm {norm.item():.4g}: not finite, no update "
                 "was made; lower optim.learning_rate, or look for infinite rewards or log-probs"
             )
-        self._set_learning_rate()
         self.optimizer.step()
-        self.updates += 1
+        self.schedule.step()
         sums.add({"loss": loss, "grad_norm": norm, "updates": 1})
-
-    @property
-    def learning_rate(self) -> float:
-        """The rate of the next update: linear from 0 over `warmup_steps` updates, then constant."""
-        warm = self.config.warmup_steps
-        return self.config.learning_rate * min(1.0, (self.updates + 1) / max(warm, 1))
-
-    def _set_learning_rate(self) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate
 
     def _micro_batches(self, samples: list[Sample]) -> Iterator[tuple[list[Sample], MicroBatch]]:
         packed = self.policy.packs if self.config.packing is None else self.config.packing
@@ -202,6 +219,15 @@ class Learner:
             temperature=self.temperature,
             **policy.head(),
         ).logprobs
+
+
+def rate_factor(config: OptimConfig, total: int, update: int) -> float:
+    """Share of the peak learning rate at `update` (from 0) of `total`: warm-up, then decay."""
+    warm = config.warmup_steps
+    if update < warm:
+        return (update + 1) / warm
+    left = max(0.0, (total - update) / max(total - warm, 1))
+    return {"none": 1.0, "linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}[config.decay]
 
 
 def by_token_budget(
