@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import torch
@@ -9,6 +11,10 @@ from torch import Tensor
 
 from fastpo import _extension
 
+_REWARD_DTYPES = (
+    *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+)
 ESTIMATORS = ("grpo", "dr_grpo", "rloo", "opo", "passk", "reinforce_pp")
 
 
@@ -49,18 +55,20 @@ def group_advantages(
     not over tokens. Nothing here waits for the device.
 
     Args:
-        rewards: (B,) bool, integer or floating. The arithmetic is fp64, whatever the dtype.
+        rewards: (B,) bool, integer (uint8 or signed) or floating. The arithmetic is fp64, whatever
+            the dtype.
         group_size: groups are consecutive runs of this many completions. Or else:
         group_ids: (B,) any integers; equal ids are one group, in any order and of any size.
         estimator: one of the above.
         eps: added to the standard deviation.
-        lengths: (B,) completion lengths in tokens; `opo` only.
+        lengths: (B,) completion lengths in tokens, integer or floating; `opo` only.
 
     Raises:
         ValueError: not exactly one of `group_size` and `group_ids`, wrong shapes or devices, a
-            group size that does not divide B, an unknown estimator, a negative `eps`, or `lengths`
-            where they have no meaning.
-        TypeError: complex rewards, or ids that are not integers.
+            group size that does not divide B, an unknown estimator, an `eps` that is negative or
+            not finite, or `lengths` where they have no meaning or, on CPU, below 0 or not finite.
+        TypeError: no tensor where one is expected, complex rewards, ids that are not integers, a
+            mask as lengths, a `group_size` or an `eps` that is no number.
     """
     _check_numbers(rewards, estimator, eps)
     _check_groups(rewards, group_size, group_ids)
@@ -193,18 +201,31 @@ class _Groups:
         return (held > 0).sum()
 
 
+def _check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"{name} are {type(value).__name__}, expected a (B,) tensor; use torch.tensor(...)"
+        )
+
+
 def _check_numbers(rewards: Tensor, estimator: str, eps: float) -> None:
+    _check_tensor("rewards", rewards)
     if rewards.dim() != 1:
         raise ValueError(
             f"rewards have shape {tuple(rewards.shape)}, expected (B,): one reward per completion; "
             "sum token rewards over the tokens, or flatten a [prompts, group] matrix"
         )
-    if rewards.is_complex():
-        raise TypeError(f"rewards are {rewards.dtype}, expected bool, integers or floating point")
+    if rewards.dtype not in _REWARD_DTYPES:
+        raise TypeError(
+            f"rewards are {rewards.dtype}, expected bool, uint8, signed integers or float16 to "
+            "float64; use .float()"
+        )
     if estimator not in ESTIMATORS:
         raise ValueError(f"estimator is {estimator!r}, expected one of {', '.join(ESTIMATORS)}")
-    if not eps >= 0:
-        raise ValueError(f"eps is {eps}, expected a number >= 0")
+    if isinstance(eps, bool) or not isinstance(eps, Real):
+        raise TypeError(f"eps is {type(eps).__name__}, expected a number >= 0")
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"eps is {eps}, expected a finite number >= 0")
 
 
 def _check_groups(rewards: Tensor, group_size: int | None, group_ids: Tensor | None) -> None:
@@ -214,12 +235,15 @@ def _check_groups(rewards: Tensor, group_size: int | None, group_ids: Tensor | N
             f"got {given} of group_size and group_ids, expected exactly one; drop or add one"
         )
     if group_ids is None:
+        if isinstance(group_size, bool) or not isinstance(group_size, Integral):
+            raise TypeError(f"group_size is {type(group_size).__name__}, expected an int")
         if group_size < 1 or rewards.numel() % group_size:
             raise ValueError(
                 f"group_size is {group_size}, expected a positive divisor of the {rewards.numel()} "
                 "rewards; for groups of different sizes pass group_ids"
             )
         return
+    _check_tensor("group_ids", group_ids)
     if group_ids.dtype.is_floating_point or group_ids.is_complex() or group_ids.dtype == torch.bool:
         raise TypeError(f"group_ids are {group_ids.dtype}, expected integers; use .long()")
     _check_like_rewards("group_ids", group_ids, rewards)
@@ -232,7 +256,12 @@ def _check_lengths(rewards: Tensor, estimator: str, lengths: Tensor | None) -> N
         raise ValueError(
             f"got lengths for estimator={estimator!r}, expected them for 'opo' only; leave them out"
         )
+    _check_tensor("lengths", lengths)
+    if lengths.dtype == torch.bool or lengths.is_complex():
+        raise TypeError(f"lengths are {lengths.dtype}, expected token counts; sum a mask first")
     _check_like_rewards("lengths", lengths, rewards)
+    if lengths.device.type == "cpu" and not ((lengths >= 0) & lengths.isfinite()).all():
+        raise ValueError("lengths hold a number below 0 or not finite, expected token counts")
 
 
 def _check_like_rewards(name: str, tensor: Tensor, rewards: Tensor) -> None:

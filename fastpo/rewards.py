@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Real
+
 import torch
 from torch import Tensor
 
@@ -23,12 +25,19 @@ def overlong_penalty(lengths: Tensor, *, max_length: int, cache_length: int) -> 
 
     Raises:
         ValueError: `cache_length` is not in 1 ... `max_length`.
-        TypeError: `lengths` is boolean (a mask?) or complex.
+        TypeError: `lengths` is no tensor, boolean (a mask?) or complex; a bound is no number.
     """
+    for name, bound in (("max_length", max_length), ("cache_length", cache_length)):
+        if isinstance(bound, bool) or not isinstance(bound, Real):
+            raise TypeError(f"{name} is {type(bound).__name__}, expected a number of tokens")
     if not 0 < cache_length <= max_length:
         raise ValueError(
             f"cache_length is {cache_length} and max_length {max_length}, expected "
             "0 < cache_length <= max_length; for no penalty, do not call this"
+        )
+    if not isinstance(lengths, Tensor):
+        raise TypeError(
+            f"lengths are {type(lengths).__name__}, expected a tensor; use torch.tensor(...)"
         )
     if lengths.dtype == torch.bool or lengths.is_complex():
         raise TypeError(

@@ -217,7 +217,10 @@ def test_operator_passes_opcheck_and_compiles(implementation):
         ({"group_size": 2, "eps": -1.0}, "eps is -1.0, expected"),
         ({"group_size": 2, "eps": math.nan}, "eps is nan, expected"),
         ({"group_size": 2, "lengths": torch.ones(6)}, "got lengths for estimator='grpo'"),
+        ({"group_size": 2, "eps": math.inf}, "eps is inf, expected"),
         ({"group_size": 2, "estimator": "opo", "lengths": torch.ones(5)}, "lengths have shape"),
+        ({"group_size": 2, "estimator": "opo", "lengths": -torch.ones(6)}, "below 0 or not"),
+        ({"group_size": 2, "estimator": "opo", "lengths": torch.ones(6) / 0}, "below 0 or not"),
     ],
 )
 def test_wrong_values(groups, message):
@@ -228,8 +231,21 @@ def test_wrong_values(groups, message):
 def test_wrong_types_and_shapes():
     with pytest.raises(TypeError, match=r"group_ids are torch\.float32.*long"):
         fastpo.group_advantages(torch.zeros(6), group_ids=torch.zeros(6))
-    with pytest.raises(TypeError, match=r"rewards are torch\.complex64"):
-        fastpo.group_advantages(torch.zeros(6, dtype=torch.complex64), group_size=2)
+    for dtype in (torch.complex64, torch.uint16, torch.float8_e4m3fn):
+        with pytest.raises(TypeError, match=rf"rewards are {dtype}, expected bool"):
+            fastpo.group_advantages(torch.zeros(6).to(dtype), group_size=2)
+    with pytest.raises(TypeError, match=r"rewards are list.*torch\.tensor"):
+        fastpo.group_advantages([0.0, 1.0], group_size=2)
+    with pytest.raises(TypeError, match="group_ids are list"):
+        fastpo.group_advantages(torch.zeros(2), group_ids=[0, 0])
+    for size in (2.0, "2", True):
+        with pytest.raises(TypeError, match=r"group_size is \w+, expected an int"):
+            fastpo.group_advantages(torch.zeros(6), group_size=size)
+    with pytest.raises(TypeError, match="eps is NoneType, expected a number"):
+        fastpo.group_advantages(torch.zeros(6), group_size=2, eps=None)
+    for lengths, got in (([1, 1], "list"), (torch.ones(2).bool(), r"torch\.bool")):
+        with pytest.raises(TypeError, match=f"lengths are {got}"):
+            fastpo.group_advantages(torch.zeros(2), group_size=2, estimator="opo", lengths=lengths)
     with pytest.raises(ValueError, match=r"rewards have shape \(2, 3\).*flatten"):
         fastpo.group_advantages(torch.zeros(2, 3), group_size=3)
 

@@ -246,6 +246,24 @@ def test_strided_logits(cut, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["dapo_all", "gspo"])
+def test_strided_arguments(name, backend):
+    """REGRESSIONS 5: an every-other view of any per-token argument, which stays strided when flat,
+    and a float64 one."""
+    batch, objective = Batch(), PRESETS[name]
+    temperature = torch.rand(batch.tokens.shape) + 0.5
+    expected, grad = batch.fused(objective, backend=backend, temperature=temperature)
+    names = ("tokens", "mask", "old", "ref", "weights")
+    for each in names:
+        setattr(batch, each, getattr(batch, each).repeat_interleave(2, 1)[:, ::2])
+    strided = temperature.repeat_interleave(2, 1)[:, ::2]
+    for cast in (strided, strided.double()):
+        got, got_grad = batch.fused(objective, backend=backend, temperature=cast)
+        assert torch.equal(got.loss, expected.loss)
+        assert torch.equal(got_grad, grad)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_on_policy_ratio_is_one_and_keeps_its_gradient(backend):
     """REGRESSIONS 13, 19: at T != 1 the ratio is exactly 1, and the loss still has a gradient."""
     batch = Batch()

@@ -39,6 +39,12 @@ def test_a_cache_that_does_not_fit(cache_length):
         fastpo.overlong_penalty(torch.ones(1), max_length=100, cache_length=cache_length)
 
 
+def test_wrong_types():
+    for lengths, bound in (([3, 4], 10), (torch.tensor([3]), "10"), (torch.tensor([3]), True)):
+        with pytest.raises(TypeError, match="expected"):
+            fastpo.overlong_penalty(lengths, max_length=bound, cache_length=1)
+
+
 def test_a_mask_is_not_a_length():
     with pytest.raises(TypeError, match="sum a mask"):
         fastpo.overlong_penalty(torch.ones(3, dtype=torch.bool), max_length=8, cache_length=4)

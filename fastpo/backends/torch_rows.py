@@ -72,8 +72,8 @@ def row_policy_loss(
     weight, entropy_weight = inputs.weight, inputs.entropy_weight
     live = weight != 0 if entropy_weight is None else (weight != 0) | (entropy_weight != 0)
     stats = row_stats(logits, tokens, temperature, live)
-    with torch.enable_grad():
-        logprobs = stats.logprobs.detach().requires_grad_()
+    with torch.set_grad_enabled(out is not None):  # inference mode knows no requires_grad_
+        logprobs = stats.logprobs.detach().requires_grad_(out is not None)
         terms = token_loss(
             objective,
             logprobs,
@@ -83,13 +83,14 @@ def row_policy_loss(
             mask=live,
         )
         loss = weight * terms.loss
-        (logprob_grad,) = torch.autograd.grad(loss.sum(), logprobs)
-    loss = loss.detach()
-    if entropy_weight is not None:
-        loss = loss - entropy_weight * stats.entropy
+        if out is not None:
+            (logprob_grad,) = torch.autograd.grad(loss.sum(), logprobs)
     if out is not None:
         entropy_grad = None if entropy_weight is None else -entropy_weight
         row_grad(logits, tokens, stats, logprob_grad, entropy_grad, temperature, out)
+    loss = loss.detach()
+    if entropy_weight is not None:
+        loss = loss - entropy_weight * stats.entropy
     return RowLosses(loss, stats.logprobs, stats.entropy, terms.clipped)
 
 

@@ -20,6 +20,7 @@ from fastpo.objective import (
     token_weights,
 )
 from fastpo.ops import _checks
+from fastpo.ops._rows import flat_rows
 from fastpo.segments import Segments
 
 
@@ -69,7 +70,7 @@ class LossBatch:
             _checks.check_floating(name, value)
             return value.detach().reshape(-1).to(dtype)
 
-        flat_mask = None if mask is None else mask.reshape(-1)
+        flat_mask = flat_rows(mask)
         per_sequence = _is_per_sequence(importance_weights, leading, segments)
         if importance_weights is not None and not per_sequence:
             importance_weights = _per_token(

@@ -7,11 +7,11 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastpo.backends.base import RowInputs, RowLosses
 from fastpo.objective import Objective
 from fastpo.ops import _chunks
+from fastpo.ops._autograd import first_order
 from fastpo.ops._chunks import Rows
 from fastpo.ops._head import Head
 from fastpo.ops._linear_call import Chunk, LinearCall, LinearGrads, Workspace
@@ -65,7 +65,7 @@ class FusedLinearLoss(torch.autograd.Function):
         return losses.loss.sum(), losses.logprobs, losses.entropy, losses.clipped
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, loss_grad: Tensor, *_):
         grads, ctx.grads = ctx.grads, None
         if grads is None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastpo import backends
 from fastpo.ops import _checks
 from fastpo.ops._linear_call import LinearCall
-from fastpo.ops._rows import flat_temperature
+from fastpo.ops._rows import flat_rows, flat_temperature
 from fastpo.ops._tensor_parallel import VocabularyShard
 
 
@@ -87,12 +87,12 @@ def linear_call(
         vocabulary = int(rows.vocabulary) if _checks.inspects_values(hidden) else vocabulary
     _checks.check_tokens(tokens, leading, vocabulary, mask, hidden)
     _checks.check_temperature(temperature, leading, mask, hidden)
-    tokens = tokens.reshape(-1).long().contiguous()
-    live = None if mask is None else mask.reshape(-1)
+    tokens = flat_rows(tokens).long()
+    live = flat_rows(mask)
     index, contradicted = _live_index(live, live_rows, leading)
     return LinearCall(
         tokens=tokens,
-        temperature=flat_temperature(temperature),
+        temperature=flat_temperature(temperature, dtype),
         logit_scale=logit_scale,
         softcap=softcap,
         logits_dtype=dtype,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastpo.backends.base import RowStats
 from fastpo.ops import _chunks
+from fastpo.ops._autograd import first_order
 from fastpo.ops._head import Head
 from fastpo.ops._linear_call import LinearCall, LinearGrads, Workspace
 from fastpo.ops._tensor_parallel import VocabularyShard
@@ -25,7 +25,7 @@ class LinearTokenLogprobs(torch.autograd.Function):
         return stats.logprobs, stats.entropy
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, logprob_grad: Tensor | None, entropy_grad: Tensor | None):
         if logprob_grad is None and entropy_grad is None:
             return None, None, None, None

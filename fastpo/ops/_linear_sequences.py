@@ -70,22 +70,23 @@ class SequenceLevelLoss:
         live = None if call.blank is None else call.blank[rows]
         stats = call.backend.row_stats(chunk.logits, tokens, temperature, live)
         part, inside = self._part(rows)
-        with torch.enable_grad():
-            logprobs = _spread(stats.logprobs, part, inside).requires_grad_()
+        gradient = chunk.grad is not None
+        with torch.set_grad_enabled(gradient):  # inference mode knows no requires_grad_
+            logprobs = _spread(stats.logprobs, part, inside).requires_grad_(gradient)
             terms = part.token_loss(logprobs)
             loss = part.weight * terms.loss
-            (logprob_grad,) = torch.autograd.grad(loss.sum(), logprobs)
-        logprob_grad = logprob_grad[inside].contiguous()  # it may be an expanded view
+            if gradient:
+                (logprob_grad,) = torch.autograd.grad(loss.sum(), logprobs)
         loss, entropy_grad = loss.detach()[inside], None
         if part.entropy_weight is not None:
             entropy_grad = -part.entropy_weight[inside]
             loss = loss + entropy_grad * stats.entropy
-        if chunk.grad is not None:
+        if gradient:
             call.backend.row_grad(
                 chunk.logits,
                 tokens,
                 stats,
-                logprob_grad,
+                logprob_grad[inside].contiguous(),  # it may be an expanded view
                 entropy_grad,
                 temperature,
                 chunk.grad,

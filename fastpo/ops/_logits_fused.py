@@ -10,6 +10,7 @@ from torch import Tensor
 from fastpo import backends
 from fastpo.backends.base import RowInputs, RowLosses
 from fastpo.objective import Objective
+from fastpo.ops._autograd import first_order
 from fastpo.ops._rows import (
     Temperature,
     concatenate,
@@ -67,6 +68,7 @@ class FusedPolicyLoss(torch.autograd.Function):
         return rows.loss.sum(), rows.logprobs, rows.entropy, rows.clipped
 
     @staticmethod
+    @first_order
     def backward(ctx, loss_grad: Tensor, *_):
         grad, ctx.grad = ctx.grad, None
         if grad is None:

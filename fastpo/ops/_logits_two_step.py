@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastpo import backends
 from fastpo.backends.base import RowStats
+from fastpo.ops._autograd import first_order
 from fastpo.ops._rows import (
     concatenate,
     matching_views,
@@ -41,6 +42,7 @@ class LogitsTokenLogprobs(torch.autograd.Function):
         return stats.logprobs, stats.entropy
 
     @staticmethod
+    @first_order
     def backward(ctx, logprob_grad, entropy_grad):
         if logprob_grad is None and entropy_grad is None:
             return (None,) * 6
@@ -72,8 +74,8 @@ class LogitsTokenLogprobs(torch.autograd.Function):
 def _refuse_second_backward(ctx) -> None:
     if getattr(ctx, "consumed", False):
         raise RuntimeError(
-            "backward through token_logprobs(inplace_backward=True) a second time: the first one "
-            "overwrote the logits; pass inplace_backward=False to keep the graph"
+            "backward through an inplace loss a second time: the first one overwrote the logits "
+            "with their gradient; pass inplace=False (inplace_backward=False) to keep the graph"
         )
     ctx.consumed = True
 

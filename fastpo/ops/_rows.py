@@ -49,12 +49,17 @@ def concatenate(parts: list[_Rows]) -> _Rows:
     return type(parts[0])(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
 
-def flat_temperature(temperature: Temperature) -> Temperature:
-    """A float, or (N,) in at least fp32."""
+def flat_rows(values: Tensor | None) -> Tensor | None:
+    """[...] as contiguous (N,): kernels read neighbours, and reshape alone would keep a stride."""
+    return None if values is None else values.reshape(-1).contiguous()
+
+
+def flat_temperature(temperature: Temperature, logits_dtype: torch.dtype) -> Temperature:
+    """A float, or (N,) in the accumulation dtype of such logits."""
     if not isinstance(temperature, Tensor):
         return float(temperature)
-    flat = temperature.detach().reshape(-1)
-    return flat if flat.dtype == torch.float64 else flat.float()
+    wide = torch.float64 if logits_dtype == torch.float64 else torch.float32
+    return flat_rows(temperature.detach()).to(wide)
 
 
 def temperature_of(temperature: Temperature, rows: slice) -> Temperature:

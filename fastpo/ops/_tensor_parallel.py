@@ -87,7 +87,7 @@ class VocabularyShard:
         if entropy_weight is not None:
             live |= entropy_weight != 0
         stats = self.row_stats(logits, tokens, temperature, live)
-        losses, logprob_grad = row_losses(inputs, objective, stats, live)
+        losses, logprob_grad = row_losses(inputs, objective, stats, live, gradient=out is not None)
         if out is not None:
             entropy_grad = None if entropy_weight is None else -entropy_weight
             self.row_grad(logits, tokens, stats, logprob_grad, entropy_grad, temperature, out)
@@ -105,11 +105,11 @@ class VocabularyShard:
 
 
 def row_losses(
-    inputs: RowInputs, objective: Objective, stats: RowStats, live: Tensor
-) -> tuple[RowLosses, Tensor]:
-    """Losses of rows and their derivative in the log-prob, by autograd on the specification."""
-    with torch.enable_grad():
-        logprobs = stats.logprobs.detach().requires_grad_()
+    inputs: RowInputs, objective: Objective, stats: RowStats, live: Tensor, *, gradient: bool
+) -> tuple[RowLosses, Tensor | None]:
+    """Losses of rows and, if `gradient`, their derivative in the log-prob, by autograd."""
+    with torch.set_grad_enabled(gradient):  # inference mode knows no requires_grad_
+        logprobs = stats.logprobs.detach().requires_grad_(gradient)
         terms = token_loss(
             objective,
             logprobs,
@@ -119,7 +119,7 @@ def row_losses(
             mask=live,
         )
         loss = inputs.weight * terms.loss
-        (logprob_grad,) = torch.autograd.grad(loss.sum(), logprobs)
+        logprob_grad = torch.autograd.grad(loss.sum(), logprobs)[0] if gradient else None
     loss = loss.detach()
     if inputs.entropy_weight is not None:
         loss = loss - inputs.entropy_weight * stats.entropy

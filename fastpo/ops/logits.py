@@ -11,7 +11,7 @@ from fastpo.ops import _checks
 from fastpo.ops._batch import LossBatch
 from fastpo.ops._logits_fused import FusedCall, FusedPolicyLoss
 from fastpo.ops._logits_two_step import LogitsTokenLogprobs
-from fastpo.ops._rows import flat_temperature
+from fastpo.ops._rows import flat_rows, flat_temperature
 from fastpo.ops.from_logprobs import loss_of_batch
 from fastpo.ops.results import PolicyLoss, TokenLogprobs
 
@@ -35,9 +35,9 @@ def policy_loss(
     """Policy loss from logits, with its gradient, in one read and one write of the logits.
 
     Token-level objectives compute the gradient in the forward pass; an upstream gradient other than
-    1 is multiplied in on device. Sequence-level ones, and everything under torch.compile, read the
-    logits once more in the backward pass. Equal to `token_logprobs` followed by
-    `policy_loss_from_logprobs` for every objective and option.
+    1 is multiplied in on device. Sequence-level ones, fp16 logits, and everything under
+    torch.compile, read the logits once more in the backward pass. Equal to `token_logprobs`
+    followed by `policy_loss_from_logprobs` for every objective and option.
 
     Args:
         logits: [N, V] or [B, T, V] fp32, bf16 or fp16 (fp64 on the torch backend), unit stride
@@ -78,11 +78,13 @@ def policy_loss(
         normalizer=normalizer,
     )
     backend = _prepare(logits, tokens, mask, temperature, inplace, backend)
-    temperature = flat_temperature(temperature)
+    temperature = flat_temperature(temperature, logits.dtype)
     needs_grad = torch.is_grad_enabled() and logits.requires_grad
-    tokens = tokens.reshape(-1).long()
+    tokens = flat_rows(tokens).long()
     compiling = torch.compiler.is_compiling()
-    if not objective.is_token_level or compiling:
+    # An fp16 gradient, about p / N, underflows before a loss scale is multiplied in.
+    needs_loss_scale = needs_grad and logits.dtype == torch.float16
+    if not objective.is_token_level or needs_loss_scale or compiling:
         # The compiler reuses buffers itself. The fused path would gain nothing under it: a gradient
         # saved in the forward graph is copied before the backward graph may scale it.
         logprobs, entropy = LogitsTokenLogprobs.apply(
@@ -129,13 +131,13 @@ def token_logprobs(
     leading = logits.shape[:-1]
     _checks.check_mask(mask, leading, logits)
     backend = _prepare(logits, tokens, mask, temperature, inplace_backward, backend)
-    live = None if mask is None else mask.reshape(-1)
+    live = flat_rows(mask)
     inplace_backward = inplace_backward and not torch.compiler.is_compiling()
     logprobs, entropy = LogitsTokenLogprobs.apply(
         logits,
-        tokens.reshape(-1).long(),
+        flat_rows(tokens).long(),
         live,
-        flat_temperature(temperature),
+        flat_temperature(temperature, logits.dtype),
         backend,
         inplace_backward,
     )

@@ -1,0 +1,62 @@
+"""The ops under autograd's other modes: double backward, inference mode, a loss scale."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastpo
+from fastpo import backends
+from fastpo.testing.linear import LinearCase
+
+BACKENDS = [name for name in ("torch", "cpp") if backends.unavailable(name) is None]
+OBJECTIVES = {"token": fastpo.dapo(entropy_coef=0.1), "sequence": fastpo.gspo(clip_low=0.1)}
+OPS = ("policy_loss", "linear_policy_loss", "token_logprobs", "linear_token_logprobs")
+
+
+def run(op, case, objective, hidden, backend=None):
+    """The first output of an op: the loss, or the log-probs."""
+    inputs = (hidden, case.weight) if "linear" in op else (hidden @ case.weight.t(),)
+    options = {"mask": case.mask}
+    if "policy_loss" in op:
+        options = {"advantages": case.advantages} | case.options(objective)
+    return getattr(fastpo, op)(*inputs, case.tokens, backend=backend, **options)[0]
+
+
+@pytest.mark.parametrize("level", OBJECTIVES)
+@pytest.mark.parametrize("op", OPS)
+def test_double_backward_is_refused(op, level):
+    """A penalty on the gradient, added to the loss, must not silently train nothing."""
+    case = LinearCase.random()
+    hidden = case.hidden.clone().requires_grad_()
+    loss = run(op, case, OBJECTIVES[level], hidden).sum()
+    with pytest.raises(RuntimeError, match=r"create_graph=True.*policy_loss_from_logprobs"):
+        torch.autograd.grad(loss, hidden, create_graph=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("level", OBJECTIVES)
+@pytest.mark.parametrize("op", OPS)
+def test_inference_mode(op, level, backend):
+    """An evaluation needs no graph, and the specification must not ask for one."""
+    case = LinearCase.random()
+    expected = run(op, case, OBJECTIVES[level], case.hidden, backend)
+    with torch.inference_mode():
+        got = run(op, case, OBJECTIVES[level], case.hidden.clone(), backend)
+    assert got.is_inference()
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_fp16_gradient_of_logits_survives_a_loss_scale(inplace):
+    """It is about p / N, below fp16's smallest number unless scaled before it is rounded."""
+    case = LinearCase.random(dtype=torch.float16)
+    options = case.options(fastpo.dapo()) | {"normalizer": 1e7}
+    logits = (case.hidden @ case.weight.t()).requires_grad_()
+    exact = logits.detach().double().requires_grad_()
+    scale = 2.0**24
+    for leaf, changes in ((logits, {"inplace": inplace}), (exact, {"backend": "torch"})):
+        rows = leaf * 1  # an inplace gradient may not overwrite a leaf
+        loss = fastpo.policy_loss(rows, case.tokens, case.advantages, **options, **changes).loss
+        (loss * scale).backward()
+    assert (logits.grad - exact.grad).norm() < 1e-3 * exact.grad.norm()
