@@ -18,8 +18,16 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+
+if int(setuptools.__version__.split(".")[0]) < 77:  # pip checks this in isolated builds only
+    sys.exit(
+        f"fastpo: setuptools is {setuptools.__version__}, expected 77 or newer to build: "
+        "pip install --upgrade setuptools"
+    )
+
 from setuptools.modified import newer_group
 
 TORCH_TARGET = "2.10"  # the oldest torch that the extension loads under
@@ -184,7 +192,8 @@ def make_extension():
         "fastpo._C",
         sources,
         depends=[*map(str, Path("csrc").iterdir()), "setup.py"],
-        include_dirs=[*cpp_extension.include_paths(), pybind11.get_include()],
+        # pybind11's own headers first: the copy in torch 2.10 refuses code of the stable ABI.
+        include_dirs=[pybind11.get_include(), *cpp_extension.include_paths()],
         library_dirs=[*cpp_extension.library_paths(), *([cudart_folder()] if cuda else [])],
         define_macros=macros,
         extra_link_args=link_flags(cuda),
