@@ -23,6 +23,9 @@ TRAIN_EXTRA = "the trainer needs more packages: pip install 'fastpo[train]'"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; every expected failure is one line on stderr."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):  # prompts and completions may hold any character
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     options = _parse(arguments)
     try:
         repeat = [argument for argument in arguments if argument != "--resume"]
@@ -76,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     train = commands.add_parser(
         "train",
+        allow_abbrev=False,  # the line that repeats a run leaves --resume out
         help="train a policy by a recipe",
         description="Train a policy by a TOML recipe. Any setting can be given as key=value; "
         "`fastpo settings` lists them.",
@@ -147,7 +151,7 @@ def _settings(options: argparse.Namespace, command: str) -> int:
     from fastpo.trainer.recipe import settings
 
     for setting in settings():
-        print(f"{setting.key} = {setting.default!r}  ({setting.type})\n    {setting.help}")
+        print(f"{setting.key} = {setting.default}  ({setting.type})\n    {setting.help}")
     return 0
 
 

@@ -377,7 +377,9 @@ def test_ctrl_c_saves_a_checkpoint_that_resumes(tiny, monkeypatch, capsys, numbe
     monkeypatch.setattr(Even, "after", EVALUATION + 2 * 16 + 5)
     monkeypatch.setattr(Even, "sabotage", lambda self: signal.raise_signal(number))
     run = tiny("steps=5", "algorithm.dynamic_sampling=false", code=code)
-    one_line(capsys, "stopped at step 3", "--resume")
+    output, error = capsys.readouterr()
+    assert "stopping after this step" in output
+    assert "stopped at step 3" in error and "--resume" in error and error.count("\n") == 1
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     tiny("steps=5", "algorithm.dynamic_sampling=false", "--resume")
     assert [row["step"] for row in rows(run) if "reward" in row] == [1, 2, 3, 4, 5]
@@ -471,7 +473,21 @@ def test_doctor_names_every_backend_and_what_is_missing(capsys):
 def test_settings_lists_every_key(capsys):
     assert main(["settings"]) == 0
     output = capsys.readouterr().out
-    assert "rollout.group_size = 8" in output and "Completions per prompt." in output
+    assert "rollout.group_size = 8  (int >= 2)\n    Completions per prompt." in output
+    assert "algorithm.clip_high = none  (float >= 0 | none)" in output
+    assert "optim.decay = \"constant\"  ('constant' | 'linear' | 'cosine')" in output
+
+
+def test_any_character_is_printed_wherever_the_output_goes(tiny, tmp_path, monkeypatch):
+    """A terminal or pipe that knows ASCII only must not end a run."""
+    monkeypatch.setattr(Even, "problem", lambda self, rng: Problem(f"é{rng.random()}=", "2"))
+    monkeypatch.setattr(Even, "alphabet", "0123456789.e-=é")
+    output = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", output)
+    tiny()
+    assert main(["eval", str(tmp_path / "run")]) == 0
+    output.flush()
+    assert output.buffer.getvalue().count(rb"\xe90.") == 2 * 3
 
 
 def test_import_fastpo_and_doctor_need_no_trainer_packages():

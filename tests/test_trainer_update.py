@@ -214,7 +214,7 @@ def test_warm_up_is_maximum_likelihood_end_token_included():
 @pytest.mark.parametrize(
     ("decay", "expected"),
     [
-        ("none", [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        ("constant", [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0]),
         ("linear", [0.25, 0.5, 0.75, 1.0, 1.0, 0.75, 0.5, 0.25]),
         ("cosine", [0.25, 0.5, 0.75, 1.0, 1.0, (1 + 0.5**0.5) / 2, 0.5, (1 - 0.5**0.5) / 2]),
     ],
@@ -222,7 +222,7 @@ def test_warm_up_is_maximum_likelihood_end_token_included():
 def test_learning_rate_rises_linearly_then_stays_or_falls(decay, expected):
     config = OptimConfig(warmup_steps=4, decay=decay)
     assert [rate_factor(config, 8, n) for n in range(8)] == pytest.approx(expected)
-    assert rate_factor(config, 8, 8) == pytest.approx(float(decay == "none"))
+    assert rate_factor(config, 8, 8) == pytest.approx(float(decay == "constant"))
 
 
 def test_the_optimizer_follows_the_schedule_also_after_a_checkpoint():

@@ -110,8 +110,8 @@ class OptimConfig:
     """Peak learning rate."""
     warmup_steps: Index = 0
     """Updates over which the learning rate rises linearly from 0."""
-    decay: Literal["none", "linear", "cosine"] = "none"
-    """Its way to 0 at the end of `steps`; resuming with more steps goes on on the longer curve."""
+    decay: Literal["constant", "linear", "cosine"] = "constant"
+    """How it falls to 0 at the end of `steps`; resumed with more steps, it takes that curve."""
     weight_decay: NonNegative = 0.0
     """Decoupled weight decay."""
     beta1: Share = 0.9
@@ -170,9 +170,9 @@ class Config:
     """Where everything is written; {task} and {seed} are filled in."""
     existing: Literal["refuse", "move_aside"] = "refuse"
     """If run_dir exists: stop, or rename the old one to run_dir.1, .2, ..."""
-    seed: Annotated[int, Ge(0), Lt(2**63)] = 0
+    seed: Annotated[int, Ge(0), Lt(2**32)] = 0
     """Seeds weights, problems and sampling."""
-    steps: Index = 100
+    steps: Count = 100
     """Rollout batches to train on."""
     device: str | None = None
     """none = cuda where there is one, else cpu."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -39,7 +39,8 @@ def terminable() -> Iterator[None]:
 class StopRequest:
     """In this context the first signal only sets `signal_number`; a second one acts at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.say = say
         self.signal_number: int | None = None
         self._previous: dict[int, Any] = {}
 
@@ -53,6 +54,8 @@ class StopRequest:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.signal_number = number
         _put_back(self._previous)
+        with suppress(Exception):  # a terminal that has hung up cannot be told
+            self.say("stopping after this step, with a checkpoint; once more stops at once")
 
 
 def _install(handler: Callable[[int, FrameType | None], None], numbers: Iterable[int]) -> dict:

@@ -121,18 +121,18 @@ class Trainer:
             console.Display(
                 self.config.steps, self.step, self.config.log.print_every, self.out
             ) as display,
-            StopRequest() as stop,
+            StopRequest(display.say) as stop,
         ):
             while self.step < self.config.steps and stop.signal_number is None:
                 self._advance(display)
                 if self._is_due(self.config.checkpoint_every) or self.step == self.config.steps:
                     self.save()
-        if self.step < self.config.steps:
-            raise Interrupted(
-                f"stopped at step {self.step}; checkpoint saved in {self.save()}: the same command "
-                "with --resume goes on from there",
-                stop.signal_number,
-            )
+            if self.step < self.config.steps:
+                raise Interrupted(
+                    f"stopped at step {self.step}; checkpoint saved in {self.save()}: the same "
+                    "command with --resume goes on from there",
+                    stop.signal_number,
+                )
 
     def _headline(self) -> str:
         rollout, model = self.config.rollout, self.policy.model

@@ -61,7 +61,7 @@ def smooth(values: list[float], span: int) -> list[float]:
 
 
 def _points(rows: list[dict[str, Any]], metric: str) -> tuple[list[int], list[float]]:
-    found = [(row["step"], row[metric]) for row in rows if row.get(metric) is not None]
+    found = [(r["step"], r[metric]) for r in rows if isinstance(r.get(metric), int | float)]
     return [step for step, _ in found], [value for _, value in found]
 
 

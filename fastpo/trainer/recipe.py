@@ -12,7 +12,8 @@ from dataclasses import asdict, fields, is_dataclass
 from functools import reduce
 from operator import getitem
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import UnionType
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -26,12 +27,15 @@ else:
     import tomli as tomllib
 
 
+BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+
+
 class Setting(NamedTuple):
     """One documented key of a recipe."""
 
     key: str  # dotted
-    type: str  # as written in the source
-    default: Any
+    type: str  # with its bounds
+    default: str  # as an override gives it
     help: str
 
 
@@ -77,13 +81,28 @@ def flatten(config: Config) -> dict[str, Any]:
 def settings(cls: type = Config, prefix: str = "") -> Iterator[Setting]:
     """Every key of a recipe with its type, default and the docstring under the field."""
     docs = _field_docs(cls)
+    hints = get_type_hints(cls, include_extras=True)
     default = cls()
     for field in fields(cls):
         value = getattr(default, field.name)
         if is_dataclass(value):
             yield from settings(type(value), f"{prefix}{field.name}.")
         else:
-            yield Setting(prefix + field.name, str(field.type), value, docs[field.name])
+            text = "none" if value is None else json.dumps(value)
+            yield Setting(prefix + field.name, _type(hints[field.name]), text, docs[field.name])
+
+
+def _type(hint: Any) -> str:
+    """`int >= 1`, `'linear' | 'cosine'`, ..."""
+    parts = get_args(hint)
+    if get_origin(hint) is Annotated:
+        bounds = [bound for part in parts[1:] for bound in asdict(part).items()]
+        return parts[0].__name__ + ",".join(f" {BOUNDS[name]} {value}" for name, value in bounds)
+    if get_origin(hint) is Literal:
+        return " | ".join(map(repr, parts))
+    if get_origin(hint) in (Union, UnionType):
+        return " | ".join(map(_type, parts))
+    return {type(None): "none", str: "text"}.get(hint) or (get_origin(hint) or hint).__name__
 
 
 def _apply(values: dict[str, Any], override: str) -> None:

@@ -80,8 +80,9 @@ def show(
 
 def _number_table(before: dict[str, Any], after: dict[str, Any]) -> Table:
     table = Table(title="Held-out problems", title_justify="left")
-    for heading in ("", "before", "after", "change"):
-        table.add_column(heading, justify="right" if heading else "left")
+    table.add_column(overflow="fold")
+    for heading in ("before", "after", "change"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for key in ("accuracy", "greedy_accuracy", "reward", "mean_length"):
         change = after[key] - before[key]
         name = key.replace("_", " ")

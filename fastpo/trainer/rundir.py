@@ -70,7 +70,7 @@ def check_resumable(path: Path, config: Config) -> list[str]:
 
 def write_config(path: Path, config: Config) -> None:
     """Write config.toml, which `fastpo train` takes as a recipe again."""
-    (path / CONFIG).write_text(recipe.dump(config), encoding="utf-8")
+    _replace(path / CONFIG, recipe.dump(config))
 
 
 def _free_name(path: Path) -> Path:
@@ -143,12 +143,14 @@ def _lines(file: Path) -> list[tuple[str, dict[str, Any]]]:
 def _drop_after(file: Path, step: int) -> None:
     """Drop lines of steps that the checkpoint does not know: resuming does them again."""
     if file.exists():
-        kept = file.with_name(f"{file.name}.new")
-        kept.write_text(
-            "".join(line for line, values in _lines(file) if values["step"] <= step),
-            encoding="utf-8",
-        )
-        kept.replace(file)  # never a moment without the steps that stay
+        _replace(file, "".join(line for line, values in _lines(file) if values["step"] <= step))
+
+
+def _replace(file: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    fresh = file.with_name(f"{file.name}.new")
+    fresh.write_text(text, encoding="utf-8")
+    fresh.replace(file)
 
 
 def _event_writer(path: Path, resume_at: int | None) -> Any:

@@ -227,7 +227,11 @@ def rate_factor(config: OptimConfig, total: int, update: int) -> float:
     if update < warm:
         return (update + 1) / warm
     left = max(0.0, (total - update) / max(total - warm, 1))
-    return {"none": 1.0, "linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}[config.decay]
+    return {
+        "constant": 1.0,
+        "linear": left,
+        "cosine": (1 - math.cos(math.pi * left)) / 2,
+    }[config.decay]
 
 
 def by_token_budget(
