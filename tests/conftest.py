@@ -42,6 +42,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="torch sees no GPU"))
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """A test that fails fails again."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def device() -> torch.device:
     """Where Triton kernels run: the GPU, or the CPU under the interpreter."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastpo
+from fastpo import backends
 from fastpo.ops import _linear_inputs
 from fastpo.ops._linear_call import LinearCall
 from fastpo.testing.linear import LinearCase
@@ -86,7 +88,13 @@ def test_masked_rows_and_zero_advantages_save_their_gemms():
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_compacted_equals_uncompacted(preset, monkeypatch):
-    """The other way, taken on GPU without live_rows: dead rows enter, blanked."""
+    """The other way, taken on GPU without live_rows: dead rows enter, blanked.
+
+    To the bit, except on the torch backend: the last bit of torch's sigmoid and log depends on
+    where a number stands in its vector.
+    """
+    exact = backends.resolve(None, torch.device("cpu"), torch.float32) == "cpp"
+    same = torch.equal if exact else partial(torch.allclose, rtol=1e-6, atol=1e-7)
     case = LinearCase.random(bias=True, softcap=3.0)
     case = replace(case, temperature=0.5 + torch.rand(case.tokens.shape))
     compact, grads = case.fused(PRESETS[preset])
@@ -94,11 +102,11 @@ def test_compacted_equals_uncompacted(preset, monkeypatch):
     monkeypatch.setattr(LinearCall, "may_look", False)
     case.hidden[~case.mask] = torch.nan
     full, full_grads = case.fused(PRESETS[preset])
-    assert torch.equal(compact.loss, full.loss)
-    assert torch.equal(compact.logprobs, full.logprobs)
-    assert torch.equal(compact.entropy, full.entropy)
-    assert all(torch.equal(value, full.metrics[name]) for name, value in compact.metrics.items())
-    assert torch.equal(grads[0], full_grads[0])
+    assert same(compact.loss, full.loss)
+    assert same(compact.logprobs, full.logprobs)
+    assert same(compact.entropy, full.entropy)
+    assert all(same(value, full.metrics[name]) for name, value in compact.metrics.items())
+    assert same(grads[0], full_grads[0])
     for grad, other in zip(grads[1:], full_grads[1:], strict=True):
         assert (grad - other).norm() < 1e-6 * grad.norm()
 
