@@ -124,6 +124,16 @@ BAD = {
         r"expected a 0-d tensor or a number",
     ),
     "normalizer is a bool": ({"normalizer": True}, TypeError, r"normalizer is bool"),
+    "normalizer is a bool tensor": (
+        {"normalizer": torch.tensor(True)},
+        TypeError,
+        r"normalizer has dtype torch.bool, expected a count",
+    ),
+    "normalizer is a negative tensor": (
+        {"normalizer": torch.tensor(-3.0)},
+        ValueError,
+        r"normalizer is -3.0, expected a finite count >= 0",
+    ),
     "cu_seqlens on a padded batch": (
         {"cu_seqlens": torch.tensor([0, 3, 6])},
         ValueError,
@@ -233,9 +243,10 @@ def test_float64_is_for_the_reference_backend():
         )
 
 
-def test_inplace_on_expanded_logits():
-    logits = torch.randn(1, V).expand(4, V)
-    with pytest.raises(ValueError, match=r"expanded logits.*clone them"):
+@pytest.mark.parametrize("strides", [(0, 1), (V - 1, 1)], ids=["expanded", "overlapping"])
+def test_inplace_on_rows_that_share_memory(strides):
+    logits = torch.randn(4 * V).as_strided((4, V), strides)
+    with pytest.raises(ValueError, match=r"expanded or overlapping logits.*clone them"):
         fastpo.policy_loss(
             logits,
             torch.zeros(4, dtype=torch.long),

@@ -39,7 +39,8 @@ BAD = {
         ValueError,
         r"weight has shape \[4, 11\], expected \[V, 4\]",
     ),
-    "weight_3d": ({"weight": torch.randn(2, V, D)}, ValueError, r"expected \[V, 4\]"),
+    "weight_none": ({"weight": None}, TypeError, r"expected a tensor \[V, D\]"),
+    "weight_3d": ({"weight": torch.randn(2, V, D)}, ValueError, r"expected \[V, D\]"),
     "weight_partitioned": (
         {"weight": torch.empty(0)},
         ValueError,

@@ -217,6 +217,26 @@ def test_compiles_without_graph_breaks(backend):
     assert grads[0].norm() > 0
 
 
+def test_compiles_for_any_temperature_and_normalizer():
+    """They change every step: as symbols they pass the checks without a graph break."""
+    tokens, graphs = torch.arange(6), []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    @torch.compile(fullgraph=True, backend=backend)
+    def loss(logits, temperature, normalizer):
+        options = {"objective": fastpo.dapo(), "temperature": temperature, "normalizer": normalizer}
+        return fastpo.policy_loss(logits, tokens, torch.ones(6), **options).loss
+
+    logits = torch.randn(6, 33)
+    for temperature, normalizer in ((1.0, 5), (0.7, 6), (0.8, 9), (0.9, 11)):
+        expected = torch.tensor(-6.0 / normalizer)  # on-policy: r = 1
+        torch.testing.assert_close(loss(logits, temperature, normalizer), expected)
+    assert len(graphs) == 2  # with the values of the first call, then with symbols
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_under_gradient_checkpointing_and_autocast(backend):
     weight = torch.randn(33, 8, requires_grad=True)

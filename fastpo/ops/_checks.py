@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -50,19 +51,18 @@ def check_floating(name: str, value: Tensor) -> None:
         raise TypeError(f"{name} has dtype {value.dtype}, expected a floating dtype")
 
 
-def check_matrix(name: str, value: object, last: str) -> None:
-    """Logits or hidden states: floating, [N, last] or [B, T, last], unit stride in the last dim."""
+def check_matrix(
+    name: str, value: object, last: str, *, leading: tuple[str, ...] = ("N", "B, T")
+) -> None:
+    """Logits, hidden states or a head: floating, [leading, last], unit stride in the last dim."""
+    expected = " or ".join(f"[{dims}, {last}]" for dims in leading)
     if not isinstance(value, Tensor):
-        raise TypeError(
-            f"{name} is {type(value).__name__}, expected a tensor [N, {last}] or [B, T, {last}]"
-        )
+        raise TypeError(f"{name} is {type(value).__name__}, expected a tensor {expected}")
     check_not_sharded(name, value)
     if value.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise TypeError(f"{name} has dtype {value.dtype}, expected float32, bfloat16 or float16")
-    if value.ndim not in (2, 3):
-        raise ValueError(
-            f"{name} has shape {list(value.shape)}, expected [N, {last}] or [B, T, {last}]"
-        )
+    if value.ndim not in [dims.count(",") + 2 for dims in leading]:
+        raise ValueError(f"{name} has shape {list(value.shape)}, expected {expected}")
     if value.shape[-1] == 0:
         raise ValueError(f"{name} has shape {list(value.shape)}: {last} is 0, expected at least 1")
     if value.shape[-1] > 1 and value.numel() > 0 and value.stride(-1) != 1:
@@ -126,11 +126,11 @@ def check_temperature(
                     "temperature holds a value that is not finite and positive on a live row"
                 )
         return
-    if isinstance(temperature, bool) or not isinstance(temperature, int | float):
+    if isinstance(temperature, bool) or not isinstance(temperature, Real):
         raise TypeError(
             f"temperature is {type(temperature).__name__}, expected a float or a tensor"
         )
-    if not (math.isfinite(temperature) and temperature > 0):
+    if not 0 < temperature < math.inf:  # Dynamo traces a comparison, not math.isfinite
         raise ValueError(f"temperature is {temperature}, expected a finite number > 0")
 
 
@@ -143,11 +143,15 @@ def check_normalizer(normalizer: object) -> None:
             raise ValueError(
                 f"normalizer has shape {list(normalizer.shape)}, expected a 0-d tensor or a number"
             )
-    elif isinstance(normalizer, bool) or not isinstance(normalizer, int | float):
+        if normalizer.dtype == torch.bool or normalizer.is_complex():
+            raise TypeError(f"normalizer has dtype {normalizer.dtype}, expected a count")
+        if not inspects_values(normalizer):
+            return
+    elif isinstance(normalizer, bool) or not isinstance(normalizer, Real):
         raise TypeError(
             f"normalizer is {type(normalizer).__name__}, expected a number or a 0-d tensor"
         )
-    elif not (math.isfinite(normalizer) and normalizer >= 0):
+    if not 0 <= normalizer < math.inf:  # Dynamo traces a comparison, not math.isfinite
         raise ValueError(f"normalizer is {normalizer}, expected a finite count >= 0")
 
 

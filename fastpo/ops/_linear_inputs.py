@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral, Real
 
 import torch
 import torch.distributed as dist
@@ -23,9 +24,9 @@ def operands(hidden: object, weight: object, bias: object) -> tuple[Tensor, Tens
             "it, call inside deepspeed.zero.GatheredParameters"
         )
     _checks.check_matrix("hidden", hidden, "D")
-    _checks.check_matrix("weight", weight, "D")
+    _checks.check_matrix("weight", weight, "D", leading=("V",))
     _checks.check_device("weight", weight, hidden)
-    if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1]:
+    if weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
             f"weight has shape {list(weight.shape)}, expected [V, {hidden.shape[-1]}], the LM head "
             f"of hidden states {list(hidden.shape)}"
@@ -92,7 +93,7 @@ def linear_call(
     index, contradicted = _live_index(live, live_rows, leading)
     return LinearCall(
         tokens=tokens,
-        temperature=flat_temperature(temperature, dtype),
+        temperature=flat_temperature(temperature, hidden),
         logit_scale=logit_scale,
         softcap=softcap,
         logits_dtype=dtype,
@@ -142,7 +143,7 @@ def _named_rows(live: Tensor, live_rows: int | Tensor, leading: torch.Size) -> T
             )
         _checks.check_tensor("live_rows", live_rows, leading, live_rows)
         return live_rows.reshape(-1).nonzero()[:, 0].to(live.device, non_blocking=True)
-    if isinstance(live_rows, bool) or not isinstance(live_rows, int) or live_rows < 0:
+    if isinstance(live_rows, bool) or not isinstance(live_rows, Integral) or live_rows < 0:
         raise ValueError(
             f"live_rows is {live_rows!r}, expected the number of True in mask, or mask's host copy"
         )
@@ -155,9 +156,9 @@ def _unless_all(index: Tensor, live: Tensor) -> Tensor | None:
 
 
 def _positive(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} is {type(value).__name__}, expected a number")
-    if not (math.isfinite(value) and value > 0):
+    if not 0 < value < math.inf:
         raise ValueError(f"{name} is {value}, expected a finite number > 0")
     return float(value)
 
@@ -178,7 +179,7 @@ def _logits_dtype(requested: torch.dtype | None, operands: torch.dtype) -> torch
 def _check_chunk_tokens(chunk_tokens: object) -> None:
     if chunk_tokens is None:
         return
-    if isinstance(chunk_tokens, bool) or not isinstance(chunk_tokens, int):
+    if isinstance(chunk_tokens, bool) or not isinstance(chunk_tokens, Integral):
         raise TypeError(f"chunk_tokens is {type(chunk_tokens).__name__}, expected an int or None")
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens is {chunk_tokens}, expected at least 1, or None")

@@ -54,12 +54,18 @@ def flat_rows(values: Tensor | None) -> Tensor | None:
     return None if values is None else values.reshape(-1).contiguous()
 
 
-def flat_temperature(temperature: Temperature, logits_dtype: torch.dtype) -> Temperature:
-    """A float, or (N,) in the accumulation dtype of such logits."""
-    if not isinstance(temperature, Tensor):
+def flat_temperature(temperature: Temperature, matrix: Tensor) -> Temperature:
+    """A float, or (N,) in the accumulation dtype: the temperature of the rows of `matrix`.
+
+    Under torch.compile always (N,): a float would be part of the graph, another one compile anew.
+    """
+    wide = torch.float64 if matrix.dtype == torch.float64 else torch.float32
+    if isinstance(temperature, Tensor):
+        return flat_rows(temperature.detach()).to(wide)
+    if not torch.compiler.is_compiling():
         return float(temperature)
-    wide = torch.float64 if logits_dtype == torch.float64 else torch.float32
-    return flat_rows(temperature.detach()).to(wide)
+    rows = matrix.shape[:-1].numel()
+    return torch.full((rows,), temperature, dtype=wide, device=matrix.device)
 
 
 def temperature_of(temperature: Temperature, rows: slice) -> Temperature:

@@ -48,6 +48,7 @@ def policy_loss_from_logprobs(
         raise ValueError(f"logprobs has shape {list(logprobs.shape)}, expected [N] or [B, T]")
     if entropy is not None:
         _checks.check_tensor("entropy", entropy, logprobs.shape, logprobs)
+        _checks.check_floating("entropy", entropy)
     batch = LossBatch.make(
         objective=objective,
         leading=logprobs.shape,

@@ -78,7 +78,7 @@ def policy_loss(
         normalizer=normalizer,
     )
     backend = _prepare(logits, tokens, mask, temperature, inplace, backend)
-    temperature = flat_temperature(temperature, logits.dtype)
+    temperature = flat_temperature(temperature, logits)
     needs_grad = torch.is_grad_enabled() and logits.requires_grad
     tokens = flat_rows(tokens).long()
     compiling = torch.compiler.is_compiling()
@@ -137,7 +137,7 @@ def token_logprobs(
         logits,
         flat_rows(tokens).long(),
         live,
-        flat_temperature(temperature, logits.dtype),
+        flat_temperature(temperature, logits),
         backend,
         inplace_backward,
     )
@@ -149,10 +149,19 @@ def _prepare(logits, tokens, mask, temperature, inplace: bool, backend: str | No
     leading = logits.shape[:-1]
     _checks.check_tokens(tokens, leading, logits.shape[-1], mask, logits)
     _checks.check_temperature(temperature, leading, mask, logits)
-    if inplace and any(
-        stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True)
-    ):
+    if inplace and _overlaps(logits):
         raise ValueError(
-            "inplace on expanded logits would write one row's gradient over another's: clone them"
+            "inplace on expanded or overlapping logits would write one row's gradient over "
+            "another's: clone them"
         )
     return backends.resolve(backend, logits.device, logits.dtype)
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether elements of `tensor` may share memory, as those of an expanded view do."""
+    last = 0  # the last element, in memory, of the dimensions so far
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride <= last:
+            return True
+        last += stride * (size - 1)
+    return False
