@@ -7,7 +7,11 @@ import transformers
 import fastpo
 from fastpo.trainer.config import ModelConfig
 from fastpo.trainer.errors import RecipeError, TrainerError
+from fastpo.trainer.experience import Sample
+from fastpo.trainer.microbatch import MicroBatch
 from fastpo.trainer.policy import Policy, character_tokenizer, load_policy, make_policy, stop_ids
+from fastpo.trainer.rollout import Completion
+from fastpo.trainer.tasks import Problem
 
 CPU = torch.device("cpu")
 ALPHABET = "0123456789= \n"
@@ -101,6 +105,42 @@ def test_heads_with_bias_scale_and_softcap_reach_the_op(tmp_path, config):
         hidden = policy.hidden_states(ids)[:, :-1].reshape(-1, 32)
         got = fastpo.linear_token_logprobs(hidden, tokens=ids[:, 1:].flatten(), **policy.head())
     torch.testing.assert_close(got.logprobs.view(2, 8), expected, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        transformers.Gemma2Config(**SIZES, sliding_window=4),
+        transformers.GPT2Config(vocab_size=16, n_embd=32, n_layer=2, n_head=2),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_shared_prompts_give_the_hidden_states_and_gradients_of_whole_rows(tmp_path, config):
+    """Through the caches of architectures: sliding windows shorter than a prompt, left padding."""
+    config.eos_token_id, config.pad_token_id, config.bos_token_id = 1, 0, None
+    policy = load_policy(save_model(tmp_path, config), ModelConfig(), CPU, stop=None)
+    samples = [
+        Sample(
+            problem=Problem("", ""),
+            prompt=prompt,
+            completion=Completion(tokens=tokens, logprobs=[0.0] * len(tokens), finished=True),
+            text="",
+            score=0.0,
+            reward=0.0,
+        )
+        for prompt in ([3, 4, 5, 6, 7, 8], [9, 10])
+        for tokens in ([4], [5, 6, 7], [8, 9, 10, 11, 12, 13])
+    ]
+    found = []
+    for share in (False, True):
+        policy.model.zero_grad()
+        hidden = MicroBatch.of(samples, CPU, share=share).hidden(policy)
+        torch.manual_seed(1)
+        (hidden * torch.randn_like(hidden)).sum().backward()
+        gradients = [p.grad for p in policy.model.parameters() if p.grad is not None]
+        found.append([hidden.detach(), *(gradient.clone() for gradient in gradients)])
+    for rows, shared in zip(*found, strict=True):
+        torch.testing.assert_close(shared, rows, atol=1e-5 * rows.abs().max().item(), rtol=1e-4)
 
 
 def test_a_head_that_does_more_is_refused(monkeypatch):

@@ -10,10 +10,11 @@ from fastpo.trainer.algorithm import PRESETS, resolve
 from fastpo.trainer.config import AlgorithmConfig, ModelConfig, OptimConfig
 from fastpo.trainer.errors import TrainerError
 from fastpo.trainer.experience import Sample
+from fastpo.trainer.microbatch import MicroBatch, by_token_budget
 from fastpo.trainer.policy import make_policy
 from fastpo.trainer.rollout import Completion, sample
 from fastpo.trainer.tasks import Problem
-from fastpo.trainer.update import Learner, MicroBatch, Sums, by_token_budget, rate_factor
+from fastpo.trainer.update import Learner, Sums, rate_factor
 from fastpo.trainer.warmup import reference_sample
 
 CPU = torch.device("cpu")
@@ -74,12 +75,17 @@ def gradients(learner, samples, *, on_policy=True):
     "objective", [fastpo.dapo(), fastpo.grpo(), fastpo.gspo()], ids=lambda o: o.name
 )
 def test_any_cut_into_micro_batches_gives_the_same_update(objective):
-    """REGRESSIONS 3, 16, 30: one global normalizer, metrics summed over the step."""
+    """REGRESSIONS 3, 16, 30: one global normalizer, metrics summed over the step; any layout."""
     learner = make(objective=objective, max_grad_norm=1e9)
     samples = samples_of(learner.policy)
     whole, sums = gradients(learner, samples, on_policy=False)
-    for budget, packing in ((1, False), (30, False), (60, False), (60, True), (10_000, True)):
+    for budget, packing, share in (
+        *((1, False, False), (30, False, False), (60, False, False)),
+        *((60, True, False), (10_000, True, True)),
+        *((1, False, True), (60, False, True), (10_000, False, True)),
+    ):
         learner.config.token_budget, learner.config.packing = budget, packing
+        learner.config.share_prompts = share
         cut, cut_sums = gradients(learner, samples, on_policy=False)
         torch.testing.assert_close(cut, whole, atol=1e-6, rtol=1e-4)
         for name in ("loss", "tokens", "entropy"):
@@ -259,13 +265,34 @@ def test_micro_batches_keep_to_the_budget_and_lose_nothing():
             assert len(part) == 1 or (sum(widths) if packed else max(widths) * len(part)) <= 40
 
 
+def test_shared_prompts_meet_the_model_once(monkeypatch):
+    learner = make(share_prompts=True)
+    samples, seen = samples_of(learner.policy), []
+    forward = learner.policy.model.base_model.forward
+
+    def counted(input_ids, **rest):
+        seen.append(input_ids.shape)
+        return forward(input_ids=input_ids, **rest)
+
+    monkeypatch.setattr(learner.policy.model.base_model, "forward", counted)
+    learner.update(samples, Sums(), on_policy=True)
+    longest = max(s.length for s in samples)
+    assert seen == [(len(PROMPTS), max(map(len, PROMPTS))), (len(samples), longest - 1)]
+    for s in samples:  # a completion of one token is predicted by its prompt alone
+        del s.completion.tokens[1:], s.completion.logprobs[1:]
+    seen.clear()
+    learner.update(samples, Sums(), on_policy=True)
+    assert len(seen) == 1
+
+
 def test_micro_batch_picks_the_positions_that_predict_completion_tokens():
     learner = make()
     batch = MicroBatch.of(samples_of(learner.policy), CPU, packed=False)
     assert batch.cu_seqlens[-1] == len(batch.tokens)
-    first = batch.columns[batch.cu_seqlens[:-1].long()]
+    layout = batch.layout
+    first = layout.columns[batch.cu_seqlens[:-1].long()]
     assert first.tolist() == [len(PROMPTS[index // 4]) - 1 for index in range(12)]
-    inside = batch.ids[batch.rows, (batch.columns + 1).clamp(max=batch.ids.shape[1] - 1)]
+    inside = layout.ids[layout.rows, (layout.columns + 1).clamp(max=layout.ids.shape[1] - 1)]
     ends = torch.zeros(len(batch.tokens), dtype=torch.bool)
     ends[batch.cu_seqlens[1:].long() - 1] = True
     assert torch.equal(inside[~ends], batch.tokens[~ends])

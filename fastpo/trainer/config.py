@@ -130,6 +130,8 @@ class OptimConfig:
     """Tokens per micro-batch, with padding: bounds the memory of the forward and backward pass."""
     packing: bool | None = None
     """A micro-batch is one row without padding; none = with flash attention only."""
+    share_prompts: bool = False
+    """Run a prompt once for all its completions: pays where these are short; not with packing."""
 
 
 @section()

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,55 +21,8 @@ import fastpo
 from fastpo.trainer.config import OptimConfig
 from fastpo.trainer.errors import TrainerError
 from fastpo.trainer.experience import Sample
+from fastpo.trainer.microbatch import MicroBatch, by_token_budget
 from fastpo.trainer.policy import Policy
-
-
-@dataclass(kw_only=True)
-class MicroBatch:
-    """Token ids, and the positions that predict completion tokens: N of them, sample by sample."""
-
-    ids: Tensor  # [B, T] right-padded, or [1, T] packed
-    positions: Tensor | None  # [1, T] of a packed row: start anew with every sequence
-    rows: Tensor  # (N,) where in ids each prediction is made
-    columns: Tensor  # (N,)
-    tokens: Tensor  # (N,) what was sampled there
-    cu_seqlens: Tensor  # (B + 1,) int32: whose they are
-    advantages: Tensor  # (B,)
-    old_logprobs: Tensor  # (N,) of the policy that sampled
-
-    @classmethod
-    def of(cls, samples: list[Sample], device: torch.device, *, packed: bool = False) -> MicroBatch:
-        """Lay samples out, one per row or all in one."""
-        sequences = [torch.tensor(s.prompt + s.completion.tokens[:-1]) for s in samples]
-        lengths = torch.tensor([s.length for s in samples])
-        cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-        rows = torch.arange(len(samples)).repeat_interleave(lengths)
-        first = torch.tensor([len(s.prompt) - 1 for s in samples])  # predicts the first token
-        positions = None
-        if packed:
-            sizes = torch.tensor([len(sequence) for sequence in sequences])
-            first += sizes.cumsum(0) - sizes
-            positions = torch.cat([torch.arange(size) for size in sizes])[None].to(device)
-            ids = torch.cat(sequences)[None]
-        else:
-            ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
-        columns = torch.arange(len(rows)) - cu_seqlens[rows] + first[rows]
-        return cls(
-            ids=ids.to(device),
-            positions=positions,
-            rows=(torch.zeros_like(rows) if packed else rows).to(device),
-            columns=columns.to(device),
-            tokens=torch.tensor([t for s in samples for t in s.completion.tokens], device=device),
-            cu_seqlens=cu_seqlens.int().to(device),
-            advantages=torch.tensor([s.advantage for s in samples], device=device),
-            old_logprobs=torch.tensor(
-                [p for s in samples for p in s.completion.logprobs], device=device
-            ),
-        )
-
-    def hidden(self, policy: Policy) -> Tensor:
-        """Hidden states (N, D) that predict completion tokens: no other row meets the head."""
-        return policy.hidden_states(self.ids, self.positions)[self.rows, self.columns]
 
 
 class Sums(defaultdict):
@@ -186,8 +138,9 @@ class Learner:
 
     def _micro_batches(self, samples: list[Sample]) -> Iterator[tuple[list[Sample], MicroBatch]]:
         packed = self.policy.packs if self.config.packing is None else self.config.packing
+        share = self.config.share_prompts
         for part in by_token_budget(samples, self.config.token_budget, packed=packed):
-            yield part, MicroBatch.of(part, self.policy.device, packed=packed)
+            yield part, MicroBatch.of(part, self.policy.device, packed=packed, share=share)
 
     def _loss(self, batch: MicroBatch, normalizer: int, on_policy: bool) -> fastpo.PolicyLoss:
         return fastpo.linear_policy_loss(
@@ -232,20 +185,3 @@ def rate_factor(config: OptimConfig, total: int, update: int) -> float:
         "linear": left,
         "cosine": (1 - math.cos(math.pi * left)) / 2,
     }[config.decay]
-
-
-def by_token_budget(
-    samples: list[Sample], budget: int, *, packed: bool = False
-) -> Iterator[list[Sample]]:
-    """Micro-batches of similar lengths within `budget` tokens, padding counted unless packed."""
-    part: list[Sample] = []
-    total = 0
-    for sample in sorted(samples, key=lambda s: len(s.prompt) + s.length):
-        width = len(sample.prompt) + sample.length  # the longest so far
-        if part and (total if packed else width * len(part)) + width > budget:
-            yield part
-            part, total = [], 0
-        part.append(sample)
-        total += width
-    if part:
-        yield part

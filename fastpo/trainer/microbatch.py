@@ -1,0 +1,170 @@
+"""Micro-batches: samples laid out for one forward pass, and cut to bounded size.
+
+Three layouts give the same hidden states: a sample per row, right-padded (`Rows`); all in one row
+without padding (`Rows`, packed); and every prompt once, with the keys and values of it handed to
+all of its completions (`SharedPrompts`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from fastpo.trainer.experience import Sample
+from fastpo.trainer.policy import Policy
+from fastpo.trainer.rollout import left_pad
+
+
+@dataclass(kw_only=True)
+class Rows:
+    """Whole sequences, one per row or all in one, and the positions that predict completions."""
+
+    ids: Tensor  # [B, T] right-padded, or [1, T] packed
+    positions: Tensor | None  # [1, T] of a packed row: start anew with every sequence
+    rows: Tensor  # (N,) where in ids each prediction is made
+    columns: Tensor  # (N,)
+
+    @classmethod
+    def of(cls, samples: list[Sample], device: torch.device, *, packed: bool) -> Rows:
+        """Lay samples out; the last token of each predicts nothing and is left out."""
+        sequences = [torch.tensor(s.prompt + s.completion.tokens[:-1]) for s in samples]
+        rows, columns = _places(samples)
+        first = torch.tensor([len(s.prompt) - 1 for s in samples])  # predicts the first token
+        positions = None
+        if packed:
+            sizes = torch.tensor([len(sequence) for sequence in sequences])
+            first += sizes.cumsum(0) - sizes
+            positions = torch.cat([torch.arange(size) for size in sizes])[None].to(device)
+            ids = torch.cat(sequences)[None]
+        else:
+            ids = pad_sequence(sequences, batch_first=True)
+        columns += first[rows]
+        return cls(
+            ids=ids.to(device),
+            positions=positions,
+            rows=(torch.zeros_like(rows) if packed else rows).to(device),
+            columns=columns.to(device),
+        )
+
+    def hidden(self, policy: Policy) -> Tensor:
+        """Hidden states (N, D) that predict completion tokens."""
+        return policy.hidden_states(self.ids, self.positions)[self.rows, self.columns]
+
+
+@dataclass(kw_only=True)
+class SharedPrompts:
+    """P different prompts and the B completions that go on from their cache, gradient included."""
+
+    prompts: Tensor  # [P, T] left-padded
+    mask: Tensor  # [P, T] False = padding
+    owner: Tensor  # (B,) whose completion it is, of P
+    ids: Tensor  # [B, C] completions without their last token, right-padded
+    rows: Tensor  # (N,) where in [B, 1 + C] each prediction is made
+    columns: Tensor  # (N,)
+
+    @classmethod
+    def of(cls, samples: list[Sample], device: torch.device) -> SharedPrompts:
+        """Lay samples out; equal prompts are one, whichever groups they came from."""
+        numbers: dict[tuple[int, ...], int] = {}
+        owner = [numbers.setdefault(tuple(s.prompt), len(numbers)) for s in samples]
+        prompts, padding = left_pad([list(prompt) for prompt in numbers], device)
+        ids = pad_sequence([torch.tensor(s.completion.tokens[:-1]) for s in samples], True)
+        rows, columns = _places(samples)
+        return cls(
+            prompts=prompts,
+            mask=torch.ones_like(prompts, dtype=torch.bool) if padding is None else ~padding,
+            owner=torch.tensor(owner, device=device),
+            ids=ids.long().to(device),
+            rows=rows.to(device),
+            columns=columns.to(device),
+        )
+
+    def hidden(self, policy: Policy) -> Tensor:
+        """Hidden states (N, D) that predict completion tokens."""
+        first = policy.model.base_model(
+            input_ids=self.prompts,
+            attention_mask=self.mask.long(),
+            position_ids=(self.mask.cumsum(1) - 1).clamp(min=0),
+            use_cache=True,
+        )
+        states = first.last_hidden_state[self.owner, -1:]  # [B, 1, D]
+        if self.ids.shape[1]:
+            cache = first.past_key_values
+            cache.batch_select_indices(self.owner)
+            mask = torch.cat([self.mask[self.owner], torch.ones_like(self.ids, dtype=bool)], 1)
+            start = self.mask.sum(1)[self.owner, None]  # [B, 1]
+            rest = policy.model.base_model(
+                input_ids=self.ids,
+                attention_mask=mask.long(),
+                position_ids=start + torch.arange(self.ids.shape[1], device=start.device),
+                past_key_values=cache,
+                use_cache=True,
+            )
+            states = torch.cat([states, rest.last_hidden_state], 1)  # [B, 1 + C, D]
+        return states[self.rows, self.columns]
+
+
+@dataclass(kw_only=True)
+class MicroBatch:
+    """The N completion tokens of some samples, sample by sample, and where they are predicted."""
+
+    layout: Rows | SharedPrompts
+    tokens: Tensor  # (N,) what was sampled
+    cu_seqlens: Tensor  # (B + 1,) int32: whose they are
+    advantages: Tensor  # (B,)
+    old_logprobs: Tensor  # (N,) of the policy that sampled
+
+    @classmethod
+    def of(
+        cls,
+        samples: list[Sample],
+        device: torch.device,
+        *,
+        packed: bool = False,
+        share: bool = False,
+    ) -> MicroBatch:
+        """Lay samples out: packed, or with shared prompts, or else one per row."""
+        lengths = torch.tensor([s.length for s in samples])
+        return cls(
+            layout=SharedPrompts.of(samples, device)
+            if share and not packed
+            else Rows.of(samples, device, packed=packed),
+            tokens=torch.tensor([t for s in samples for t in s.completion.tokens], device=device),
+            cu_seqlens=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int().to(device),
+            advantages=torch.tensor([s.advantage for s in samples], device=device),
+            old_logprobs=torch.tensor(
+                [p for s in samples for p in s.completion.logprobs], device=device
+            ),
+        )
+
+    def hidden(self, policy: Policy) -> Tensor:
+        """Hidden states (N, D) that predict completion tokens: no other row meets the head."""
+        return self.layout.hidden(policy)
+
+
+def _places(samples: list[Sample]) -> tuple[Tensor, Tensor]:
+    """Which sample every completion token belongs to (N,), and its index in the completion (N,)."""
+    lengths = torch.tensor([s.length for s in samples])
+    rows = torch.arange(len(samples)).repeat_interleave(lengths)
+    return rows, torch.arange(len(rows)) - (lengths.cumsum(0) - lengths)[rows]
+
+
+def by_token_budget(
+    samples: list[Sample], budget: int, *, packed: bool = False
+) -> Iterator[list[Sample]]:
+    """Micro-batches of similar lengths within `budget` tokens, padding counted unless packed."""
+    part: list[Sample] = []
+    total = 0
+    for sample in sorted(samples, key=lambda s: len(s.prompt) + s.length):
+        width = len(sample.prompt) + sample.length  # the longest so far
+        if part and (total if packed else width * len(part)) + width > budget:
+            yield part
+            part, total = [], 0
+        part.append(sample)
+        total += width
+    if part:
+        yield part
