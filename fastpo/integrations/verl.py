@@ -11,16 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpo.objective import Objective
+from fastpo.objective import MAX_LOG_RATIO, Objective
 from fastpo.ops.from_logprobs import policy_loss_from_logprobs
 
 
 def register(name: str, objective: Objective) -> None:
     """Register `objective` under `name` in verl 0.9's policy-loss registry.
 
-    verl adds KL and entropy terms itself and averages gradients over data-parallel ranks; so the
-    objective must have neither term, and a global token or sequence count in the actor's
-    `global_batch_info` becomes the normalizer, divided by the number of ranks.
+    The clips, `ratio_max` and the aggregation are the objective's: verl's `loss_agg_mode` and
+    clip settings are not read. verl adds KL and entropy terms itself and averages gradients over
+    data-parallel ranks; so the objective must have neither term, and a global token or sequence
+    count in the actor's `global_batch_info` becomes the normalizer, divided by the number of ranks.
+
+    The metrics are those of verl's "vanilla": `actor/ppo_kl` is the mean of old - new log-probs,
+    `actor/pg_clipfrac` the share of tokens cut by either clip, `actor/pg_clipfrac_lower` that cut
+    by `ratio_max`.
 
     Raises:
         ValueError: the objective has a KL or an entropy term.
@@ -42,16 +47,18 @@ def register(name: str, objective: Objective) -> None:
         config: Any = None,
         rollout_is_weights: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Any]]:
+        mask = response_mask.bool()
         result = policy_loss_from_logprobs(
             log_prob,
             advantages,
             objective=objective,
-            mask=response_mask.bool(),
+            mask=mask,
             old_logprobs=old_log_prob,
             importance_weights=rollout_is_weights,
             normalizer=_normalizer(objective, config),
         )
-        return result.loss, _metrics(result.metrics)
+        log_ratio = (result.logprobs - old_log_prob).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+        return result.loss, _metrics(result.metrics, log_ratio.where(mask, 0).sum())
 
     register_policy_loss(name)(policy_loss)
 
@@ -63,13 +70,12 @@ def _normalizer(objective: Objective, config: Any) -> Tensor | float | None:
     return None if count is None else count / batch.get("dp_size", 1)
 
 
-def _metrics(sums: dict[str, Tensor]) -> dict[str, float]:
-    """verl's metric names; one host synchronization for all."""
-    keys = ("old_kl", "clip_high", "clip_low")
-    tokens = sums["tokens"].clamp(min=1)
-    means = torch.stack([sums[key] / tokens for key in keys]).tolist()
-    return {
-        "actor/ppo_kl": means[0],
-        "actor/pg_clipfrac": means[1],
-        "actor/pg_clipfrac_lower": means[2],
+def _metrics(sums: dict[str, Tensor], log_ratio: Tensor) -> dict[str, float]:
+    """verl's metrics from sums over live tokens; one host synchronization for all."""
+    totals = {
+        "actor/ppo_kl": -log_ratio,
+        "actor/pg_clipfrac": sums["clip_low"] + sums["clip_high"],
+        "actor/pg_clipfrac_lower": sums["clip_max"],
     }
+    means = torch.stack(list(totals.values())) / sums["tokens"].clamp(min=1)
+    return dict(zip(totals, means.tolist(), strict=True))
