@@ -97,16 +97,16 @@ void over_rows(int64_t rows, int64_t columns, const F& body) {
   torch::stable::parallel_for(0, rows, grain, body);
 }
 
-// Every thread keeps one scratch row, aligned to a cache line, as long as the longest it has seen.
+// Every thread keeps the scratch of one row, aligned to a cache line, as long as the longest it has seen.
 float* scratch_row(int64_t columns) {
   struct Free {
     void operator()(float* p) const { ::operator delete[](p, std::align_val_t(64)); }
   };
   thread_local std::unique_ptr<float[], Free> row;
   thread_local int64_t capacity = 0;
-  if (columns > capacity) {
-    row.reset(static_cast<float*>(::operator new[](columns * sizeof(float), std::align_val_t(64))));
-    capacity = columns;
+  if (const int64_t floats = fastpo::scratch_floats(columns); floats > capacity) {
+    row.reset(static_cast<float*>(::operator new[](floats * sizeof(float), std::align_val_t(64))));
+    capacity = floats;
   }
   return row.get();
 }

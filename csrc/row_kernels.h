@@ -1,11 +1,11 @@
 // The row primitives, written once for any vector type S (simd_*.h) and compiled per instruction set.
 //
-// A row is swept three times: maximum; exponentials and their sums; gradient, backwards. The first
-// sweep finds the row in cache, where the second sweep of the row before has fetched it, and the
-// exponentials wait in cache too: in the gradient's own fp32 row, or else in a scratch row. So memory
-// sees one read and one write of the row.
+// A row is swept twice: exponentials and their sums, block by block; gradient, backwards. A block fits
+// the first-level cache, where its maximum is found first. The exponentials wait in the second-level
+// cache: in the gradient's own fp32 row, or else in a scratch row. So memory sees one read and one write.
 #pragma once
 
+#include <float.h>
 #include <math.h>
 
 #include "exp.h"
@@ -19,25 +19,15 @@ struct RowKernels {
   using Vec = typename S::Vec;
   static constexpr int64_t W = S::width;
   static constexpr int kChains = 4;  // independent sums: shorter dependency chains, smaller error
+  static constexpr int64_t kCacheLine = 64;
+  // Columns between those worked on and those fetched, which are the next row's near the end of a row.
+  static constexpr int64_t kAhead = 2 * kBlock;
 
-  // x_j = u_j - m as (z_j - before) / T + after. With before = max z it is exactly 0 at the maximum;
-  // when only m is known, after = -m, and the product is not rounded before the sum.
-  struct Shift {
-    float before;
-    float inverse_t;
-    float after;
-
-    template <class T, class Lanes>
-    FASTPO_INLINE Vec operator()(const T* z, Lanes lanes) const {
-      const Vec difference = S::sub(S::load(z, lanes), S::all(before));
-      return S::mul_add_exact(difference, S::all(inverse_t), S::all(after));
-    }
-  };
-
-  // What the sweeps over a row leave: s = sum exp x_j.
+  // What the first sweep leaves. With m = max u, x_j = u_j - m.
   struct Summary {
-    Shift shift;
-    float exp_sum;     // s
+    float row_max;     // max z = m T
+    float inverse_t;   // 1 / T
+    float exp_sum;     // s = sum exp x_j
     float log_sum;     // log s
     float mean_shift;  // E_p[x]
     float logprob;
@@ -72,6 +62,11 @@ struct RowKernels {
     for (j -= W; j >= 0; j -= W) body(j, All{});
   }
 
+  static FASTPO_INLINE float total(const Vec* chains) {
+    return S::sum(S::add(S::add(chains[0], chains[1]), S::add(chains[2], chains[3])));
+  }
+
+  // The largest logit. Some NaNs it drops: the sums see them all.
   template <class T>
   static float max_logit(const T* z, int64_t columns) {
     Vec best[kChains];
@@ -82,56 +77,87 @@ struct RowKernels {
     return S::maximum(S::max(S::max(best[0], best[1]), S::max(best[2], best[3])));
   }
 
-  // -inf becomes kExpFloor, so that x * exp(x) is 0, not NaN.
-  static FASTPO_INLINE Vec floored(Vec x) { return S::max(S::all(kExpFloor), x); }
+  // Sums over the blocks so far, with d_j = z_j - reference and the largest logit so far as reference.
+  // It starts finite, so that in a block of -inf d_j is -inf, not NaN.
+  struct Sums {
+    float reference = -FLT_MAX;
+    double exps = 0;      // of exp(d_j / T)
+    double weighted = 0;  // of d_j exp(d_j / T)
 
-  // The first two sweeps. Keeps exp(x_j) in `exps` if kKeep, which may be the row itself; fetches the row
-  // at `ahead` meanwhile.
+    void raise(float block_max, double temperature) {
+      if (!(block_max > reference)) return;
+      const double change = double(reference) - block_max, factor = ::exp(change / temperature);
+      weighted = factor * (weighted + change * exps);
+      exps *= factor;
+      reference = block_max;
+    }
+  };
+
+  // Adds a block to the sums. Keeps exp(d_j / T) in `exps` if kKeep, which may be the block itself.
   template <bool kKeep, class T>
-  static Summary summarize(const RowsIn& in, int64_t i, const T* ahead, float* exps) {
-    const T* z = static_cast<const T*>(in.logits.row(i));
-    Summary row;
-    row.shift = {max_logit(z, in.columns), in.temperature.inverse(i), 0.0f};
-    const Shift shift = row.shift;
-    const double token_x = token_shifted(in, i, z, shift.before);
-    Vec sums[kChains], weighted[kChains];
-    for (Vec& s : sums) s = S::all(0);
+  static void add_block(const T* z, int64_t columns, ScaledExp<S> exp, float* exps, Sums& sums) {
+    const Vec reference = S::all(sums.reference);
+    Vec plain[kChains], weighted[kChains];
+    for (Vec& s : plain) s = S::all(0);
     for (Vec& s : weighted) s = S::all(0);
-    forward(in.columns, [&](int chain, int64_t j, auto lanes) FASTPO_LAMBDA {
-      if (ahead) __builtin_prefetch(ahead + j, 0, 2);
-      const Vec x = floored(shift(z + j, lanes));
-      const Vec e = exp<S>(x);
+    forward(columns, [&](int chain, int64_t j, auto lanes) FASTPO_LAMBDA {
+      if (chain * W * sizeof(T) % kCacheLine == 0) __builtin_prefetch(z + j + kAhead);
+      const Vec d = exp.floored(S::sub(S::load(z + j, lanes), reference));
+      const Vec e = exp(d);
       if (kKeep) S::store(exps + j, e, lanes);
-      sums[chain] = S::add(sums[chain], e);
-      weighted[chain] = S::mul_add(x, e, weighted[chain]);
+      plain[chain] = S::add(plain[chain], e);
+      weighted[chain] = S::mul_add(d, e, weighted[chain]);
     });
-    row.exp_sum = total(sums);
-    const double log_sum = log(double(row.exp_sum));
-    row.log_sum = float(log_sum);
-    row.mean_shift = total(weighted) / row.exp_sum;
-    const float entropy = row.log_sum - row.mean_shift;
-    row.entropy = entropy < 0 ? 0.0f : entropy;
-    const float logprob = float(token_x - log_sum);
-    row.logprob = logprob > 0 ? 0.0f : logprob;  // by a rounding error
-    return row;
+    sums.exps += total(plain);
+    sums.weighted += total(weighted);
   }
 
-  static FASTPO_INLINE float total(const Vec* chains) {
-    return S::sum(S::add(S::add(chains[0], chains[1]), S::add(chains[2], chains[3])));
+  // First sweep. Keeps the exponentials of every block, and to which logit they are relative, if kKeep.
+  template <bool kKeep, class T>
+  static Summary summarize(const RowsIn& in, int64_t i, const Kept& kept) {
+    const T* z = static_cast<const T*>(in.logits.row(i));
+    const double temperature = in.temperature.of(i), token = token_logit(in, i, z);
+    const ScaledExp<S> exp(temperature);
+    Sums sums;
+    for (int64_t start = 0; start < in.columns; start += kBlock) {
+      const int64_t size = block_size(in, start);
+      sums.raise(max_logit(z + start, size), temperature);
+      if (kKeep) kept.references[start / kBlock] = sums.reference;
+      add_block<kKeep>(z + start, size, exp, kept.exps + start, sums);
+    }
+    return summary_of(sums, token, temperature);
   }
 
-  // (z_y - max z) / T of the row's token, in double: a log-prob of -20 enters exp, and three roundings
-  // to fp32 would cost it 3e-6. NaN for a token outside the row.
+  static FASTPO_INLINE int64_t block_size(const RowsIn& in, int64_t start) {
+    return in.columns - start < kBlock ? in.columns - start : kBlock;
+  }
+
+  // NaN for a token outside the row.
   template <class T>
-  static double token_shifted(const RowsIn& in, int64_t i, const T* z, float row_max) {
+  static float token_logit(const RowsIn& in, int64_t i, const T* z) {
     const int64_t token = in.tokens[i];
-    if (token < 0 || token >= in.columns) return NAN;
-    return (double(S::first(S::load(z + token, First{1}))) - row_max) / in.temperature.of(i);
+    return token >= 0 && token < in.columns ? S::first(S::load(z + token, First{1})) : NAN;
+  }
+
+  // In double: a log-prob of -20 enters exp, and three roundings to fp32 would cost it 3e-6.
+  static Summary summary_of(const Sums& sums, float token_logit, double temperature) {
+    const double log_sum = log(sums.exps), mean_shift = sums.weighted / sums.exps / temperature;
+    const double token_shift = (double(token_logit) - sums.reference) / temperature;
+    Summary row;
+    row.row_max = sums.reference;
+    row.inverse_t = float(1 / temperature);
+    row.exp_sum = float(sums.exps);
+    row.log_sum = float(log_sum);
+    row.mean_shift = float(mean_shift);
+    // By a rounding error, either can be beyond its bound.
+    row.logprob = token_shift > log_sum ? 0.0f : float(token_shift - log_sum);
+    row.entropy = mean_shift > log_sum ? 0.0f : float(log_sum - mean_shift);
+    return row;
   }
 
   // The two slopes and the token's own gradient from c, e and the statistics of a row; `inverse_s` = 1 / s.
   static Slopes slopes_of(float c, float e, float inverse_s, const Summary& row) {
-    const float inverse_t = row.shift.inverse_t;
+    const float inverse_t = row.inverse_t;
     const float p = expf(row.logprob);
     const float x = p > 0 ? row.logprob + row.log_sum : row.mean_shift;  // p = 0: the term is 0
     const float entropy_part = e != 0 ? e * p * (row.mean_shift - x) : 0.0f;
@@ -153,22 +179,54 @@ struct RowKernels {
     });
   }
 
-  // Third sweep. kKept: exp(x_j) stands in `exps`; kEntropy: the entropy term is there, and needs x_j.
-  template <bool kKept, bool kEntropy, class T, class O>
-  static void write_grad(const RowsIn& in, int64_t i, const Shift& row_shift, const Slopes& slopes,
-                         const float* exps, O* out) {
+  // Second sweep, over the exponentials that the first has kept. kEntropy: the entropy term is there,
+  // and needs x_j.
+  template <bool kEntropy, class T, class O>
+  static void write_kept_grad(const RowsIn& in, int64_t i, const Summary& row, const Slopes& slopes,
+                              const Kept& kept, O* out) {
     const T* z = static_cast<const T*>(in.logits.row(i));
-    const Shift shift = row_shift;
+    const double temperature = in.temperature.of(i);
+    const ScaledExp<S> exp(temperature);
+    const Vec row_max = S::all(row.row_max), inverse_t = S::all(row.inverse_t);
+    const Vec mean_shift = S::all(slopes.mean_shift);
+    for (int64_t start = (in.columns - 1) / kBlock * kBlock; start >= 0; start -= kBlock) {
+      // From the block's reference to the row's maximum.
+      const double rise = double(row.row_max) - kept.references[start / kBlock];
+      const float rebase = float(::exp(-rise / temperature));
+      const Vec scale = S::all(slopes.scale * rebase), spread = S::all(slopes.spread * rebase);
+      backward(block_size(in, start), [&](int64_t k, auto lanes) FASTPO_LAMBDA {
+        const int64_t j = start + k;
+        Vec factor = scale;
+        if (kEntropy) {
+          const Vec d = exp.floored(S::sub(S::load(z + j, lanes), row_max));
+          factor = S::mul_add(S::sub(mean_shift, S::mul(d, inverse_t)), spread, scale);
+        }
+        S::store(out + j, S::mul(S::load(kept.exps + j, lanes), factor), lanes);
+      });
+    }
+    write_token(in, i, slopes, out);
+  }
+
+  // The same from the logits and the statistics of a row alone: x_j = z_j / T - m, where the product is
+  // not rounded before the difference.
+  template <bool kEntropy, class T, class O>
+  static void write_grad(const RowsIn& in, int64_t i, float m, const Slopes& slopes, O* out) {
+    const T* z = static_cast<const T*>(in.logits.row(i));
+    const ScaledExp<S> exp(1);
+    const Vec inverse_t = S::all(in.temperature.inverse(i)), minus_m = S::all(-m);
     const Vec scale = S::all(slopes.scale), spread = S::all(slopes.spread);
     const Vec mean_shift = S::all(slopes.mean_shift);
-    const int64_t token = in.tokens[i];
     backward(in.columns, [&](int64_t j, auto lanes) FASTPO_LAMBDA {
-      Vec x = S::all(0), factor = scale;
-      if (kEntropy || !kKept) x = floored(shift(z + j, lanes));
-      if (kEntropy) factor = S::mul_add(S::sub(mean_shift, x), spread, scale);
-      const Vec e = kKept ? S::load(exps + j, lanes) : exp<S>(x);
-      S::store(out + j, S::mul(e, factor), lanes);
+      const Vec x = exp.floored(S::mul_add_exact(S::load(z + j, lanes), inverse_t, minus_m));
+      const Vec factor = kEntropy ? S::mul_add(S::sub(mean_shift, x), spread, scale) : scale;
+      S::store(out + j, S::mul(exp(x), factor), lanes);
     });
+    write_token(in, i, slopes, out);
+  }
+
+  template <class O>
+  static FASTPO_INLINE void write_token(const RowsIn& in, int64_t i, const Slopes& slopes, O* out) {
+    const int64_t token = in.tokens[i];
     if (token >= 0 && token < in.columns)
       S::store(out + token, S::all(slopes.token_grad), First{1});
   }

@@ -15,10 +15,7 @@ struct RowTable {
 
   static void row_stats(const StatsParams& p, int64_t begin, int64_t end) {
     with_type(p.in.logits.dtype, [&](auto zero) {
-      for (int64_t i = begin; i < end; ++i) {
-        const bool fetch = i + 1 < end && (!p.live || p.live[i + 1]);
-        stats_row(p, i, row_if<decltype(zero)>(fetch, p.in, i + 1));
-      }
+      for (int64_t i = begin; i < end; ++i) stats_row<decltype(zero)>(p, i);
     });
   }
 
@@ -28,14 +25,10 @@ struct RowTable {
     });
   }
 
-  static void row_policy_loss(const LossParams& p, int64_t begin, int64_t end, float* exps) {
+  static void row_policy_loss(const LossParams& p, int64_t begin, int64_t end, float* scratch) {
     const DType out_dtype = p.out.data ? p.out.dtype : p.in.logits.dtype;
     with_types(p.in.logits.dtype, out_dtype, [&](auto zero, auto zero_out) {
-      using T = decltype(zero);
-      for (int64_t i = begin; i < end; ++i) {
-        const bool fetch = i + 1 < end && is_live(p, i + 1);
-        loss_row<T, decltype(zero_out)>(p, i, row_if<T>(fetch, p.in, i + 1), exps);
-      }
+      for (int64_t i = begin; i < end; ++i) loss_row<decltype(zero), decltype(zero_out)>(p, i, scratch);
     });
   }
 
@@ -49,20 +42,14 @@ struct RowTable {
 
  private:
   template <class T>
-  static const T* row_if(bool wanted, const RowsIn& in, int64_t i) {
-    return wanted ? static_cast<const T*>(in.logits.row(i)) : nullptr;
-  }
-
-  template <class T>
-  static void stats_row(const StatsParams& p, int64_t i, const T* ahead) {
+  static void stats_row(const StatsParams& p, int64_t i) {
     const bool live = !p.live || p.live[i];
-    const Summary row = live ? Kernels::template summarize<false, T>(p.in, i, ahead, nullptr) : Summary{};
+    const Summary row = live ? Kernels::template summarize<false, T>(p.in, i, {}) : Summary{};
     p.logprobs[i] = row.logprob;
     p.entropy[i] = row.entropy;
     // m is rounded to fp32; what the rounding took goes into log s, so that their sum stays right.
-    const auto& shift = row.shift;
-    p.row_max[i] = shift.before * shift.inverse_t;
-    p.log_sum[i] = row.log_sum + fmaf(shift.before, shift.inverse_t, -p.row_max[i]);
+    p.row_max[i] = row.row_max * row.inverse_t;
+    p.log_sum[i] = row.log_sum + fmaf(row.row_max, row.inverse_t, -p.row_max[i]);
   }
 
   template <class T, class O>
@@ -71,15 +58,15 @@ struct RowTable {
     const float c = p.logprob_grad[i], e = p.entropy_grad ? p.entropy_grad[i] : 0.0f;
     if (c == 0 && e == 0) return Kernels::fill_zero(out, p.in.columns);
     Summary row;
-    row.shift = {0.0f, p.in.temperature.inverse(i), -p.row_max[i]};
+    row.inverse_t = p.in.temperature.inverse(i);
     row.log_sum = p.log_sum[i];
     row.mean_shift = row.log_sum - p.entropy[i];
     row.logprob = p.logprobs[i];
     const Slopes slopes = Kernels::slopes_of(c, e, expf(-row.log_sum), row);
     if (e == 0)
-      Kernels::template write_grad<false, false, T>(p.in, i, row.shift, slopes, nullptr, out);
+      Kernels::template write_grad<false, T>(p.in, i, p.row_max[i], slopes, out);
     else
-      Kernels::template write_grad<false, true, T>(p.in, i, row.shift, slopes, nullptr, out);
+      Kernels::template write_grad<true, T>(p.in, i, p.row_max[i], slopes, out);
   }
 
   static FASTPO_INLINE bool is_live(const LossParams& p, int64_t i) {
@@ -87,7 +74,7 @@ struct RowTable {
   }
 
   template <class T, class O>
-  static void loss_row(const LossParams& p, int64_t i, const T* ahead, float* exps) {
+  static void loss_row(const LossParams& p, int64_t i, float* scratch) {
     O* out = p.out.data ? static_cast<O*>(p.out.row(i)) : nullptr;
     if (!is_live(p, i)) {
       p.loss[i] = p.logprobs[i] = p.entropy[i] = 0;
@@ -95,20 +82,22 @@ struct RowTable {
       if (out) Kernels::fill_zero(out, p.in.columns);
       return;
     }
-    float* kept = out ? place_for_exps(p, i, out, exps) : nullptr;
-    const Summary row = kept ? Kernels::template summarize<true, T>(p.in, i, ahead, kept)
-                             : Kernels::template summarize<false, T>(p.in, i, ahead, nullptr);
-    const float c = write_loss(p, i, row);
-    if (kept) write_kept_grad<T>(p, i, row, c, kept, out);
+    if (!out) {
+      write_loss(p, i, Kernels::template summarize<false, T>(p.in, i, {}));
+      return;
+    }
+    const Kept kept = {place_for_exps(p, i, out, scratch), scratch + p.in.columns};
+    const Summary row = Kernels::template summarize<true, T>(p.in, i, kept);
+    write_kept_grad<T>(p, i, row, write_loss(p, i, row), kept, out);
   }
 
   // The gradient's row can hold the exponentials if it is fp32 and the logits are not needed again.
-  static float* place_for_exps(const LossParams& p, int64_t i, float* out, float* exps) {
-    return p.entropy_weight && p.entropy_weight[i] != 0 ? exps : out;
+  static float* place_for_exps(const LossParams& p, int64_t i, float* out, float* scratch) {
+    return p.entropy_weight && p.entropy_weight[i] != 0 ? scratch : out;
   }
   template <class O>
-  static float* place_for_exps(const LossParams&, int64_t, O*, float* exps) {
-    return exps;
+  static float* place_for_exps(const LossParams&, int64_t, O*, float* scratch) {
+    return scratch;
   }
 
   // Writes the row's loss and returns c = dloss/dlogprob.
@@ -127,14 +116,14 @@ struct RowTable {
 
   template <class T, class O>
   static void write_kept_grad(const LossParams& p, int64_t i, const Summary& row, float c,
-                              const float* exps, O* out) {
+                              const Kept& kept, O* out) {
     const float e = p.entropy_weight ? -p.entropy_weight[i] : 0.0f;
     if (c == 0 && e == 0) return Kernels::fill_zero(out, p.in.columns);
     const Slopes slopes = Kernels::slopes_of(c, e, 1.0f / row.exp_sum, row);
     if (e == 0)
-      Kernels::template write_grad<true, false, T>(p.in, i, row.shift, slopes, exps, out);
+      Kernels::template write_kept_grad<false, T>(p.in, i, row, slopes, kept, out);
     else
-      Kernels::template write_grad<true, true, T>(p.in, i, row.shift, slopes, exps, out);
+      Kernels::template write_kept_grad<true, T>(p.in, i, row, slopes, kept, out);
   }
 
   // Calls f with a zero of the element type, so that generic lambdas can name it.

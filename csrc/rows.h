@@ -96,13 +96,24 @@ struct ScaleParams {
   float factor = 1;
 };
 
+constexpr int64_t kBlock = 4096;  // columns; as fp32 they take half of a first-level cache
+
+// What a policy loss keeps of a row for its gradient: exp((z_j - reference) / T), each block's reference.
+struct Kept {
+  float* exps = nullptr;        // (V,)
+  float* references = nullptr;  // one for every kBlock columns
+};
+
+// The scratch of a row: V exponentials, then the references.
+FASTPO_INLINE int64_t scratch_floats(int64_t columns) { return columns + columns / kBlock + 1; }
+
 // The primitives compiled for one instruction set, each over rows [begin, end).
 struct RowKernelTable {
   const char* simd;
   void (*row_stats)(const StatsParams&, int64_t begin, int64_t end);
   void (*row_grad)(const GradParams&, int64_t begin, int64_t end);
-  // `exps` is scratch for V floats; unused without a gradient.
-  void (*row_policy_loss)(const LossParams&, int64_t begin, int64_t end, float* exps);
+  // `scratch` holds scratch_floats(V); unused without a gradient.
+  void (*row_policy_loss)(const LossParams&, int64_t begin, int64_t end, float* scratch);
   void (*scale)(const ScaleParams&, int64_t begin, int64_t end);
 };
 

@@ -4,6 +4,7 @@
 #include <immintrin.h>
 #include <string.h>
 
+#include "exp2_steps.h"
 #include "lanes.h"
 #include "rows.h"
 
@@ -45,8 +46,11 @@ struct Avx2 {
   static FASTPO_INLINE Vec mul_add_exact(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
   // maxps returns its second operand when either is NaN: NaN in `b` survives.
   static FASTPO_INLINE Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
-  static FASTPO_INLINE Vec power_of_two(Vec biased) {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(biased), 23));
+  static FASTPO_INLINE Vec step(Vec biased) {
+    const __m256i n = _mm256_castps_si256(biased);
+    const __m256i roots = _mm256_load_si256(reinterpret_cast<const __m256i*>(kExp2Table<8>.bits));
+    const __m256i root = _mm256_permutevar8x32_epi32(roots, n);
+    return _mm256_castsi256_ps(_mm256_add_epi32(root, _mm256_slli_epi32(n, Exp2Steps<8>::kShift)));
   }
   static FASTPO_INLINE float first(Vec v) { return _mm256_cvtss_f32(v); }
   static FASTPO_INLINE float sum(Vec v) {

@@ -3,6 +3,7 @@
 
 #include <immintrin.h>
 
+#include "exp2_steps.h"
 #include "lanes.h"
 #include "rows.h"
 
@@ -58,25 +59,38 @@ struct Avx512 {
   static FASTPO_INLINE Vec mul_add_exact(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
   // maxps returns its second operand when either is NaN: NaN in `b` survives.
   static FASTPO_INLINE Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
-  static FASTPO_INLINE Vec power_of_two(Vec biased) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(biased), 23));
+  static FASTPO_INLINE Vec step(Vec biased) {
+    const __m512i n = _mm512_castps_si512(biased);
+    const __m512i root = _mm512_permutexvar_epi32(n, _mm512_load_si512(kExp2Table<16>.bits));
+    return _mm512_castsi512_ps(_mm512_add_epi32(root, _mm512_slli_epi32(n, Exp2Steps<16>::kShift)));
   }
   static FASTPO_INLINE float first(Vec v) { return _mm512_cvtss_f32(v); }
   static FASTPO_INLINE float sum(Vec v) { return _mm512_reduce_add_ps(v); }
   static FASTPO_INLINE float maximum(Vec v) { return _mm512_reduce_max_ps(v); }
 
  private:
+  // A bf16 is the upper word of a float: one permutation of words each way.
   static FASTPO_INLINE Vec widen(__m256i bits) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+    const __m512i words = _mm512_maskz_permutexvar_epi16(0xAAAAAAAA, _mm512_srli_epi16(word_numbers(), 1),
+                                                         _mm512_castsi256_si512(bits));
+    return _mm512_castsi512_ps(words);
   }
-  // fp32 -> bf16, to nearest even; the rounding carry would turn some NaNs into 0, so NaN goes apart.
+  // To nearest even. Of a NaN, which is quiet after any arithmetic, the upper word is one already; the
+  // rounding carry would turn some into 0.
   static FASTPO_INLINE __m256i narrow(Vec v) {
-    __m512i bits = _mm512_castps_si512(v);
-    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    __m512i carry = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF));
-    __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, carry), 16);
-    __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-    return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7FC0)));
+    const __m512i bits = _mm512_castps_si512(v);
+    const __mmask16 number = _mm512_cmp_ps_mask(v, v, _CMP_ORD_Q);
+    const __mmask16 odd = _mm512_mask_test_epi32_mask(number, bits, _mm512_set1_epi32(0x10000));
+    __m512i rounded = _mm512_mask_add_epi32(bits, number, bits, _mm512_set1_epi32(0x7FFF));
+    rounded = _mm512_mask_add_epi32(rounded, odd, bits, _mm512_set1_epi32(0x8000));
+    const __m512i upper = _mm512_add_epi16(_mm512_slli_epi16(word_numbers(), 1), _mm512_set1_epi16(1));
+    return _mm512_castsi512_si256(_mm512_permutexvar_epi16(upper, rounded));
+  }
+  static FASTPO_INLINE __m512i word_numbers() {
+    alignas(64) static constexpr uint16_t kNumbers[32] = {
+        0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15,
+        16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
+    return _mm512_load_si512(kNumbers);
   }
 };
 

@@ -3,6 +3,7 @@
 
 #include <string.h>
 
+#include "exp2_steps.h"
 #include "lanes.h"
 #include "rows.h"
 #include "small_floats.h"
@@ -57,14 +58,10 @@ struct Portable {
   static FASTPO_INLINE Vec max(const Vec& a, const Vec& b) {
     return map([&](int k) { return a.lane[k] > b.lane[k] ? a.lane[k] : b.lane[k]; });
   }
-  static FASTPO_INLINE Vec power_of_two(const Vec& biased) {
+  static FASTPO_INLINE Vec step(const Vec& biased) {
     return map([&](int k) {
-      uint32_t bits;
-      memcpy(&bits, &biased.lane[k], sizeof bits);
-      bits <<= 23;
-      float power;
-      memcpy(&power, &bits, sizeof power);
-      return power;
+      const uint32_t n = bits_of_float(biased.lane[k]);
+      return float_of_bits(kExp2Table<8>.bits[n % 8] + (n << Exp2Steps<8>::kShift));
     });
   }
   static FASTPO_INLINE float first(const Vec& v) { return v.lane[0]; }
