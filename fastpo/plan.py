@@ -273,7 +273,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hidden", type=int, required=True, help="D, width of the hidden states")
     parser.add_argument("--tokens", type=int, required=True, help="N, tokens of a micro-batch")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
-    parser.add_argument("--budget", type=parse_bytes, help="bytes of a chunk, e.g. 1280MiB")
+    parser.add_argument("--budget", help="bytes of a chunk, e.g. 1280MiB")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
 
 
@@ -281,15 +281,16 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the table that `arguments` (see `add_arguments`) ask for; 0.
 
     Raises:
-        ValueError: as in `plan`.
+        ValueError: as in `plan` and `parse_bytes`.
     """
+    budget = arguments.budget
     print(
         plan_table(
             vocab=arguments.vocab,
             hidden=arguments.hidden,
             tokens=arguments.tokens,
             dtype=DTYPES[arguments.dtype],
-            budget=arguments.budget,
+            budget=None if budget is None else parse_bytes(budget),
             device=arguments.device,
         )
     )
