@@ -1,7 +1,7 @@
 """Write results/demo.md from the summary.json of demo runs.
 
-make demo SEED=0; make demo SEED=1; make demo SEED=2
-python benchmarks/demo_table.py runs/demo-seed0 runs/demo-seed1 runs/demo-seed2
+for seed in 0 1 2 3 4; do make demo SEED=$seed; done
+python benchmarks/demo_table.py runs/demo-seed[0-4]
 """
 
 from __future__ import annotations
