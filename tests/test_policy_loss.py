@@ -371,6 +371,15 @@ def test_extreme_log_ratios_stay_finite(backend):
     assert (grad[0] == 0).all() and grad[2].norm() > 0
 
 
+def test_kl_metrics_of_a_small_step():
+    """1e-4 away, the KL is 5e-9: exp(x) - 1 - x in float32 would be rounding error alone."""
+    logprobs = torch.full((8,), -1.0)
+    result = fastpo.policy_loss_from_logprobs(
+        logprobs, torch.ones(8), objective=fastpo.dapo(), old_logprobs=logprobs - 1e-4
+    )
+    torch.testing.assert_close(result.metrics["old_kl"], torch.tensor(8 * 5e-9), rtol=0.01, atol=0)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nan_of_a_live_token_stays_visible(backend):
     """REGRESSIONS 18: the loss shows it, and no other row is touched."""

@@ -136,7 +136,7 @@ class LossBatch:
         sums = {
             "tokens": live.sum(),
             "ratio": total(terms.ratio),
-            "old_kl": total(log_ratio.exp() - log_ratio - 1),
+            "old_kl": total(log_ratio.expm1() - log_ratio),  # exact near 0, as k3
             "clip_low": count(CLIPPED_LOW),
             "clip_high": count(CLIPPED_HIGH),
             "clip_max": count(CLIPPED_MAX),
