@@ -8,10 +8,11 @@ import pytest
 from rich.console import Console
 
 from fastpo.trainer import checkpoint
+from fastpo.trainer.config import Config
 from fastpo.trainer.console import SHOWN, Display
-from fastpo.trainer.errors import TrainerError
+from fastpo.trainer.errors import RecipeError, TrainerError
 from fastpo.trainer.plot import plot, smooth
-from fastpo.trainer.rundir import RunLog, read_metrics
+from fastpo.trainer.rundir import RunLog, create, read_metrics
 
 METRICS = dict.fromkeys(SHOWN, 0.5)
 
@@ -100,6 +101,31 @@ def test_a_line_cut_off_by_a_crash_is_dropped_on_resume(tmp_path):
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]  # a run may be writing it
     RunLog(tmp_path, tensorboard=False, resume_at=2).close()
     assert read_metrics(tmp_path) == [{"step": 1}, {"step": 2}]
+
+
+def test_a_run_that_is_being_written_is_left_to_its_writer(tmp_path):
+    path = tmp_path / "run"
+    config = Config(run_dir=str(path), existing="move_aside")
+    log = RunLog(create(config), tensorboard=False)
+    log.metrics(1, {"reward": 1.0})
+    for second in (lambda: create(config), lambda: RunLog(path, tensorboard=False, resume_at=0)):
+        with pytest.raises(RecipeError, match="run is being written by another fastpo"):
+            second()
+    assert read_metrics(path) == [{"step": 1, "reward": 1.0}]
+    log.close()
+    assert create(config).exists() and (tmp_path / "run.1" / "metrics.jsonl").exists()
+
+
+def test_samples_may_hold_any_character(tmp_path):
+    """JSON leaves U+2028 as it is, and str.splitlines ends a line there."""
+    for resume_at in (None, 1):
+        log = RunLog(tmp_path, tensorboard=False, resume_at=resume_at)
+        for step in (1, 2):
+            log.sample(step, completion=f"a\u2028b\u0085c\r\n{step}")
+        log.close()
+    text = (tmp_path / "samples.jsonl").read_text(encoding="utf-8")
+    steps = [json.loads(line)["step"] for line in text.removesuffix("\n").split("\n")]
+    assert steps == [1, 1, 2]
 
 
 def test_smoothing_keeps_lines_straight_and_averages_noise():

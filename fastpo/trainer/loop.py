@@ -104,10 +104,10 @@ class Trainer:
         self.step = state["step"]
         self.learner = self._make_learner()
         self._load(state)
-        rundir.write_config(self.dir, self.config)
         self.log = rundir.RunLog(
             self.dir, tensorboard=self.config.log.tensorboard, resume_at=self.step
         )
+        rundir.write_config(self.dir, self.config)
 
     def run(self) -> None:
         """Warm up if asked to, evaluate, then train to the last step."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from fastpo.trainer import recipe
 from fastpo.trainer.config import Config
@@ -45,6 +46,8 @@ def create(config: Config) -> Path:
             )
         if not (path / CONFIG).is_file():
             raise RecipeError(f"{path} exists and holds no run: it is not moved aside")
+        with (path / METRICS).open("a") as metrics:
+            _claim(metrics)
         path.rename(_free_name(path))
     path.mkdir(parents=True)
     write_config(path, config)
@@ -84,11 +87,12 @@ class RunLog:
     """metrics.jsonl, samples.jsonl and, where tensorboard is installed, event files."""
 
     def __init__(self, path: Path, *, tensorboard: bool, resume_at: int | None = None):
-        if resume_at is not None:
-            for name in (METRICS, SAMPLES):
-                _drop_after(path / name, resume_at)
         self._metrics = (path / METRICS).open("a", encoding="utf-8")
+        _claim(self._metrics)
         self._samples = (path / SAMPLES).open("a", encoding="utf-8")
+        if resume_at is not None:
+            for file in (self._metrics, self._samples):
+                _drop_after(file, resume_at)
         self._events = _event_writer(path, resume_at) if tensorboard else None
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
@@ -128,8 +132,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def _lines(file: Path) -> list[tuple[str, dict[str, Any]]]:
     """Every whole line and what it says."""
     try:
-        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-        found = [(line, json.loads(line)) for line in lines if line.endswith("\n")]
+        with file.open(encoding="utf-8") as lines:  # str.splitlines would also cut at U+2028
+            found = [(line, json.loads(line)) for line in lines if line.endswith("\n")]
         if all(isinstance(values["step"], int) for _, values in found):
             return found
         reason = "a step is no integer"
@@ -140,10 +144,27 @@ def _lines(file: Path) -> list[tuple[str, dict[str, Any]]]:
     raise RecipeError(f"{file} is damaged: {reason}")
 
 
-def _drop_after(file: Path, step: int) -> None:
-    """Drop lines of steps that the checkpoint does not know: resuming does them again."""
-    if file.exists():
-        _replace(file, "".join(line for line, values in _lines(file) if values["step"] <= step))
+def _drop_after(file: TextIO, step: int) -> None:
+    """Cut off the lines of steps that the checkpoint does not know: resuming does them again."""
+    kept = [line for line, values in _lines(Path(file.name)) if values["step"] <= step]
+    file.truncate(len("".join(kept).encode()))
+
+
+def _claim(file: TextIO) -> None:
+    """Lock a run's metrics until they are closed, so that no second process writes to the run."""
+    if os.name != "posix":
+        return
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise RecipeError(
+            f"{Path(file.name).parent} is being written by another fastpo: wait for it, or choose "
+            "another run_dir"
+        ) from None
+    except OSError:  # a file system without locks
+        return
 
 
 def _replace(file: Path, text: str) -> None:
