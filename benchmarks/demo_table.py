@@ -29,7 +29,7 @@ def table(summaries: list[dict]) -> str:
         f"Accuracy is of {first['held_out_problems']} held-out problems, the same for every seed "
         f"and never trained on, {_how(first)}; greedy is of greedy decoding. Before = after the "
         "supervised warm-up, which stands in for a pretrained checkpoint. Seconds are wall time, "
-        "with warm-up and evaluations.\n\n"
+        "with warm-up and evaluations, beside whatever else the machine ran.\n\n"
         f"{commands}\n\n"
         f"{first['date']}; {first['machine']}; {versions}.\n"
     )
