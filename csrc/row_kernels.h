@@ -20,8 +20,6 @@ struct RowKernels {
   static constexpr int64_t W = S::width;
   static constexpr int kChains = 4;  // independent sums: shorter dependency chains, smaller error
   static constexpr int64_t kCacheLine = 64;
-  // Columns between those worked on and those fetched, which are the next row's near the end of a row.
-  static constexpr int64_t kAhead = 2 * kBlock;
 
   // What the first sweep leaves. With m = max u, x_j = u_j - m.
   struct Summary {
@@ -93,7 +91,8 @@ struct RowKernels {
     }
   };
 
-  // Adds a block to the sums. Keeps exp(d_j / T) in `exps` if kKeep, which may be the block itself.
+  // Adds a block to the sums, and fetches the next one, which after the last is of the next row. Keeps
+  // exp(d_j / T) in `exps` if kKeep, which may be the block itself.
   template <bool kKeep, class T>
   static void add_block(const T* z, int64_t columns, ScaledExp<S> exp, float* exps, Sums& sums) {
     const Vec reference = S::all(sums.reference);
@@ -101,7 +100,7 @@ struct RowKernels {
     for (Vec& s : plain) s = S::all(0);
     for (Vec& s : weighted) s = S::all(0);
     forward(columns, [&](int chain, int64_t j, auto lanes) FASTPO_LAMBDA {
-      if (chain * W * sizeof(T) % kCacheLine == 0) __builtin_prefetch(z + j + kAhead);
+      if (chain * W * sizeof(T) % kCacheLine == 0) __builtin_prefetch(z + j + kBlock);
       const Vec d = exp.floored(S::sub(S::load(z + j, lanes), reference));
       const Vec e = exp(d);
       if (kKeep) S::store(exps + j, e, lanes);
