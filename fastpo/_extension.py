@@ -33,7 +33,7 @@ def build_info() -> dict[str, object]:
     return importlib.import_module("fastpo._C").build_info()
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # Dynamo cannot trace imports, and need not
 def devices() -> tuple[str, ...]:
     """The device types that the compiled operators serve; () without the extension."""
     if load_error() is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from functools import partial
 
 import pytest
 import torch
@@ -203,6 +204,11 @@ def test_operator_passes_opcheck_and_compiles(implementation):
         pytest.skip("it is about the operator")
     arguments = (torch.randn(12), 4, None, 0, EPS, None)
     torch.library.opcheck(torch.ops.fastpo.group_advantages.default, arguments)
+    rewards, ids = torch.randn(12), torch.arange(12) % 3
+    for options in ({"group_size": 4}, {"group_ids": ids, "estimator": "opo", "lengths": ids + 1}):
+        step = partial(fastpo.group_advantages, **options)
+        compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(rewards).advantages, step(rewards).advantages)
 
 
 @pytest.mark.parametrize(
