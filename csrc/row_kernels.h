@@ -60,6 +60,16 @@ struct RowKernels {
     for (j -= W; j >= 0; j -= W) body(j, All{});
   }
 
+  // Calls body(column, lanes) for the vectors of a row that becomes one of O, in place: first to last, as
+  // memory likes it, unless the logits are larger.
+  template <class T, class O, class Body>
+  static FASTPO_INLINE void rewrite(int64_t columns, Body&& body) {
+    if constexpr (sizeof(O) < sizeof(T))
+      backward(columns, body);
+    else
+      forward(columns, [&](int, int64_t j, auto lanes) FASTPO_LAMBDA { body(j, lanes); });
+  }
+
   static FASTPO_INLINE float total(const Vec* chains) {
     return S::sum(S::add(S::add(chains[0], chains[1]), S::add(chains[2], chains[3])));
   }
@@ -166,14 +176,14 @@ struct RowKernels {
 
   template <class O>
   static FASTPO_INLINE void fill_zero(O* out, int64_t columns) {
-    backward(columns, [&](int64_t j, auto lanes) FASTPO_LAMBDA {
+    rewrite<O, O>(columns, [&](int64_t j, auto lanes) FASTPO_LAMBDA {
       S::store(out + j, S::all(0), lanes);
     });
   }
 
   template <class T>
   static void scale_row(T* row, int64_t columns, float factor) {
-    backward(columns, [&](int64_t j, auto lanes) FASTPO_LAMBDA {
+    rewrite<T, T>(columns, [&](int64_t j, auto lanes) FASTPO_LAMBDA {
       S::store(row + j, S::mul(S::load(row + j, lanes), S::all(factor)), lanes);
     });
   }
@@ -215,7 +225,7 @@ struct RowKernels {
     const Vec inverse_t = S::all(in.temperature.inverse(i)), minus_m = S::all(-m);
     const Vec scale = S::all(slopes.scale), spread = S::all(slopes.spread);
     const Vec mean_shift = S::all(slopes.mean_shift);
-    backward(in.columns, [&](int64_t j, auto lanes) FASTPO_LAMBDA {
+    rewrite<T, O>(in.columns, [&](int64_t j, auto lanes) FASTPO_LAMBDA {
       const Vec x = exp.floored(S::mul_add_exact(S::load(z + j, lanes), inverse_t, minus_m));
       const Vec factor = kEntropy ? S::mul_add(S::sub(mean_shift, x), spread, scale) : scale;
       S::store(out + j, S::mul(exp(x), factor), lanes);
