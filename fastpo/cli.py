@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastpo import plan
+from fastpo import __version__, plan
 
 SHOWN_ANSWERS = 3
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # torch on a GPU, on a CPU
@@ -76,6 +76,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fastpo", description="Policy optimization for LLMs.")
+    parser.add_argument("--version", action="version", version=f"fastpo {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     train = commands.add_parser(
         "train",
