@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fastpo import _extension
-from fastpo.backends import cpp_rows
+from fastpo.backends import cpp as cpp_rows
 from fastpo.backends.base import RowInputs
 from fastpo.objective import Objective
 

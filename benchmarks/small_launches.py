@@ -10,7 +10,7 @@ import sys
 import torch
 
 import fastpo
-from fastpo.backends import triton_rows
+from fastpo.backends import triton as triton_rows
 from fastpo.backends.base import alias_rows
 from fastpo.testing.rows import RowCase, check_policy_loss, check_stats_and_grad
 

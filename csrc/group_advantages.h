@@ -7,7 +7,7 @@
 #include <math.h>
 #include <stdint.h>
 
-#include "rule.h"
+#include "token_loss.h"
 
 namespace fastpo {
 

@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "rule.h"
+#include "token_loss.h"
 
 // Functions used in files compiled for different instruction sets are inlined without exception: a
 // copy emitted from the AVX-512 file could otherwise be the one that the linker keeps for everyone.

@@ -111,7 +111,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(options: argparse.Namespace, command: str) -> int:
-    from fastpo.trainer import recipe, train
+    from fastpo.trainer import train
+    from fastpo.trainer.run import recipe
 
     config = recipe.load(options.recipe, options.overrides)
     train(config, resume=options.resume, command=command)
@@ -134,7 +135,7 @@ def _eval(options: argparse.Namespace, command: str) -> int:
 
 
 def _plot(options: argparse.Namespace, command: str) -> int:
-    from fastpo.trainer.plot import plot
+    from fastpo.trainer.run.plot import plot
 
     print(plot(options.run_dir))
     return 0
@@ -149,7 +150,7 @@ def _plan(options: argparse.Namespace, command: str) -> int:
 
 
 def _settings(options: argparse.Namespace, command: str) -> int:
-    from fastpo.trainer.recipe import settings
+    from fastpo.trainer.run.recipe import settings
 
     for setting in settings():
         print(f"{setting.key} = {setting.default}  ({setting.type})\n    {setting.help}")

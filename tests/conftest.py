@@ -69,8 +69,8 @@ def poisoned_empty():
 
 @pytest.fixture
 def triton_backend(device: torch.device):
-    """`fastpo.backends.triton_rows`, ready to run on `device`."""
-    from fastpo.backends import triton_rows
+    """`fastpo.backends.triton`, ready to run on `device`."""
+    from fastpo.backends import triton as triton_rows
 
     reason = triton_rows.unavailable(device)
     if reason is not None:

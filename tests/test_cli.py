@@ -13,7 +13,8 @@ import torch
 import transformers
 
 from fastpo.cli import main
-from fastpo.trainer import checkpoint, tasks
+from fastpo.trainer import tasks
+from fastpo.trainer.run import checkpoint
 from fastpo.trainer.tasks import Problem
 from fastpo.trainer.update import Learner
 

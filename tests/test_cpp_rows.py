@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fastpo import _extension
-from fastpo.backends import cpp_rows
+from fastpo.backends import cpp as cpp_rows
 from fastpo.backends.base import RowInputs, alias_rows
 from fastpo.objective import KL_ESTIMATORS, TOKEN_SURROGATES, Objective
 from fastpo.testing.rows import RowCase, check_policy_loss, check_stats_and_grad, run_policy_loss
@@ -444,7 +444,7 @@ def test_every_simd_level(level):
 
 
 def test_an_unknown_simd_level_is_refused():
-    code = "from fastpo.backends import cpp_rows; print(cpp_rows.unavailable())"
+    code = "from fastpo.backends import cpp; print(cpp_rows.unavailable())"
     environment = {**os.environ, "FASTPO_SIMD": "mmx"}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True

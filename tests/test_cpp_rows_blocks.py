@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastpo.backends import cpp_rows
+from fastpo.backends import cpp as cpp_rows
 from fastpo.backends.base import RowStats, alias_rows
 from fastpo.objective import Objective
 from fastpo.testing.rows import RowCase, check_policy_loss, check_stats_and_grad, run_policy_loss

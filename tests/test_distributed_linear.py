@@ -157,7 +157,7 @@ def test_inside_fsdp2_on_two_ranks(tmp_path):
 
 def test_merged_statistics_are_those_of_the_whole_row():
     """The merge alone, in this process: shards far apart, one of -inf, a single finite logit."""
-    from fastpo.backends import torch_rows
+    from fastpo.backends import torch as torch_rows
 
     logits = 5 * torch.randn(6, 40, dtype=torch.float64)
     logits[0, :10] = -torch.inf

@@ -451,7 +451,7 @@ def _fields(objective, **changes):
 
 def test_zeroed_policy_gradient_fails_the_check(monkeypatch):
     """The suite has teeth: a backend that returns no policy gradient does not pass."""
-    from fastpo.backends import torch_rows
+    from fastpo.backends import torch as torch_rows
 
     def no_gradient(*args):
         args[-1].zero_()

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastpo.trainer import recipe, train
+from fastpo.trainer import train
+from fastpo.trainer.run import recipe
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastpo.backends import triton_rows
+from fastpo.backends import triton as triton_rows
 from fastpo.backends.base import RowInputs
 from fastpo.objective import Objective
 from fastpo.testing.rows import RowCase, run_policy_loss

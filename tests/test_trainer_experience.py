@@ -9,10 +9,10 @@ import torch
 from fastpo.trainer import experience
 from fastpo.trainer.algorithm import resolve
 from fastpo.trainer.config import AlgorithmConfig, RolloutConfig
-from fastpo.trainer.errors import RecipeError, TrainerError
 from fastpo.trainer.experience import collect
 from fastpo.trainer.metrics import rollout_metrics
 from fastpo.trainer.rollout import Completion
+from fastpo.trainer.run.errors import RecipeError, TrainerError
 from fastpo.trainer.tasks import Problem, ProblemStream
 
 

@@ -7,12 +7,12 @@ import resource
 import pytest
 from rich.console import Console
 
-from fastpo.trainer import checkpoint
 from fastpo.trainer.config import Config
-from fastpo.trainer.console import SHOWN, Display
-from fastpo.trainer.errors import RecipeError, TrainerError
-from fastpo.trainer.plot import plot, smooth
-from fastpo.trainer.rundir import RunLog, create, read_metrics
+from fastpo.trainer.run import checkpoint
+from fastpo.trainer.run.console import SHOWN, Display
+from fastpo.trainer.run.directory import RunLog, create, read_metrics
+from fastpo.trainer.run.errors import RecipeError, TrainerError
+from fastpo.trainer.run.plot import plot, smooth
 
 METRICS = dict.fromkeys(SHOWN, 0.5)
 

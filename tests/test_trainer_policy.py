@@ -6,11 +6,11 @@ import transformers
 
 import fastpo
 from fastpo.trainer.config import ModelConfig
-from fastpo.trainer.errors import RecipeError, TrainerError
 from fastpo.trainer.experience import Sample
 from fastpo.trainer.microbatch import MicroBatch
 from fastpo.trainer.policy import Policy, character_tokenizer, load_policy, make_policy, stop_ids
 from fastpo.trainer.rollout import Completion
+from fastpo.trainer.run.errors import RecipeError, TrainerError
 from fastpo.trainer.tasks import Problem
 
 CPU = torch.device("cpu")

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from fastpo.trainer import recipe
 from fastpo.trainer.config import Config
-from fastpo.trainer.errors import RecipeError
+from fastpo.trainer.run import recipe
+from fastpo.trainer.run.errors import RecipeError
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.toml"))
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from fastpo.trainer.config import ModelConfig
-from fastpo.trainer.errors import TrainerError
 from fastpo.trainer.policy import make_policy
 from fastpo.trainer.rollout import sample
+from fastpo.trainer.run.errors import TrainerError
 
 PROMPTS = [[3, 4, 5], [6], [7, 8, 9, 10, 11], [12, 3]]
 

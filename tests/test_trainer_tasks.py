@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from fastpo.trainer import tasks
-from fastpo.trainer.errors import RecipeError, TrainerError
+from fastpo.trainer.run.errors import RecipeError, TrainerError
 from fastpo.trainer.tasks import (
     Problem,
     ProblemStream,

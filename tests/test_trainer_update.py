@@ -8,11 +8,11 @@ import torch
 import fastpo
 from fastpo.trainer.algorithm import PRESETS, resolve
 from fastpo.trainer.config import AlgorithmConfig, ModelConfig, OptimConfig
-from fastpo.trainer.errors import TrainerError
 from fastpo.trainer.experience import Sample
 from fastpo.trainer.microbatch import MicroBatch, by_token_budget
 from fastpo.trainer.policy import make_policy
 from fastpo.trainer.rollout import Completion, sample
+from fastpo.trainer.run.errors import TrainerError
 from fastpo.trainer.tasks import Problem
 from fastpo.trainer.update import Learner, Sums, rate_factor
 from fastpo.trainer.warmup import reference_sample

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from fastpo.backends import triton_rows
+from fastpo.backends import triton as triton_rows
 from fastpo.backends.base import RowInputs, alias_rows
 from fastpo.objective import CLIPPED_HIGH, CLIPPED_LOW, CLIPPED_MAX, Objective
 from fastpo.testing.rows import (

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from fastpo.kernels._token_loss import surrogate_loss
 
-from fastpo.backends import triton_rows
+from fastpo.backends import triton as triton_rows
 from fastpo.objective import Objective
 from fastpo.testing.rows import RowCase, check_policy_loss
 

@@ -7,7 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import fastpo
-from fastpo.backends import triton_rows
+from fastpo.backends import triton as triton_rows
 from fastpo.objective import Objective
 from fastpo.testing.budget import assert_within_budget
 from fastpo.testing.rows import RowCase

@@ -8,7 +8,7 @@ import itertools
 import pytest
 import torch
 
-from fastpo.backends import triton_rows
+from fastpo.backends import triton as triton_rows
 from fastpo.objective import KL_ESTIMATORS, TOKEN_SURROGATES, Objective
 from fastpo.testing.rows import (
     RowCase,

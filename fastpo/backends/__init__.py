@@ -5,19 +5,19 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-import torch
+import torch as pytorch  # `torch` will be this package's own submodule, backends/torch.py
 
 _MODULES = {
-    "torch": "fastpo.backends.torch_rows",
-    "cpp": "fastpo.backends.cpp_rows",
-    "triton": "fastpo.backends.triton_rows",
+    "torch": "fastpo.backends.torch",
+    "cpp": "fastpo.backends.cpp",
+    "triton": "fastpo.backends.triton",
 }
 BACKENDS = (*_MODULES, "cuda")
 _loaded: dict[str, ModuleType] = {}
 _PREFERENCE = {"cpu": ("cpp", "torch"), "cuda": ("triton", "torch")}  # ROCm devices are "cuda" too
 
 
-def unavailable(name: str, device: torch.device | str = "cpu") -> str | None:
+def unavailable(name: str, device: pytorch.device | str = "cpu") -> str | None:
     """Why backend `name` cannot run on `device`: one line, or None if it can.
 
     Raises:
@@ -31,11 +31,11 @@ def unavailable(name: str, device: torch.device | str = "cpu") -> str | None:
         module = _loaded[name] = importlib.import_module(_MODULES[name])
     except ImportError as error:
         return f"{_MODULES[name]} does not import ({error})"
-    return module.unavailable(torch.device(device))
+    return module.unavailable(pytorch.device(device))
 
 
-@torch.compiler.assume_constant_result  # Dynamo cannot trace imports, and need not
-def resolve(name: str | None, device: torch.device, dtype: torch.dtype) -> str:
+@pytorch.compiler.assume_constant_result  # Dynamo cannot trace imports, and need not
+def resolve(name: str | None, device: pytorch.device, dtype: pytorch.dtype) -> str:
     """The backend to run on `device`: `name` itself if it can, the best available one for None.
 
     Raises:
@@ -46,7 +46,7 @@ def resolve(name: str | None, device: torch.device, dtype: torch.dtype) -> str:
     reason = unavailable(name, device)
     if reason is not None:
         raise ValueError(f"backend {name!r} cannot run on {device}: {reason}")
-    if name != "torch" and dtype == torch.float64:
+    if name != "torch" and dtype == pytorch.float64:
         raise ValueError(
             f"backend {name!r} computes in float32, got float64 logits: use backend='torch'"
         )
@@ -58,7 +58,7 @@ def load(name: str) -> ModuleType:
     return _loaded[name]
 
 
-def _best(device: torch.device, dtype: torch.dtype) -> str:
-    wide = dtype == torch.float64
+def _best(device: pytorch.device, dtype: pytorch.dtype) -> str:
+    wide = dtype == pytorch.float64
     candidates = ("torch",) if wide else _PREFERENCE.get(device.type, ("torch",))
     return next(name for name in candidates if unavailable(name, device) is None)

@@ -13,8 +13,8 @@
 """
 
 from fastpo.trainer.config import Config
-from fastpo.trainer.errors import Interrupted, RecipeError, TrainerError
 from fastpo.trainer.loop import train
+from fastpo.trainer.run.errors import Interrupted, RecipeError, TrainerError
 from fastpo.trainer.tasks import Problem, Task
 
 __all__ = ["Config", "Interrupted", "Problem", "RecipeError", "Task", "TrainerError", "train"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import fastpo
 from fastpo.advantages import ESTIMATORS
 from fastpo.trainer.config import AlgorithmConfig
-from fastpo.trainer.errors import RecipeError
+from fastpo.trainer.run.errors import RecipeError
 
 PRESETS = (
     *("dapo", "grpo", "dr_grpo", "bnpo", "gspo", "luspo", "cispo", "sapo", "gmpo", "vespo"),

@@ -9,9 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastpo.trainer import checkpoint, recipe, rundir
 from fastpo.trainer.config import Config, RolloutConfig
-from fastpo.trainer.errors import TrainerError
 from fastpo.trainer.policy import (
     Policy,
     default_device,
@@ -20,6 +18,8 @@ from fastpo.trainer.policy import (
     quiet_transformers,
 )
 from fastpo.trainer.rollout import sample
+from fastpo.trainer.run import checkpoint, directory, recipe
+from fastpo.trainer.run.errors import TrainerError
 from fastpo.trainer.tasks import Problem, Task, held_out, judge, load_task
 
 
@@ -108,7 +108,7 @@ def evaluate_saved(path: Path, overrides: Sequence[str]) -> Evaluation:
         TrainerError: no recipe, no checkpoint, or a damaged one.
     """
     saved = path.is_dir()
-    config = recipe.load(path / rundir.CONFIG if saved else path, overrides)
+    config = recipe.load(path / directory.CONFIG if saved else path, overrides)
     if config.threads:
         torch.set_num_threads(config.threads)
     quiet_transformers()

@@ -10,9 +10,9 @@ import torch
 import fastpo
 from fastpo.trainer.algorithm import Algorithm
 from fastpo.trainer.config import RolloutConfig
-from fastpo.trainer.errors import TrainerError
 from fastpo.trainer.policy import Policy
 from fastpo.trainer.rollout import Completion, sample
+from fastpo.trainer.run.errors import TrainerError
 from fastpo.trainer.tasks import Problem, ProblemStream, Task, judge
 
 

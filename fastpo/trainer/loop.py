@@ -9,15 +9,11 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from fastpo.trainer import checkpoint, console, report, rundir
 from fastpo.trainer.algorithm import resolve
 from fastpo.trainer.config import Config
-from fastpo.trainer.errors import Interrupted, RecipeError, TrainerError
 from fastpo.trainer.evaluation import evaluate_held_out
 from fastpo.trainer.experience import Batch, collect
-from fastpo.trainer.interrupt import StopRequest, terminable
 from fastpo.trainer.metrics import rollout_metrics, update_metrics
-from fastpo.trainer.plot import plot
 from fastpo.trainer.policy import (
     Policy,
     default_device,
@@ -25,6 +21,10 @@ from fastpo.trainer.policy import (
     make_policy,
     quiet_transformers,
 )
+from fastpo.trainer.run import checkpoint, console, directory, report
+from fastpo.trainer.run.errors import Interrupted, RecipeError, TrainerError
+from fastpo.trainer.run.plot import plot
+from fastpo.trainer.run.signals import StopRequest, terminable
 from fastpo.trainer.tasks import ProblemStream, held_out, load_task
 from fastpo.trainer.update import Learner
 from fastpo.trainer.warmup import warm_up
@@ -37,7 +37,7 @@ def train(
 ) -> dict[str, Any]:
     """Run (or go on with) a whole training run and return its summary.
 
-    Everything is written to `rundir.path_of(config)`: config.toml, metrics.jsonl, samples.jsonl,
+    Everything is written to `directory.path_of(config)`: config.toml, metrics.jsonl, samples.jsonl,
     checkpoint/, curves.png, summary.json. On one process, a run resumed from a checkpoint ends with
     the same parameters, bit by bit, as one that was never stopped.
 
@@ -83,14 +83,14 @@ class Trainer:
         self.policy = make_policy(
             self.config.model, self.device, alphabet=self.task.alphabet, stop=self.task.stop
         )
-        self.dir = rundir.create(self.config)
-        self.log = rundir.RunLog(self.dir, tensorboard=self.config.log.tensorboard)
+        self.dir = directory.create(self.config)
+        self.log = directory.RunLog(self.dir, tensorboard=self.config.log.tensorboard)
         self.learner = None
 
     def _resume(self) -> None:
-        self.dir = rundir.path_of(self.config)
+        self.dir = directory.path_of(self.config)
         saved = checkpoint.find(self.dir)
-        changed = rundir.check_resumable(self.dir, self.config)
+        changed = directory.check_resumable(self.dir, self.config)
         state = checkpoint.load_state(saved)
         left = self.config.steps - state["step"]
         if left < 0 or (left == 0 and report.is_complete(self.dir, self.config.steps)):
@@ -104,10 +104,10 @@ class Trainer:
         self.step = state["step"]
         self.learner = self._make_learner()
         self._load(state)
-        self.log = rundir.RunLog(
+        self.log = directory.RunLog(
             self.dir, tensorboard=self.config.log.tensorboard, resume_at=self.step
         )
-        rundir.write_config(self.dir, self.config)
+        directory.write_config(self.dir, self.config)
 
     def run(self) -> None:
         """Warm up if asked to, evaluate, then train to the last step."""
@@ -185,7 +185,7 @@ class Trainer:
     def finish(self, command: str) -> dict[str, Any]:
         """Evaluate, write summary.json and curves.png, and report."""
         after = self._evaluate()
-        command = command or f"fastpo train {self.dir / rundir.CONFIG}"
+        command = command or f"fastpo train {self.dir / directory.CONFIG}"
         summary = report.write_summary(
             self.dir,
             self.before,

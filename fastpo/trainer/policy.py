@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpo.trainer.config import ModelConfig
-from fastpo.trainer.errors import RecipeError, TrainerError
+from fastpo.trainer.run.errors import RecipeError, TrainerError
 
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 

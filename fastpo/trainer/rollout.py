@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastpo.trainer.errors import TrainerError
 from fastpo.trainer.policy import Policy
+from fastpo.trainer.run.errors import TrainerError
 
 
 @dataclass(kw_only=True)

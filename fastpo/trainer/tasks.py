@@ -12,8 +12,8 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, Protocol
 
-from fastpo.trainer.errors import RecipeError, TrainerError
-from fastpo.trainer.interrupt import time_limit
+from fastpo.trainer.run.errors import RecipeError, TrainerError
+from fastpo.trainer.run.signals import time_limit
 
 VERIFIER_SECONDS = 10.0
 TASK_PARTS = ("alphabet", "stop", "problem", "reward")

@@ -19,10 +19,10 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import fastpo
 from fastpo.trainer.config import OptimConfig
-from fastpo.trainer.errors import TrainerError
 from fastpo.trainer.experience import Sample
 from fastpo.trainer.microbatch import MicroBatch, by_token_budget
 from fastpo.trainer.policy import Policy
+from fastpo.trainer.run.errors import TrainerError
 
 
 class Sums(defaultdict):

@@ -16,7 +16,7 @@ from rich.table import Table
 
 import fastpo
 from fastpo.trainer.evaluation import Evaluation
-from fastpo.trainer.rundir import SUMMARY
+from fastpo.trainer.run.directory import SUMMARY
 
 SHOWN_ANSWERS = 3
 

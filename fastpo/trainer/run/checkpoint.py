@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from fastpo.trainer.errors import TrainerError
 from fastpo.trainer.policy import Policy
+from fastpo.trainer.run.errors import TrainerError
 
 NAME = "checkpoint"
 STATE = "trainer_state.pt"

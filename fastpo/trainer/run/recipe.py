@@ -19,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from fastpo.trainer import config as config_module
 from fastpo.trainer.config import Config
-from fastpo.trainer.errors import RecipeError
+from fastpo.trainer.run.errors import RecipeError
 
 if sys.version_info >= (3, 11):
     import tomllib

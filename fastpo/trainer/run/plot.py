@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fastpo.trainer.errors import RecipeError
-from fastpo.trainer.rundir import read_metrics
+from fastpo.trainer.run.directory import read_metrics
+from fastpo.trainer.run.errors import RecipeError
 
 CURVES = "curves.png"
 Series = tuple[str, str, str]  # metric, label, colour

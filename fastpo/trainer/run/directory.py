@@ -8,9 +8,9 @@ import os
 from pathlib import Path
 from typing import Any, TextIO
 
-from fastpo.trainer import recipe
 from fastpo.trainer.config import Config
-from fastpo.trainer.errors import RecipeError
+from fastpo.trainer.run import recipe
+from fastpo.trainer.run.errors import RecipeError
 
 FIXED = {
     *("task", "task_args", "seed"),

@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.text import Text
 
-from fastpo.trainer.errors import TrainerError
+from fastpo.trainer.run.errors import TrainerError
 
 SHOWN = {
     "reward": ("reward", "{:.2f}"),

@@ -1,0 +1,1 @@
+"""What a run leaves and shows: its recipe, directory, checkpoints, progress, report and curves."""
