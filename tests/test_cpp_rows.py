@@ -444,7 +444,7 @@ def test_every_simd_level(level):
 
 
 def test_an_unknown_simd_level_is_refused():
-    code = "from fastpo.backends import cpp; print(cpp_rows.unavailable())"
+    code = "from fastpo.backends import cpp; print(cpp.unavailable())"
     environment = {**os.environ, "FASTPO_SIMD": "mmx"}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True
