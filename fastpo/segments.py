@@ -26,7 +26,7 @@ class Segments:
         self.device = device
         self.width = width  # T of a padded batch
         self.offsets = offsets  # (B + 1,) of a packed batch
-        self._ids: Tensor | None = None
+        self._ids: Tensor | None = None  # computed on first use
 
     @classmethod
     def padded(cls, batch: int, width: int, device: torch.device) -> Segments:
@@ -47,6 +47,8 @@ class Segments:
             if self.offsets is None:
                 self._ids = rows // max(self.width, 1)
             else:
+                # How many sequences have ended at or before the row; right=True counts those that
+                # end exactly there, empty ones included.
                 self._ids = torch.searchsorted(self.offsets[1:].contiguous(), rows, right=True)
         return self._ids
 
