@@ -437,10 +437,9 @@ def token_weights(
     """
     live = _live(mask, segments).to(dtype)
     if objective.aggregation == "token_mean":
-        return live / (
-            live.sum().clamp(min=1) if normalizer is None else _positive(normalizer, live)
-        )
-    sequences = _positive(segments.count if normalizer is None else normalizer, live)
+        total = live.sum().clamp(min=1) if normalizer is None else count_or_one(normalizer, live)
+        return live / total
+    sequences = count_or_one(segments.count if normalizer is None else normalizer, live)
     if objective.aggregation == "sequence_mean":
         return live / (segments.spread(segments.sum(live).clamp(min=1)) * sequences)
     if objective.aggregation == "sequence_sum":
@@ -471,7 +470,7 @@ def entropy_weights(
             f"aggregation={objective.aggregation!r}: use aggregation='token_mean', or no normalizer"
         )
     live = _live(mask, segments).to(dtype)
-    total = live.sum().clamp(min=1) if normalizer is None else _positive(normalizer, live)
+    total = live.sum().clamp(min=1) if normalizer is None else count_or_one(normalizer, live)
     return live * objective.entropy_coef / total
 
 
@@ -490,7 +489,7 @@ def _max_length(objective: Objective, segments: Segments) -> int:
     return segments.width
 
 
-def _positive(count: Tensor | float, like: Tensor) -> Tensor | float:
+def count_or_one(count: Tensor | float, like: Tensor) -> Tensor | float:
     """A count safe to divide by: 0 becomes 1, so that an empty batch gives 0 and not NaN."""
     if isinstance(count, Tensor):
         count = count.to(like.dtype)  # a 0-d CPU tensor combines with any device, without a copy

@@ -39,6 +39,17 @@ class Segments:
         offsets = cu_seqlens.long()
         return cls(rows, offsets.numel() - 1, offsets.device, width=None, offsets=offsets)
 
+    @classmethod
+    def from_batch(
+        cls, leading: torch.Size, cu_seqlens: Tensor | None, device: torch.device
+    ) -> Segments:
+        """[B, T], a sequence per row of the batch; [N] with cu_seqlens; or [N], one unknown run."""
+        if len(leading) == 2:
+            return cls.padded(*leading, device)
+        if cu_seqlens is not None:
+            return cls.packed(cu_seqlens, leading[0])
+        return cls.padded(1, leading[0], device)
+
     @property
     def ids(self) -> Tensor:
         """(N,) the sequence of every row, found without a host synchronization."""
@@ -51,6 +62,12 @@ class Segments:
                 # end exactly there, empty ones included.
                 self._ids = torch.searchsorted(self.offsets[1:].contiguous(), rows, right=True)
         return self._ids
+
+    @property
+    def is_last(self) -> Tensor:
+        """(N,) bool: the row is the last of its sequence."""
+        ids = self.ids
+        return torch.cat([ids[1:] != ids[:-1], torch.ones_like(ids[:1], dtype=torch.bool)])
 
     def sum(self, values: Tensor, mask: Tensor | None = None) -> Tensor:
         """(N,) -> (B,) sums over each sequence's rows where the mask is True.

@@ -46,12 +46,7 @@ class LossBatch:
         """Flatten checked inputs; `like` gives the device, and float64 keeps float64."""
         objective, dtype = given.objective, wide_dtype(like.dtype)
         count = sequence_count(leading, given.cu_seqlens)
-        if len(leading) == 2:
-            segments = Segments.padded(*leading, like.device)
-        elif count is not None:
-            segments = Segments.packed(flat_rows(given.cu_seqlens), leading[0])
-        else:
-            segments = Segments.padded(1, leading[0], like.device)
+        segments = Segments.from_batch(leading, flat_rows(given.cu_seqlens), like.device)
         mask = flat_mask(given.mask)
 
         def rows(value: Tensor | None) -> Tensor | None:

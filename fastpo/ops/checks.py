@@ -283,8 +283,18 @@ def _check_per_token_or_sequence(
         )
 
 
+def check_sequences(leading: torch.Size, cu_seqlens: object, like: Tensor) -> None:
+    """A batch that says where its sequences end: [B, T], or [N] with cu_seqlens."""
+    if len(leading) == 1 and cu_seqlens is None:
+        raise ValueError(
+            f"a packed [N] batch, {list(leading)}, needs cu_seqlens (B + 1,) int32, the offsets of "
+            "its sequences; or pass a [B, T] batch"
+        )
+    _check_sequences(leading, cu_seqlens, None, like)
+
+
 def _check_sequences(
-    leading: torch.Size, cu_seqlens: object, objective: Objective, like: Tensor
+    leading: torch.Size, cu_seqlens: object, objective: Objective | None, like: Tensor
 ) -> None:
     """The leading shape or cu_seqlens must say where sequences end, if the objective asks."""
     if len(leading) == 2:
@@ -295,7 +305,7 @@ def _check_sequences(
             )
     elif cu_seqlens is not None:
         _check_cu_seqlens(cu_seqlens, leading[0], like)
-    elif objective.needs_sequences:
+    elif objective is not None and objective.needs_sequences:
         raise ValueError(
             f"objective {objective.name!r} ({objective.aggregation}) needs to know the sequences "
             "of a packed [N] batch: pass cu_seqlens (B + 1,) int32, or a [B, T] batch"

@@ -67,7 +67,9 @@ class FusedLinearLoss(torch.autograd.Function):
 
     @staticmethod
     @first_order
-    def backward(ctx, loss_grad: Tensor, *_):
+    def backward(ctx, loss_grad: Tensor | None, *_):
+        if loss_grad is None:
+            return (None,) * 6
         grads, ctx.grads = ctx.grads, None
         if grads is None:
             raise RuntimeError(

@@ -184,7 +184,9 @@ class FusedPolicyLoss(torch.autograd.Function):
 
     @staticmethod
     @first_order
-    def backward(ctx, loss_grad: Tensor, *_):
+    def backward(ctx, loss_grad: Tensor | None, *_):
+        if loss_grad is None:
+            return (None,) * 8
         grad, ctx.grad = ctx.grad, None
         if grad is None:
             if ctx.inplace:
