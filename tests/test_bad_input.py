@@ -99,6 +99,11 @@ BAD = {
         TypeError,
         r"objective is str, expected a fastpo.Objective, e.g. fastpo.dapo\(\)",
     ),
+    "objective is a preset that was not called": (
+        {"objective": fastpo.dapo},
+        TypeError,
+        r"objective is the preset dapo itself, .*: call it, fastpo.dapo\(\)",
+    ),
     "KL without a reference": (
         {"objective": fastpo.dapo(kl_coef=0.1)},
         ValueError,
@@ -258,6 +263,27 @@ def test_inplace_on_rows_that_share_memory(strides):
             objective=fastpo.dapo(),
             inplace=True,
         )
+
+
+def test_integer_masks_and_one_number_per_sequence_as_a_column():
+    """What tokenizers and trainers hand over: an int64 mask, and [B, 1] advantages."""
+    call = good(advantages=torch.tensor([0.5, -2.0]), importance_weights=torch.tensor([0.9, 1.2]))
+    call["mask"][:, 2] = False
+    logits, tokens = call.pop("logits"), call.pop("tokens")
+    expected = fastpo.policy_loss(logits, tokens, **call).loss
+    for name in ("advantages", "importance_weights"):
+        call[name] = call[name][:, None]
+    for dtype in (torch.int64, torch.int32, torch.uint8):
+        call["mask"] = call["mask"].to(dtype)
+        assert torch.equal(fastpo.policy_loss(logits, tokens, **call).loss, expected)
+        scored = fastpo.token_logprobs(logits, tokens, mask=call["mask"])
+        assert torch.equal(scored.logprobs != 0, call["mask"] != 0)
+    hidden, weight = torch.randn(B, T, 4), torch.randn(V, 4)
+    linear = [
+        fastpo.linear_policy_loss(hidden, weight, tokens, **(call | {"mask": mask})).loss
+        for mask in (call["mask"], call["mask"].bool())
+    ]
+    assert torch.equal(*linear)
 
 
 def test_bad_values_under_a_false_mask_are_fine():

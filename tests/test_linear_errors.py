@@ -67,6 +67,16 @@ BAD = {
         ValueError,
         r"tokens\[2\] is 11, expected an id in \[0, 11\)",
     ),
+    "weight_module": (
+        {"weight": torch.nn.Linear(D, V)},
+        TypeError,
+        "weight is a module, Linear, expected a tensor .*: pass its weight",
+    ),
+    "tokens_ignored": (
+        {"tokens": torch.full((N,), -100)},
+        ValueError,
+        r"tokens\[0\] is -100, .*-100 marks ignored labels .*pass mask=tokens != -100",
+    ),
     "advantages_shape": ({"advantages": torch.randn(3)}, ValueError, "advantages has shape"),
     "mask_dtype": ({"mask": torch.ones(N)}, TypeError, r"expected torch.bool: call mask.bool\(\)"),
     "mask_shape": ({"mask": torch.ones(3, dtype=torch.bool)}, ValueError, "mask has shape"),
