@@ -57,7 +57,7 @@ def exp_tile(hidden: Tensor, weight: Tensor) -> ExpTile:
 
 def redo_tile(tile: ExpTile) -> ExpTile:
     """The tile for listed rows. They are gathered, so by pointers; of the width of `tile`, so that
-    their sums have the same places; of fewer rows, since there are few and 128 x 256 would spill."""
+    their sums have the same places; of fewer rows, for there are few, and 128 x 256 spills."""
     return _BY_POINTERS._replace(M=64 if tile.N > 128 else tile.M, N=tile.N)
 
 

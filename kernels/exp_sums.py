@@ -1,4 +1,4 @@
-"""Partial results of `exp_logits` over tiles of columns -> numbers of rows, and the rows to redo."""
+"""Partial results of `exp_logits` over tiles -> numbers of rows, and the rows to redo."""
 
 from __future__ import annotations
 

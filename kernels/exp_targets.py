@@ -16,7 +16,7 @@ from ._exp_tiles import on_device
 
 ROWS = 64
 WIDTH = 64
-"""Columns of the product, of which 64 are used; more, and its MMA is the very one of `exp_logits`."""
+"""Columns of the product, of which 64 are used. With 256 its MMA is the one of `exp_logits`."""
 
 
 @triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=["tokens_ptr", "targets_ptr"])

@@ -3,10 +3,13 @@
 With E = bf16(exp(u - o)) and its row sums (kernels/_exp_rows.py has the algebra) no kernel sweeps
 over logits, and the loss is needed only when all rows of E are there:
 
-    exp_rows(hidden, weight, ...)      E and sums: the logits GEMM
+    exp_rows(hidden, head, ...)        the logits GEMM: E and sums of n rows
     row_stats, row_policy_loss         log-probs, entropies, losses: n numbers
-    row_grad                           c = dL/dlogp, e = dL/dH -> f, so that diag(f) E is the
+    row_grad                           c = dL/dlogp and e = dL/dH -> f, so that diag(f) E is the
                                        gradient at the product hidden @ weight.T + bias
+
+The last three are the row primitives of `fastpo.backends.base.Backend`, with `ExpRows` in place of
+logits and, where a gradient is wanted, as `out`.
 
 Log-probs and the hidden states' gradient are as exact as those of the row kernels; the weight's is
 18 to 35 % noisier, unbiased, since f h is rounded to bf16 besides E.
@@ -23,10 +26,12 @@ import torch
 from torch import Tensor
 
 from fastpo.backends import triton as triton_rows
-from fastpo.backends.base import RowInputs, RowLosses, Rule
+from fastpo.backends.base import RowInputs, RowLosses, RowStats, Rule
 from fastpo.objective import Objective
 
 LOG2_E = math.log2(math.e)
+
+scale_ = triton_rows.scale_
 
 
 def unavailable(device: torch.device | None = None) -> str | None:
@@ -103,17 +108,23 @@ class ExpRows:
     """What the logits GEMM leaves of n rows. Dead rows: shift +inf, E zero."""
 
     head: ExpHead
-    e: Tensor | None  # (n, V) bf16, exp(u - o); with a softcap maybe times 1 - tanh^2
+    e: Tensor | None  # (n, V) bf16, exp(u - o)
+    has_tanh_slope: bool  # E also holds the softcap's slope, 1 - tanh^2
     tokens: Tensor  # (n,) int64, ids in the head's columns
     totals: Tensor  # (2, n) fp32: S, M of the whole vocabulary
     targets: Tensor  # (n,) fp32: the tokens' products plus bias, or their tanh
     slopes: Tensor  # (n,) fp32
     shifts: Tensor  # (n,) fp32: o log2(e)
+    factors: Tensor  # (n,) fp32: f, once there is a gradient
     redone: Tensor  # (1,) int32: rows whose offset is their maximum
 
     @property
     def _numbers(self) -> tuple[Tensor, ...]:
         return self.totals, self.targets, self.slopes, self.shifts
+
+    @property
+    def _options(self) -> dict[str, object]:
+        return {"gain": self.head.gain, "softcap": self.head.softcap is not None}
 
 
 def _kernel(name: str):
@@ -137,13 +148,14 @@ def exp_rows(
     e: Tensor | None,
     *,
     shard: Shard | None = None,
-    entropy_gradient: bool = False,
+    tanh_slope: bool = False,
 ) -> ExpRows:
     """The logits GEMM of `hidden` (n, D), dead rows zero, into `e` (n, V), or its sums alone.
 
     tokens (n,) int64, ids of the whole vocabulary; live (n,) bool, None = all; temperature a
-    number or (n,). `entropy_gradient` says that `row_grad` or `row_policy_loss` will be given one.
-    No host sync: rows with log p_y < -60 are listed and redone on device.
+    number or (n,). `tanh_slope`: put a softcap's slope into E at once, which saves a pass over it
+    where no gradient of the entropy will be asked for. No host sync: rows with log p_y < -60 are
+    listed and redone on device.
     """
     n, weight = hidden.shape[0], head.weight
     softcap = head.softcap is not None
@@ -159,16 +171,18 @@ def exp_rows(
     shifts = targets * slopes
     if live is not None:
         shifts.masked_fill_(~live, torch.inf)
-    common["tanh_gradient"] = softcap and not entropy_gradient
+    common["tanh_gradient"] = softcap and tanh_slope
     totals, shifts, redone = _sums(hidden, head, e, slopes, shifts, shard, common)
     return ExpRows(
         head=head,
         e=e,
+        has_tanh_slope=common["tanh_gradient"],
         tokens=local,
         totals=totals,
         targets=targets,
         slopes=slopes,
         shifts=shifts,
+        factors=torch.empty_like(targets),
         redone=redone,
     )
 
@@ -200,7 +214,7 @@ def _sums(
     gemm.exp_logits(*operands, shifts, partials, maxima=True, **again)
     sums.exp_sums(partials, tops, maxima=True)
     if shard is not None:
-        shard.max_(tops)
+        shard.max_(tops)  # of all ranks, always: no host knows whether there is a row
     shifts = torch.where(wild, tops[0], shifts)
     gemm.exp_logits(*operands, shifts, partials, **again)
     sums.exp_sums(partials, totals)
@@ -209,54 +223,77 @@ def _sums(
     return totals, shifts, count
 
 
-def row_stats(rows: ExpRows) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropies (n,) fp32, 0 on dead rows."""
+def row_stats(
+    rows: ExpRows, tokens: Tensor, temperature: float | Tensor, live: Tensor | None = None
+) -> RowStats:
+    """Log-probs and entropies (n,), 0 on dead rows. What follows `rows` they were made from."""
     logprobs, entropy = torch.empty_like(rows.targets), torch.empty_like(rows.targets)
     _kernel("exp_row_stats").exp_row_stats(*rows._numbers, logprobs, entropy)
-    return logprobs, entropy
+    return RowStats(logprobs, entropy, rows.shifts / LOG2_E, rows.totals[0].log())
 
 
-def row_grad(rows: ExpRows, logprob_grad: Tensor, entropy_grad: Tensor | None) -> Tensor:
-    """f (n,) fp32, from dL/dlogp and dL/dH (n,) fp32; makes diag(f) E the products' gradient.
+def row_grad(
+    rows: ExpRows,
+    tokens: Tensor,
+    stats: RowStats,
+    logprob_grad: Tensor,
+    entropy_grad: Tensor | None,
+    temperature: float | Tensor,
+    out: ExpRows,
+) -> None:
+    """Fill the factors of `out`, which is `rows`: diag(f) E is then the products' gradient.
 
-    The entropy's takes one pass over E; it must have been announced to `exp_rows`.
+    With an entropy gradient, or a softcap whose slope is not in E, that takes one pass over E.
+
+    Raises:
+        ValueError: there is an entropy gradient, but E already holds a softcap's slope.
     """
-    factors = torch.empty_like(rows.targets)
-    options = {"gain": rows.head.gain, "softcap": rows.head.softcap is not None}
     arguments = (rows.e, rows.tokens, *rows._numbers, logprob_grad.contiguous())
+    if rows.head.softcap is not None and not rows.has_tanh_slope and entropy_grad is None:
+        entropy_grad = torch.zeros_like(logprob_grad)
     if entropy_grad is None:
-        _kernel("exp_row_grad").exp_row_grad(*arguments, factors, **options)
-    else:
-        kernel = _kernel("exp_entropy_grad").exp_entropy_grad
-        kernel(*arguments, entropy_grad.contiguous(), factors, **options)
-    return factors
+        _kernel("exp_row_grad").exp_row_grad(*arguments, out.factors, **rows._options)
+        return
+    if rows.has_tanh_slope:
+        raise ValueError(
+            "the entropy has a gradient, but E was made with tanh_slope=True, for losses without "
+            "one: make the rows with tanh_slope=False"
+        )
+    kernel = _kernel("exp_entropy_grad").exp_entropy_grad
+    kernel(*arguments, entropy_grad.contiguous(), out.factors, **rows._options)
 
 
 def row_policy_loss(
-    rows: ExpRows, inputs: RowInputs, objective: Objective, *, gradient: bool
-) -> tuple[RowLosses, Tensor | None]:
-    """Losses of a token-level objective and, if `gradient`, f (n,) as from `row_grad`."""
+    rows: ExpRows,
+    tokens: Tensor,
+    inputs: RowInputs,
+    objective: Objective,
+    temperature: float | Tensor,
+    out: ExpRows | None,
+) -> RowLosses:
+    """Losses of a token-level objective and, with `out`, what `row_grad` does; one launch where
+    that needs no pass over E."""
     like = rows.targets
     losses = RowLosses(
         *(torch.empty_like(like) for _ in range(3)), torch.empty_like(like, dtype=torch.uint8)
     )
-    logprob_grad, factors = torch.empty_like(like), torch.empty_like(like)
-    has_entropy = inputs.entropy_weight is not None
+    capped = rows.head.softcap is not None and not rows.has_tanh_slope
+    one_launch = out is not None and inputs.entropy_weight is None and not capped
+    logprob_grad = torch.empty_like(like)
     _kernel("exp_row_policy_loss").exp_row_policy_loss(
-        rows.e if gradient and not has_entropy else None,
+        rows.e if one_launch else None,
         rows.tokens,
         *rows._numbers,
         tuple(None if x is None else x.contiguous() for x in inputs),
         tuple(losses),
         logprob_grad,
-        factors,
+        rows.factors,
         V=rows.head.weight.shape[0],
-        gain=rows.head.gain,
-        softcap=rows.head.softcap is not None,
-        **Rule.of(objective)._asdict(),
+        **rows._options,
+        **Rule.from_objective(objective)._asdict(),
     )
-    if not gradient:
-        return losses, None
-    if has_entropy:
-        factors = row_grad(rows, logprob_grad, -inputs.entropy_weight)
-    return losses, factors
+    if out is not None and not one_launch:
+        entropy_grad = None if inputs.entropy_weight is None else -inputs.entropy_weight
+        stats = None  # only of the logits' backends
+        row_grad(rows, tokens, stats, logprob_grad, entropy_grad, temperature, out)
+    return losses
