@@ -54,8 +54,8 @@ def _logit_scale(config: Any) -> float:
         factor = getattr(config, name, None)
         if factor is not None:
             return float(factor)
-    divisor = getattr(config, "logits_scaling", None)  # Granite, MiniCPM3; HyperCLOVA X multiplies
-    if divisor is None:
+    divisor = getattr(config, "logits_scaling", None)  # Granite; HyperCLOVA X multiplies by it
+    if divisor is None or config.model_type == "minicpm3":  # which scales what enters its head
         return 1.0
     return float(divisor) if config.model_type == "hyperclovax" else 1.0 / divisor
 
@@ -143,7 +143,7 @@ def check_logits(model: nn.Module, head: dict[str, Any], hidden: Tensor, logits:
         ValueError: naming the model's class.
     """
     name = type(model).__name__
-    weight, bias = head["weight"], head["bias"]
+    weight = head["weight"]
     if logits.shape[-1] != weight.shape[0]:
         raise ValueError(
             f"{name} makes {logits.shape[-1]} logits from an LM head of {weight.shape[0]} rows: "

@@ -132,7 +132,9 @@ def innermost(model: nn.Module) -> nn.Module:
             inner = inner.get_base_model()
             continue
         modules = getattr(inner, "_modules", {})
-        wrapped = [modules[n] for n in ("_orig_mod", "module", "_fsdp_wrapped_module") if n in modules]
+        wrapped = [
+            modules[n] for n in ("_orig_mod", "module", "_fsdp_wrapped_module") if n in modules
+        ]
         if not wrapped:
             raise TypeError(
                 f"model is {type(model).__name__}, expected a causal LM of transformers (with "
@@ -195,9 +197,8 @@ def _scored(
         raise ValueError("policy_loss and token_logprobs are both given, expected one of them")
     kwargs = _model_inputs(model, args, kwargs)
     asked = token_logprobs if policy_loss is None else policy_loss
-    request = _Request(
-        dict(asked.options if isinstance(asked, _Opaque) else asked), kwargs["input_ids"]
-    )
+    options = dict(asked.options if isinstance(asked, _Opaque) else asked)
+    request = _Request(type(model).__name__, options, kwargs["input_ids"])
     consume = request.logprobs if policy_loss is None else request.loss
     result, outputs = run(model, _own_forward(model), consume, **kwargs)
     aux_loss = getattr(outputs, "aux_loss", None)
@@ -210,7 +211,8 @@ def _scored(
 class _Request:
     """What one call asks for, and what stands in the LM head's place for it."""
 
-    def __init__(self, options: dict[str, Any], ids: Tensor):
+    def __init__(self, name: str, options: dict[str, Any], ids: Tensor):
+        self.name = name  # the model's class
         self.options = options
         self.ids = ids  # (B, T)
         self.made: PolicyLoss | None = None
@@ -240,14 +242,14 @@ class _Request:
     def _inputs(self, hidden: Tensor, head: dict[str, Any]) -> dict[str, Any]:
         if hidden.ndim != 3 or hidden.shape[0] != self.ids.shape[0]:
             raise ValueError(
-                f"the LM head is given hidden states {list(hidden.shape)}, expected "
+                f"{self.name} gives its LM head hidden states {list(hidden.shape)}, expected "
                 f"[{self.ids.shape[0]}, K, D]: one row per sequence"
             )
         kept = hidden.shape[1]
         if kept > self.ids.shape[1]:
             raise ValueError(
-                f"the LM head is given {kept} positions for {self.ids.shape[1]} tokens: fastpo "
-                "does not know which of them predict tokens (prompt tuning, image tokens)"
+                f"{self.name} gives its LM head {kept} positions for {self.ids.shape[1]} tokens: "
+                "which of them predict tokens is not known (prompt tuning, added image tokens)"
             )
         tokens = self.ids[:, self.ids.shape[1] - kept :][:, 1:]
         mask = (self.mask[:, self.mask.shape[1] - kept :] != 0)[:, 1:]
@@ -307,9 +309,14 @@ def _model_inputs(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict
     if "use_cache" in accepted or takes_any:
         kwargs["use_cache"] = False
     mask = kwargs.get("attention_mask")
-    if "position_ids" in accepted and "position_ids" not in kwargs and isinstance(mask, Tensor):
-        if mask.shape == ids.shape and not hasattr(model.base_model, "get_rope_index"):
-            kwargs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp_(min=0)
+    if (
+        "position_ids" in accepted
+        and "position_ids" not in kwargs
+        and isinstance(mask, Tensor)
+        and mask.shape == ids.shape
+        and not hasattr(model.base_model, "get_rope_index")  # it counts images, too
+    ):
+        kwargs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp_(min=0)
     return kwargs
 
 
