@@ -49,7 +49,7 @@ class Tap:
         if self.calls > 1:
             raise ValueError(_called(self.model, "more than once"))
         reading = read_head(self.model, head)
-        state = _state(head)
+        state = head_state(head)
         self.stand_in = hidden.new_zeros(*hidden.shape[:-1], 1)
         if self.checked != state:
             rows = hidden.detach().reshape(-1, hidden.shape[-1])[-CHECKED_ROWS:]
@@ -74,7 +74,7 @@ class Tap:
             raise
 
 
-def _state(head: nn.Module) -> object:
+def head_state(head: nn.Module) -> object:
     """What tells one use of a head from another: its class and the adapters that are on."""
     adapters = tuple(getattr(head, "active_adapters", None) or ())
     return (id(head), type(head), adapters, bool(getattr(head, "disable_adapters", False)))

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpo.integrations._lm_head import output_embeddings, read_head
-from fastpo.integrations._tap import close_tap, run, tapped
+from fastpo.integrations._tap import close_tap, head_state, run, tapped
 from fastpo.ops.linear import linear_policy_loss, linear_token_logprobs
 from fastpo.ops.results import PolicyLoss
 
@@ -369,6 +369,8 @@ def _check_bare(model: nn.Module) -> None:
         wrapper = type(model).__name__
     elif "_original_forward" in model.__dict__:
         wrapper = f"{type(model).__name__} prepared by accelerate"
+    elif model._compiled_call_impl is not None:
+        wrapper = f"{type(model).__name__} compiled in place"
     if wrapper is not None:
         raise TypeError(
             f"model is {wrapper}, expected a bare causal LM of transformers: call fastpo."
@@ -387,34 +389,49 @@ def hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
         return run(model, _own_forward(model), lambda hidden, head: hidden, **inputs)[0]
 
 
-def lm_head(model: nn.Module) -> dict[str, Any]:
+def lm_head(model: nn.Module, *, trunk: bool = True) -> dict[str, Any]:
     """`weight`, `bias`, `logit_scale` and `softcap` of a causal LM, as the linear ops take them.
 
     LoRA and DoRA on the head are merged in the graph. Once per model, and again when another
     adapter is on, a few tokens are scored and compared with the model's own logits.
+
+    Args:
+        model: a bare causal LM.
+        trunk: True if the head is for `model.base_model(...).last_hidden_state`, which some
+            families change before their head; False if it is for `hidden_states(model, ...)`.
 
     Raises:
         ValueError: the model does more in its head than that, or cannot be run on ids alone.
     """
     reading = read_head(model)
     if isinstance(model, nn.Module):
-        head = output_embeddings(model)
-        state = (id(head), type(head), tuple(getattr(head, "active_adapters", None) or ()))
+        state = (head_state(output_embeddings(model)), trunk)
         if _compared.get(model) != state:
-            _compare(model, reading["weight"])
+            _compare(model, reading["weight"], trunk)
             _compared[model] = state
     return reading
 
 
 @torch.no_grad()
-def _compare(model: nn.Module, weight: Tensor) -> None:
+def _compare(model: nn.Module, weight: Tensor, trunk: bool) -> None:
     """One forward of a few tokens; the tap compares what the model makes of them."""
     ids = torch.arange(min(4, weight.shape[0]), device=weight.device)[None]
+    name = type(model).__name__
+    training = [module for module in model.modules() if module.training]
+    model.eval()
     try:
-        hidden_states(model, input_ids=ids)
+        hidden = hidden_states(model, input_ids=ids)
+        found = model.base_model(input_ids=ids)[0] if trunk else hidden
     except Exception as error:  # models raise many kinds
         reason = str(error).strip().split("\n")[0]
-        name = type(model).__name__
         raise ValueError(
             reason if name in reason else f"{name} cannot be run on token ids alone: {reason}"
         ) from error
+    finally:
+        for module in training:
+            module.training = True
+    if found.shape != hidden.shape or not torch.allclose(found, hidden, rtol=1e-2, atol=1e-3):
+        raise ValueError(
+            f"{name} changes its trunk's hidden states before its LM head: take them from "
+            "hidden_states(model, ...), the head from lm_head(model, trunk=False)"
+        )
