@@ -6,7 +6,7 @@ Nothing is believed: `check_logits` compares the reading with logits that the mo
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -132,9 +132,37 @@ def _with_lora(
     return merged.to(weight.dtype), bias
 
 
+class Sample(NamedTuple):
+    """What the head as read makes of a few rows: made where its weight is gathered, used later."""
+
+    exact: Tensor  # (n, V) fp64, finished logits
+    rounded: Tensor  # (n, V) the same from a product in the model's dtype
+    eps: float  # of that dtype
+
+
 @torch.no_grad()
-def check_logits(model: nn.Module, head: dict[str, Any], hidden: Tensor, logits: Tensor) -> None:
-    """Raise if `logits` [n, V], made by the model from `hidden` [n, D], are not those of `head`.
+def sample(head: dict[str, Any], hidden: Tensor) -> Sample:
+    """Logits of `hidden` [n, D] by the reading `head`, exact and rounded."""
+    dtype = torch.promote_types(hidden.dtype, head["weight"].dtype)
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+    exact, rounded = (_logits(hidden, head, x) for x in (torch.float64, dtype))
+    return Sample(exact, rounded, torch.finfo(dtype).eps)
+
+
+def _logits(hidden: Tensor, head: dict[str, Any], dtype: torch.dtype) -> Tensor:
+    """(n, V) finished logits in fp64 whose product was made in `dtype`."""
+    weight, bias = head["weight"].to(dtype), head["bias"]
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits = linear(hidden.to(dtype), weight, None if bias is None else bias.to(dtype))
+    logits = logits.double() * head["logit_scale"]
+    softcap = head["softcap"]
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+@torch.no_grad()
+def check_logits(model: nn.Module, sample: Sample, logits: Tensor) -> None:
+    """Raise if `logits` [n, V], the model's own of the sampled rows, are not those of the reading.
 
     The allowance is what rounding does: four times the error of the same product in the model's
     dtype against fp64, and four units in the last place for the steps behind it.
@@ -142,34 +170,18 @@ def check_logits(model: nn.Module, head: dict[str, Any], hidden: Tensor, logits:
     Raises:
         ValueError: naming the model's class.
     """
-    name = type(model).__name__
-    weight = head["weight"]
-    if logits.shape[-1] != weight.shape[0]:
+    name, exact = type(model).__name__, sample.exact
+    if logits.shape[-1] != exact.shape[-1]:
         raise ValueError(
-            f"{name} makes {logits.shape[-1]} logits from an LM head of {weight.shape[0]} rows: "
+            f"{name} makes {logits.shape[-1]} logits from an LM head of {exact.shape[-1]} rows: "
             f"fastpo reads {READ}; score its logits with fastpo.policy_loss"
         )
-    dtype = torch.promote_types(hidden.dtype, weight.dtype)
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-    exact = _head_logits(hidden.double(), head, torch.float64)
-    rounded = _head_logits(hidden, head, dtype)
     scale = exact.square().mean().sqrt()
-    coarsest = max(torch.finfo(x).eps for x in (dtype, logits.dtype))
-    allowed = 4 * (rounded - exact).square().mean().sqrt() + 4 * coarsest * scale
+    eps = max(sample.eps, torch.finfo(logits.dtype).eps)
+    allowed = 4 * (sample.rounded - exact).square().mean().sqrt() + 4 * eps * scale
     error = (logits.double() - exact).square().mean().sqrt()
     if not error <= allowed:  # NaN too
         raise ValueError(
             f"{name} does more in its LM head than fastpo reads ({READ}): logits differ by "
             f"{error.item():.3g} of {scale.item():.3g}; score its logits with fastpo.policy_loss"
         )
-
-
-def _head_logits(hidden: Tensor, head: dict[str, Any], dtype: torch.dtype) -> Tensor:
-    """Logits [n, V] in fp64 whose product was made in `dtype`."""
-    weight, bias = head["weight"].to(dtype), head["bias"]
-    with torch.autocast(hidden.device.type, enabled=False):
-        logits = linear(hidden.to(dtype), weight, None if bias is None else bias.to(dtype))
-    logits = logits.double() * head["logit_scale"]
-    softcap = head["softcap"]
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)

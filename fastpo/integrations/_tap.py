@@ -15,7 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastpo.integrations._lm_head import check_logits, output_embeddings, read_head
+from fastpo.integrations._lm_head import (
+    Sample,
+    check_logits,
+    output_embeddings,
+    read_head,
+    sample,
+)
 
 CHECKED_ROWS = 4
 
@@ -38,7 +44,7 @@ class Tap:
         self.model: Any = None
         self.result: Tensor | None = None
         self.stand_in: Tensor | None = None
-        self.sample: tuple[Tensor, dict[str, Any]] | None = None
+        self.sample: Sample | None = None
         self.checked: object = None  # the state of the head that was compared
         self.calls = 0
 
@@ -55,7 +61,7 @@ class Tap:
             rows = hidden.detach().reshape(-1, hidden.shape[-1])[-CHECKED_ROWS:]
             with torch.no_grad():
                 self.stand_in = head._fastpo_forward(rows[None])
-            self.sample = (rows, reading)
+            self.sample = sample(reading, rows)
             self.checked = state
         return self.consume(hidden, reading)
 
@@ -63,12 +69,12 @@ class Tap:
         """Compare the logits that the model made of the stand-in rows with the reading."""
         if self.sample is None:
             return
-        (rows, reading), self.sample = self.sample, None
+        expected, self.sample = self.sample, None
         logits = getattr(outputs, "logits", None)
         try:
             if logits is None:
                 raise ValueError(f"{type(self.model).__name__} returns no logits to compare with")
-            check_logits(self.model, reading, rows, logits.reshape(-1, logits.shape[-1]))
+            check_logits(self.model, expected, logits.reshape(-1, logits.shape[-1]))
         except ValueError:
             self.checked = None
             raise
