@@ -135,7 +135,7 @@ def test_reward_rises(tiny, preset):
 @pytest.mark.parametrize(
     "options",
     [
-        ["optim.updates_per_batch=2", "optim.epochs=2", "algorithm.kl_coef=0.1"],
+        ["optim.updates_per_batch=2", "optim.epochs=2", "algorithm.objective.kl_coef=0.1"],
         ["warmup.max_steps=2", "checkpoint_every=1", "algorithm.preset=grpo"],
     ],
 )
@@ -176,7 +176,7 @@ def test_a_resumed_run_says_what_changed_and_refuses_what_cannot(tiny, capsys):
     ):
         tiny("--resume", "steps=3", change, code=2)
         one_line(capsys, change.partition("=")[0], old, "another run_dir")
-    tiny("--resume", "steps=3", "algorithm.kl_coef=0.1", code=2)
+    tiny("--resume", "steps=3", "algorithm.objective.kl_coef=0.1", code=2)
     one_line(capsys, "kl_coef is 0.1", "no reference policy")
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     tiny("--resume", "steps=3", "optim.learning_rate=1e-3")
@@ -475,7 +475,7 @@ def test_settings_lists_every_key(capsys):
     assert main(["settings"]) == 0
     output = capsys.readouterr().out
     assert "rollout.group_size = 8  (int >= 2)\n    Completions per prompt." in output
-    assert "algorithm.clip_high = none  (float >= 0 | none)" in output
+    assert "rollout.max_prompt_tokens = none  (int >= 1 | none)" in output
     assert "optim.decay = \"constant\"  ('constant' | 'linear' | 'cosine')" in output
 
 
