@@ -7,13 +7,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 import transformers
 
 from fastpo.cli import main
-from fastpo.trainer import tasks
+from fastpo.trainer import evaluation, tasks
 from fastpo.trainer.run import checkpoint
 from fastpo.trainer.tasks import Problem
 from fastpo.trainer.update import Learner
@@ -35,6 +36,8 @@ learning_rate = 1e-2
 [eval]
 problems = 16
 temperature = 1.0
+[verifier]
+workers = 1
 """
 METRICS = (
     *("reward", "reward_std", "frac_reward_zero_std", "accuracy", "groups_kept", "num_tokens"),
@@ -50,6 +53,7 @@ class Even:
     alphabet, stop = "0123456789=", None
     sabotage = None  # what happens, once, when reward number `after` has been asked for
     after = math.inf
+    done = None  # a file that says that it has happened
 
     def __init__(self):
         self.calls = 0
@@ -59,8 +63,8 @@ class Even:
 
     def reward(self, problem, completion):
         self.calls += 1
-        if self.calls > self.after:
-            type(self).after = math.inf
+        if self.calls > self.after and not self.done.exists():
+            self.done.touch()
             self.sabotage()
         return float(completion[:1] in set("02468"))
 
@@ -68,6 +72,7 @@ class Even:
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
     monkeypatch.setitem(tasks.TASKS, "even", Even)
+    monkeypatch.setattr(Even, "done", tmp_path / "done")
     path = tmp_path / "tiny.toml"
     path.write_text(TINY + "\n[log]\ntensorboard = false\n")
     run = tmp_path / "run"
@@ -159,7 +164,7 @@ def test_resuming_is_bit_exact_while_the_learning_rate_decays(tiny, monkeypatch)
     whole, rates = weights(run), [row["learning_rate"] for row in rows(run) if "reward" in row]
     assert rates[0] == 1e-2 and rates == sorted(rates, reverse=True) and rates[-1] < 2e-3
     monkeypatch.setattr(Even, "after", EVALUATION + 2 * 16 + 5)
-    monkeypatch.setattr(Even, "sabotage", lambda self: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(Even, "sabotage", lambda self: os.kill(os.getppid(), signal.SIGTERM))
     tiny(*options, "existing=move_aside", code=143)
     tiny(*options, "--resume")
     assert [row["learning_rate"] for row in rows(run) if "reward" in row] == rates
@@ -376,7 +381,7 @@ def sigint_as_in_a_terminal():
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_ctrl_c_saves_a_checkpoint_that_resumes(tiny, monkeypatch, capsys, number, code):
     monkeypatch.setattr(Even, "after", EVALUATION + 2 * 16 + 5)
-    monkeypatch.setattr(Even, "sabotage", lambda self: signal.raise_signal(number))
+    monkeypatch.setattr(Even, "sabotage", lambda self: os.kill(os.getppid(), number))
     run = tiny("steps=5", "algorithm.dynamic_sampling=false", code=code)
     output, error = capsys.readouterr()
     assert "stopping after this step" in output
@@ -393,7 +398,7 @@ def test_a_signal_before_the_first_step_stops_at_once(
     tiny, monkeypatch, capsys, number, code, after
 ):
     monkeypatch.setattr(Even, "after", after)
-    monkeypatch.setattr(Even, "sabotage", lambda self: signal.raise_signal(number))
+    monkeypatch.setattr(Even, "sabotage", lambda self: os.kill(os.getppid(), number))
     run = tiny("warmup.max_steps=1", code=code)
     one_line(capsys, "stopped at once")
     assert [row for row in rows(run) if row["step"] > 0] == []
@@ -401,9 +406,29 @@ def test_a_signal_before_the_first_step_stops_at_once(
 
 
 @pytest.mark.usefixtures("sigint_as_in_a_terminal")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_inside_a_destructor_is_not_lost(tiny, monkeypatch, capsys, number, code):
+    """REGRESSIONS 42: Python prints what a destructor raises, and goes on."""
+
+    class Bomb:
+        def __del__(self):
+            signal.raise_signal(number)
+
+    def sampled(*arguments, **options):
+        Bomb()
+        return sample(*arguments, **options)
+
+    sample = evaluation.sample
+    monkeypatch.setattr(evaluation, "sample", sampled)
+    monkeypatch.setattr(Even, "reward", lambda *_: time.sleep(0.1) or 1.0)
+    tiny(code=code)
+    one_line(capsys, "stopped at once")
+
+
+@pytest.mark.usefixtures("sigint_as_in_a_terminal")
 def test_a_run_stopped_in_its_last_evaluation_is_finished_by_resuming(tiny, monkeypatch, capsys):
     monkeypatch.setattr(Even, "after", EVALUATION + 2 * 16 + 5)
-    monkeypatch.setattr(Even, "sabotage", lambda self: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(Even, "sabotage", lambda self: os.kill(os.getppid(), signal.SIGINT))
     run = tiny("algorithm.dynamic_sampling=false", code=130)
     one_line(capsys, "stopped at once")
     tiny("algorithm.dynamic_sampling=false", "--resume")
@@ -416,7 +441,7 @@ def test_ignored_signals_stay_ignored(tiny, monkeypatch):
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         monkeypatch.setattr(Even, "after", EVALUATION + 5)
-        monkeypatch.setattr(Even, "sabotage", lambda self: signal.raise_signal(signal.SIGINT))
+        monkeypatch.setattr(Even, "sabotage", lambda self: os.kill(os.getppid(), signal.SIGINT))
         run = tiny("algorithm.dynamic_sampling=false")
     finally:
         signal.signal(signal.SIGINT, before)
@@ -445,8 +470,9 @@ def test_a_reader_that_goes_away_costs_no_step(tiny, monkeypatch, capsys):
 @pytest.mark.usefixtures("sigint_as_in_a_terminal")
 def test_a_second_ctrl_c_stops_at_once(tiny, monkeypatch, capsys):
     def interrupt(self):
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
+        for _ in range(2):  # at once they would be one
+            os.kill(os.getppid(), signal.SIGINT)
+            time.sleep(0.3)
 
     monkeypatch.setattr(Even, "after", EVALUATION + 5)
     monkeypatch.setattr(Even, "sabotage", interrupt)
@@ -505,7 +531,7 @@ def test_import_fastpo_and_doctor_need_no_trainer_packages():
 
 def test_a_signal_during_the_last_step_lets_the_run_finish(tiny, monkeypatch):
     monkeypatch.setattr(Even, "after", EVALUATION + 1 * 16 + 5)
-    monkeypatch.setattr(Even, "sabotage", lambda self: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(Even, "sabotage", lambda self: os.kill(os.getppid(), signal.SIGINT))
     run = tiny("steps=2", "algorithm.dynamic_sampling=false")
     assert (run / "summary.json").exists()
 

@@ -14,6 +14,7 @@ from fastpo.trainer.metrics import rollout_metrics
 from fastpo.trainer.rollout import Completion
 from fastpo.trainer.run.errors import RecipeError, TrainerError
 from fastpo.trainer.tasks import Problem, ProblemStream
+from fastpo.trainer.verifier import Verifier
 
 
 class Script:
@@ -52,14 +53,15 @@ def gather(monkeypatch, task, *, lengths=None, prompts=2, group_size=4, **algori
 
     monkeypatch.setattr(experience, "sample", sampler)
     rollout = RolloutConfig(prompts=prompts, group_size=group_size, max_new_tokens=10)
-    return collect(
-        Scribe(),
-        task,
-        ProblemStream(task, "train"),
-        rollout,
-        resolve(AlgorithmConfig(**algorithm), 10),
-        torch.Generator(),
-    )
+    with Verifier(task, workers=1) as verifier:
+        return collect(
+            Scribe(),
+            verifier,
+            ProblemStream(verifier, "train"),
+            rollout,
+            resolve(AlgorithmConfig(**algorithm), 10),
+            torch.Generator(),
+        )
 
 
 RIGHT, WRONG, MIXED = [1.0] * 4, [0.0] * 4, [1.0, 0.0, 0.0, 1.0]

@@ -135,6 +135,16 @@ class OptimConfig:
 
 
 @section()
+class VerifierConfig:
+    """The task's code, which runs in processes of its own."""
+
+    workers: Index = 0
+    """Processes that judge completions side by side; 0 = one per core, at most 8."""
+    seconds: Positive = 10.0
+    """Longest call of the task's `reward` or `problem`; a longer one ends the run and is named."""
+
+
+@section()
 class EvalConfig:
     """Accuracy on held-out problems, never trained on and the same for every seed."""
 
@@ -187,5 +197,6 @@ class Config:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    verifier: VerifierConfig = field(default_factory=VerifierConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +21,8 @@ from fastpo.trainer.policy import (
 from fastpo.trainer.rollout import sample
 from fastpo.trainer.run import checkpoint, directory, recipe
 from fastpo.trainer.run.errors import TrainerError
-from fastpo.trainer.tasks import Problem, Task, held_out, judge, load_task
+from fastpo.trainer.tasks import Problem, held_out, load_task
+from fastpo.trainer.verifier import Verifier
 
 
 class Answer(NamedTuple):
@@ -29,6 +31,7 @@ class Answer(NamedTuple):
     problem: Problem
     text: str
     reward: float
+    parts: dict[str, float]
 
     @property
     def correct(self) -> bool:
@@ -48,7 +51,7 @@ class Evaluation(NamedTuple):
 
 def evaluate(
     policy: Policy,
-    task: Task,
+    verifier: Verifier,
     problems: list[Problem],
     rollout: RolloutConfig,
     temperature: float,
@@ -65,11 +68,12 @@ def evaluate(
         generator=generator,
         batch_size=rollout.batch_size,
     )
-    answers = []
-    for index, completion in enumerate(completions):
-        problem = problems[index // samples]
-        text = policy.decode(completion.tokens)
-        answers.append(Answer(problem, text, judge(task, problem, text)))
+    asked = [
+        (problems[index // samples], policy.decode(completion.tokens))
+        for index, completion in enumerate(completions)
+    ]
+    verdicts = verifier.judge(asked)
+    answers = [Answer(*pair, *verdict) for pair, verdict in zip(asked, verdicts, strict=True)]
     judged = [answer for answer in answers if math.isfinite(answer.reward)]
     if not judged:
         raise TrainerError("no reward of an evaluation is a finite number: check the task's reward")
@@ -82,16 +86,16 @@ def evaluate(
 
 
 def evaluate_held_out(
-    policy: Policy, task: Task, problems: list[Problem], config: Config
+    policy: Policy, verifier: Verifier, problems: list[Problem], config: Config
 ) -> Evaluation:
     """`evaluate` as a recipe says, and greedily; its own generator leaves training undisturbed."""
     generator = torch.Generator(policy.device).manual_seed(0)
-    greedy = evaluate(policy, task, problems, config.rollout, 0.0, generator)
+    greedy = evaluate(policy, verifier, problems, config.rollout, 0.0, generator)
     result = greedy
     if config.eval.temperature or config.eval.samples > 1:
         result = evaluate(
             policy,
-            task,
+            verifier,
             problems,
             config.rollout,
             config.eval.temperature,
@@ -113,10 +117,12 @@ def evaluate_saved(path: Path, overrides: Sequence[str]) -> Evaluation:
         torch.set_num_threads(config.threads)
     quiet_transformers()
     task = load_task(config.task, config.task_args)
-    device = default_device(config.device)
-    if saved:
-        policy = load_policy(checkpoint.find(path), config.model, device, stop=task.stop)
-    else:
-        torch.manual_seed(config.seed)
-        policy = make_policy(config.model, device, alphabet=task.alphabet, stop=task.stop)
-    return evaluate_held_out(policy, task, held_out(task, config.eval.problems), config)
+    with Verifier(task, **asdict(config.verifier)) as verifier:
+        device = default_device(config.device)
+        if saved:
+            policy = load_policy(checkpoint.find(path), config.model, device, stop=task.stop)
+        else:
+            torch.manual_seed(config.seed)
+            policy = make_policy(config.model, device, alphabet=task.alphabet, stop=task.stop)
+        problems = held_out(verifier, config.eval.problems)
+        return evaluate_held_out(policy, verifier, problems, config)

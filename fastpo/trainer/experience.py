@@ -13,7 +13,8 @@ from fastpo.trainer.config import RolloutConfig
 from fastpo.trainer.policy import Policy
 from fastpo.trainer.rollout import Completion, sample
 from fastpo.trainer.run.errors import TrainerError
-from fastpo.trainer.tasks import Problem, ProblemStream, Task, judge
+from fastpo.trainer.tasks import Problem, ProblemStream
+from fastpo.trainer.verifier import Verifier
 
 
 @dataclass(kw_only=True)
@@ -26,6 +27,7 @@ class Sample:
     text: str
     score: float  # what the task said; 1.0 = right
     reward: float  # score + overlong penalty
+    parts: dict[str, float] = field(default_factory=dict)  # of the score, by name
     advantage: float = 0.0
     live: bool = True  # False: carries no loss
 
@@ -56,7 +58,7 @@ class Batch:
 
 def collect(
     policy: Policy,
-    task: Task,
+    verifier: Verifier,
     problems: ProblemStream,
     config: RolloutConfig,
     algorithm: Algorithm,
@@ -77,7 +79,7 @@ def collect(
         count = _groups_to_sample(
             config.prompts - len(kept), len(kept), len(sampled), config.prompts
         )
-        groups = roll_out(policy, task, problems.take(count), config, algorithm, generator)
+        groups = roll_out(policy, verifier, problems.take(count), config, algorithm, generator)
         sampled += groups
         kept += [g for g in groups if not algorithm.dynamic_sampling or is_informative(g)]
         rounds += 1
@@ -94,7 +96,7 @@ def collect(
 
 def roll_out(
     policy: Policy,
-    task: Task,
+    verifier: Verifier,
     problems: list[Problem],
     config: RolloutConfig,
     algorithm: Algorithm,
@@ -113,18 +115,19 @@ def roll_out(
     )
     penalties = _overlong_penalties(completions, config.max_new_tokens, algorithm.overlong_cache)
     groups: list[list[Sample]] = [[] for _ in problems]
+    texts = [policy.decode(completion.tokens) for completion in completions]
+    verdicts = verifier.judge([(problems[i // config.group_size], t) for i, t in enumerate(texts)])
     for index, (completion, penalty) in enumerate(zip(completions, penalties, strict=True)):
-        which = index // config.group_size
-        text = policy.decode(completion.tokens)
-        score = judge(task, problems[which], text)
+        which, (score, parts) = index // config.group_size, verdicts[index]
         groups[which].append(
             Sample(
                 problem=problems[which],
                 prompt=prompts[which],
                 completion=completion,
-                text=text,
+                text=texts[index],
                 score=score,
                 reward=score + penalty,
+                parts=parts,
             )
         )
     return groups

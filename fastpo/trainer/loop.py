@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ from fastpo.trainer.run.plot import plot
 from fastpo.trainer.run.signals import StopRequest, terminable
 from fastpo.trainer.tasks import ProblemStream, held_out, load_task
 from fastpo.trainer.update import Learner
-from fastpo.trainer.warmup import warm_up
+from fastpo.trainer.verifier import Verifier
+from fastpo.trainer.warmup import reference_answers, warm_up
 
 REFERENCE = "reference"  # the frozen policy of the KL penalty, saved so that a resumed run has it
 
@@ -44,8 +46,13 @@ def train(
     Raises:
         TrainerError: see its subclasses; what was written so far stays.
     """
-    with terminable():
-        trainer = Trainer(config, resume=resume, out=out or console.Output(highlight=False))
+    out = out or console.Output(highlight=False)
+    with (
+        terminable(),
+        # Its processes fork off first, before there are threads or a CUDA context.
+        Verifier(load_task(config.task, config.task_args), **asdict(config.verifier)) as verifier,
+    ):
+        trainer = Trainer(config, verifier, resume=resume, out=out)
         try:
             trainer.run()
             return trainer.finish(command)
@@ -56,7 +63,7 @@ def train(
 class Trainer:
     """One run: what it is made of, and the state that a checkpoint keeps."""
 
-    def __init__(self, config: Config, *, resume: bool, out: Console):
+    def __init__(self, config: Config, verifier: Verifier, *, resume: bool, out: Console):
         self.config = config
         self.out = out
         if config.threads:
@@ -64,10 +71,12 @@ class Trainer:
         quiet_transformers()
         self.device = default_device(config.device)
         self.algorithm = resolve(config.algorithm, config.rollout.max_new_tokens)
-        self.task = load_task(config.task, config.task_args)
-        self.held_out = held_out(self.task, config.eval.problems)
+        self.verifier = verifier
+        self.held_out = held_out(self.verifier, config.eval.problems)
+        if config.warmup.max_steps:
+            reference_answers(self.held_out)
         exclude = [problem.prompt for problem in self.held_out]
-        self.problems = ProblemStream(self.task, f"train-{config.seed}", exclude)
+        self.problems = ProblemStream(self.verifier, f"train-{config.seed}", exclude)
         self.generator = torch.Generator(self.device).manual_seed(config.seed)
         self.order = torch.Generator().manual_seed(config.seed)  # which samples share an update
         self.step, self.num_tokens, self.seconds = 0, 0, 0.0
@@ -81,7 +90,7 @@ class Trainer:
     def _start(self) -> None:
         torch.manual_seed(self.config.seed)
         self.policy = make_policy(
-            self.config.model, self.device, alphabet=self.task.alphabet, stop=self.task.stop
+            self.config.model, self.device, alphabet=self.verifier.alphabet, stop=self.verifier.stop
         )
         self.dir = directory.create(self.config)
         self.log = directory.RunLog(self.dir, tensorboard=self.config.log.tensorboard)
@@ -100,7 +109,7 @@ class Trainer:
             )
         if changed:
             self.out.print(f"Changed since the run began: {', '.join(changed)}", markup=False)
-        self.policy = load_policy(saved, self.config.model, self.device, stop=self.task.stop)
+        self.policy = load_policy(saved, self.config.model, self.device, stop=self.verifier.stop)
         self.step = state["step"]
         self.learner = self._make_learner()
         self._load(state)
@@ -162,7 +171,7 @@ class Trainer:
         started = time.monotonic()
         batch = collect(
             self.policy,
-            self.task,
+            self.verifier,
             self.problems,
             self.config.rollout,
             self.algorithm,
@@ -243,8 +252,8 @@ class Trainer:
         self.out.print("Supervised warm-up: it stands in for a pretrained checkpoint.")
         warm_up(
             self.policy,
-            self.task,
-            ProblemStream(self.task, f"warmup-{self.config.seed}", self.problems.exclude),
+            self.verifier,
+            ProblemStream(self.verifier, f"warmup-{self.config.seed}", self.problems.exclude),
             config,
             self.config.rollout,
             self.generator,
@@ -273,10 +282,10 @@ class Trainer:
                 f"algorithm.kl_coef is {self.config.algorithm.kl_coef}, but the run began without "
                 "a KL penalty and kept no reference policy: set it to 0, or train anew"
             )
-        return load_policy(directory, self.config.model, self.device, stop=self.task.stop)
+        return load_policy(directory, self.config.model, self.device, stop=self.verifier.stop)
 
     def _evaluate(self) -> dict[str, Any]:
-        result = evaluate_held_out(self.policy, self.task, self.held_out, self.config)
+        result = evaluate_held_out(self.policy, self.verifier, self.held_out, self.config)
         found = report.digest(result, self.config.eval.samples)
         numbers = {f"eval_{name}": value for name, value in found.items() if name != "answers"}
         self.log.metrics(self.step, numbers)

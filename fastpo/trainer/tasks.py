@@ -9,13 +9,12 @@ from __future__ import annotations
 import importlib
 import random
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping
+from numbers import Number
 from typing import Any, NamedTuple, Protocol
 
 from fastpo.trainer.run.errors import RecipeError, TrainerError
-from fastpo.trainer.run.signals import time_limit
 
-VERIFIER_SECONDS = 10.0
 TASK_PARTS = ("alphabet", "stop", "problem", "reward")
 
 
@@ -23,8 +22,15 @@ class Problem(NamedTuple):
     """One prompt and whatever the verifier needs to judge a completion of it."""
 
     prompt: str
-    answer: str  # a right completion; the supervised warm-up learns from it
-    data: Any = None
+    answer: str | None = None  # a right completion: the warm-up learns from it, tables show it
+    data: Any = None  # for the verifier; anything that can be pickled
+
+
+class Verdict(NamedTuple):
+    """What a verifier says of a completion."""
+
+    reward: float
+    parts: dict[str, float]  # named components, which are logged apart
 
 
 class Task(Protocol):
@@ -38,11 +44,21 @@ class Task(Protocol):
     def problem(self, rng: random.Random) -> Problem:
         """Draw one problem, using no randomness but `rng`."""
 
-    def reward(self, problem: Problem, completion: str) -> float:
-        """Judge a completion, by a program that always ends: 1.0 = right, anything less = wrong.
+    def reward(self, problem: Problem, completion: str) -> float | Mapping[str, float]:
+        """Judge a completion: 1.0 = right, anything less = wrong.
 
-        A NaN reward takes the completion out of the batch (say, a judge that timed out).
+        A NaN reward takes the completion out of the batch (say, a judge that gave up). A mapping
+        holds `reward` and named components of it, which are logged apart.
         """
+
+
+class Source(Protocol):
+    """Where problems come from: a task behind its worker processes (`verifier.Verifier`)."""
+
+    name: str
+
+    def draw(self, rng: random.Random, count: int) -> list[Problem]:
+        """`count` problems, by `rng`, which moves on."""
 
 
 def parse_integer(text: str, max_digits: int = 30) -> int | None:
@@ -113,16 +129,38 @@ def _import_attribute(name: str) -> Any:
         raise RecipeError(f"cannot import task {name!r}: {_describe(error)}") from error
 
 
-def judge(task: Task, problem: Problem, completion: str) -> float:
-    """The task's reward as a float; a verifier that raises or hangs becomes one line naming it."""
+def judge(task: Task, problem: Problem, completion: str) -> Verdict:
+    """The task's verdict as plain floats; a verifier that raises becomes one line naming it."""
     try:
-        with time_limit(VERIFIER_SECONDS):
-            return float(task.reward(problem, completion))
-    except (Exception, SystemExit) as error:
+        found = task.reward(problem, completion)
+        if not isinstance(found, Mapping):
+            return Verdict(float(found), {})
+        parts = {str(name): float(value) for name, value in found.items()}
+        return Verdict(parts.pop("reward"), parts)
+    except BaseException as error:  # SystemExit, too
         raise TrainerError(
             f"{type(task).__name__}.reward raised {_describe(error)}, for prompt "
-            f"{problem.prompt!r} and completion {completion!r}; a verifier must judge any text"
+            f"{problem.prompt!r} and completion {completion!r}; a verifier returns a number, or a "
+            "mapping with `reward`, for any text"
         ) from error
+
+
+def draw(task: Task, rng: random.Random) -> Problem:
+    """The task's next problem, its texts as plain strings."""
+    name = type(task).__name__
+    try:
+        problem = task.problem(rng)
+    except BaseException as error:
+        raise TrainerError(f"{name}.problem raised {_describe(error)}") from error
+    if not isinstance(problem, Problem):
+        raise TrainerError(f"{name}.problem returned {problem!r}, expected a Problem")
+    prompt, answer = problem.prompt, problem.answer
+    if not isinstance(prompt, str):
+        raise TrainerError(f"{name}.problem gave the prompt {prompt!r}, expected text")
+    if not isinstance(answer, str | Number | None):
+        raise TrainerError(f"{name}.problem gave the answer {answer!r}, expected text or None")
+    # Not numpy.str_, say: a checkpoint that holds another type than Python's own cannot be read.
+    return problem._replace(prompt=str(prompt), answer=None if answer is None else str(answer))
 
 
 def _describe(error: BaseException) -> str:
@@ -135,47 +173,36 @@ class ProblemStream:
 
     MAX_TRIES = 1000
 
-    def __init__(self, task: Task, seed: str, exclude: Iterable[str] = ()):
+    def __init__(self, task: Source, seed: str, exclude: Iterable[str] = ()):
         self.task = task
         self.exclude = set(exclude)
         self.rng = random.Random(seed)
 
-    def __iter__(self) -> Iterator[Problem]:
-        return self
+    def take(self, count: int, *, distinct: bool = False) -> list[Problem]:
+        """The next `count` problems; `distinct`: and exclude their prompts from now on.
 
-    def __next__(self) -> Problem:
-        for _ in range(self.MAX_TRIES):
-            problem = self._draw()
-            if problem.prompt not in self.exclude:
-                return problem
-        raise TrainerError(
-            f"{type(self.task).__name__} makes too few different prompts: {self.MAX_TRIES} in a "
-            f"row were among {len(self.exclude)} held-out ones; lower eval.problems"
-        )
-
-    def _draw(self) -> Problem:
-        try:
-            problem = self.task.problem(self.rng)
-        except Exception as error:
-            name = type(self.task).__name__
-            raise TrainerError(f"{name}.problem raised {_describe(error)}") from error
-        if not isinstance(problem, Problem):
-            raise TrainerError(
-                f"{type(self.task).__name__}.problem returned {problem!r}, expected a "
-                "fastpo.trainer.Problem"
-            )
-        return problem
-
-    def take(self, count: int) -> list[Problem]:
-        """The next `count` problems."""
-        return [next(self) for _ in range(count)]
+        Raises:
+            TrainerError: the task makes too few different prompts; or see `draw`.
+        """
+        taken: list[Problem] = []
+        tries = 0  # in a row without a new problem
+        while len(taken) < count:
+            for problem in self.task.draw(self.rng, count - len(taken)):
+                tries += 1
+                if problem.prompt in self.exclude:
+                    continue
+                taken.append(problem)
+                tries = 0
+                if distinct:
+                    self.exclude.add(problem.prompt)
+            if tries >= self.MAX_TRIES:
+                raise TrainerError(
+                    f"{self.task.name} makes too few different prompts: {tries} in a row were "
+                    f"among {len(self.exclude)} held-out ones; lower eval.problems"
+                )
+        return taken
 
 
-def held_out(task: Task, count: int) -> list[Problem]:
+def held_out(task: Source, count: int) -> list[Problem]:
     """`count` different problems, the same for every seed of a run."""
-    stream = ProblemStream(task, "held-out")
-    problems = []
-    for _ in range(count):
-        problems.append(next(stream))
-        stream.exclude.add(problems[-1].prompt)
-    return problems
+    return ProblemStream(task, "held-out").take(count, distinct=True)

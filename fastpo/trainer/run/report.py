@@ -95,7 +95,7 @@ def _answer_table(before: list[dict], after: list[dict]) -> Table:
     for heading in ("prompt", "right answer", "before", "after"):
         table.add_column(heading, overflow="fold")
     for old, new in zip(before, after, strict=True):
-        table.add_row(escape(old["prompt"]), escape(old["answer"]), _mark(old), _mark(new))
+        table.add_row(escape(old["prompt"]), escape(old["answer"] or "-"), _mark(old), _mark(new))
     return table
 
 
