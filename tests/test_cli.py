@@ -4,11 +4,13 @@ import io
 import json
 import math
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -149,6 +151,8 @@ def test_resuming_is_bit_exact(tiny, options):
     run = tiny("steps=4", *options)
     whole, expected = weights(run), [row["reward"] for row in rows(run) if "reward" in row]
     run = tiny("steps=2", "existing=move_aside", *options)
+    torch.manual_seed(999)  # in the process that resumes, no random state goes on
+    random.seed(999)
     with (run / "metrics.jsonl").open("a") as file:  # a step that no checkpoint knows
         file.write('{"step": 3, "reward": 9.0}\n')
     tiny("--resume", "steps=4", *options)
@@ -206,7 +210,10 @@ def test_an_existing_run_is_left_alone_or_moved_aside(tiny, capsys):
     assert (run / "metrics.jsonl").read_bytes() == before
     tiny("--resume", code=1)
     one_line(capsys, "step 2 of 2", "raise steps")
+    (run / "summary.json").unlink()
     tiny("seed=1", "existing=move_aside")
+    output = " ".join(capsys.readouterr().out.split())
+    assert f"Moved the run that was in {run} to {run}.1; it was not done: --resume would" in output
     assert (run.with_name("run.1") / "metrics.jsonl").read_bytes() == before
 
 
@@ -361,12 +368,83 @@ def test_a_corrupt_checkpoint_is_named_and_nothing_is_overwritten(tiny, capsys, 
         torch.save(values, state)
     elif damage == "old state":
         torch.save({"step": 2, "optimizer": {}}, state)
-    else:
+    elif damage == "truncated weights":
         model.write_bytes(model.read_bytes()[:1000])
+    if not damage.startswith("truncated"):
+        checkpoint.write_manifest(run / "checkpoint")
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    tiny("--resume", "steps=4", code=2 if damage == "truncated weights" else 1)
+    tiny("--resume", "steps=4", code=1)
     one_line(capsys, "checkpoint")
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+@pytest.mark.slow
+def test_kill_9_loses_what_came_after_the_last_checkpoint_and_nothing_else(tiny, monkeypatch):
+    """Best and last checkpoints are whole, and the resumed run is the one that was never killed."""
+    options = ["steps=6", "eval.every=1", "checkpoint_minutes=1e-9"]
+    run = tiny(*options)
+    whole = weights(run)
+    monkeypatch.setattr(Even, "after", 2 * 32 + 4 * 16)
+    monkeypatch.setattr(Even, "sabotage", lambda self: os.kill(os.getppid(), signal.SIGKILL))
+    if (child := os.fork()) == 0:
+        tiny(*options, "existing=move_aside")
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    done = checkpoint.load_state(checkpoint.find(run))["step"]
+    assert 1 <= done < 6 and checkpoint.load_state(run / "best")["step"] <= done
+    tiny(*options, "--resume")
+    assert [row["step"] for row in rows(run) if "reward" in row] == list(range(1, 7))
+    assert all(torch.equal(value, whole[name]) for name, value in weights(run).items())
+
+
+def test_a_run_killed_while_it_drew_its_curves_is_complete(tiny, monkeypatch, capsys):
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("matplotlib.figure.Figure.savefig", killed)
+        run = tiny(code=130)
+    assert (run / "summary.json").exists() and not (run / "curves.png").exists()
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    tiny("--resume")
+    assert str(run / "curves.png") in capsys.readouterr().out
+    assert (run / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert all(path.read_bytes() == content for path, content in before.items())
+    tiny("--resume", code=1)
+    one_line(capsys, "step 2 of 2", "raise steps")
+
+
+@pytest.mark.parametrize("answer", [np.str_("2"), 2, None])
+def test_a_run_resumes_whatever_kind_of_text_its_task_gives(tiny, monkeypatch, answer):
+    """REGRESSIONS 40."""
+    prompt = np.array([f"{n:05}=" for n in range(10_000)])
+    monkeypatch.setattr(
+        Even, "problem", lambda self, rng: Problem(prompt[rng.randrange(10_000)], answer)
+    )
+    tiny()
+    run = tiny("--resume", "steps=3")
+    assert json.loads((run / "summary.json").read_text())["steps"] == 3
+
+
+def test_a_warm_up_needs_answers(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Even, "problem", lambda self, rng: Problem(f"{rng.randrange(10_000)}="))
+    tiny("warmup.max_steps=2", code=2)
+    one_line(capsys, "warmup.max_steps", "Problem.answer")
+    assert not (tmp_path / "run").exists()
+
+
+def test_parts_of_a_reward_are_logged_apart(tiny, monkeypatch, capsys):
+    def judged(self, problem, completion):
+        right = completion[:1] in set("02468")
+        return {"reward": float(right), "length": len(completion)}
+
+    monkeypatch.setattr(Even, "reward", judged)
+    run = tiny()
+    step = next(row for row in rows(run) if "reward" in row)
+    assert 0 < step["rewards/length/mean"] <= 4 and step["rewards/length/std"] > 0
+    assert 0 < rows(run)[0]["eval_rewards/length/mean"] <= 4
+    assert json.loads((run / "samples.jsonl").read_text().splitlines()[0])["parts"]["length"] > 0
+    assert "rewards/length/mean" in capsys.readouterr().out
 
 
 @pytest.fixture
@@ -478,14 +556,6 @@ def test_a_second_ctrl_c_stops_at_once(tiny, monkeypatch, capsys):
     monkeypatch.setattr(Even, "sabotage", interrupt)
     tiny(code=130)
     one_line(capsys, "stopped at once")
-
-
-def test_a_crash_between_the_two_renames_leaves_a_checkpoint(tiny):
-    run = tiny()
-    (run / "checkpoint").rename(run / "checkpoint.old")
-    tiny("--resume", "steps=3")
-    assert [row["step"] for row in rows(run) if "reward" in row] == [1, 2, 3]
-    assert (run / "checkpoint").exists() and not (run / "checkpoint.old").exists()
 
 
 def test_doctor_names_every_backend_and_what_is_missing(capsys):

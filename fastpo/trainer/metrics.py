@@ -33,6 +33,7 @@ def rollout_metrics(batch: Batch) -> dict[str, float]:
         "groups_trained": len(batch.groups),
         "gen_batches": batch.rounds,
         "invalid_rewards": invalid,
+        **_part_metrics(samples),
     }
 
 
@@ -56,6 +57,18 @@ def update_metrics(sums: dict[str, float]) -> dict[str, float]:
     if "ref_kl" in sums:
         values["kl"] = sums["ref_kl"] / tokens
     return values
+
+
+def _part_metrics(samples: list[Sample]) -> dict[str, float]:
+    """Mean and standard deviation of every named part of the reward."""
+    values: dict[str, list[float]] = {}
+    for sample in samples:
+        for name, value in sample.parts.items():
+            if math.isfinite(value):
+                values.setdefault(name, []).append(value)
+    means = {f"rewards/{name}/mean": _mean(found) for name, found in values.items()}
+    stds = {f"rewards/{n}/std": statistics.stdev(v) for n, v in values.items() if len(v) > 1}
+    return means | stds
 
 
 def _spread(group: list[Sample]) -> float:
