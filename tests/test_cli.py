@@ -16,7 +16,7 @@ import torch
 import transformers
 
 from fastpo.cli import main
-from fastpo.trainer import evaluation, tasks
+from fastpo.trainer import experience, tasks
 from fastpo.trainer.run import checkpoint
 from fastpo.trainer.tasks import Problem
 from fastpo.trainer.update import Learner
@@ -142,7 +142,7 @@ def test_reward_rises(tiny, preset):
 @pytest.mark.parametrize(
     "options",
     [
-        ["optim.updates_per_batch=2", "optim.epochs=2", "algorithm.kl_coef=0.1"],
+        ["optim.updates_per_batch=2", "optim.epochs=2", "algorithm.objective.kl_coef=0.1"],
         ["warmup.max_steps=2", "checkpoint_every=1", "algorithm.preset=grpo"],
     ],
 )
@@ -185,7 +185,7 @@ def test_a_resumed_run_says_what_changed_and_refuses_what_cannot(tiny, capsys):
     ):
         tiny("--resume", "steps=3", change, code=2)
         one_line(capsys, change.partition("=")[0], old, "another run_dir")
-    tiny("--resume", "steps=3", "algorithm.kl_coef=0.1", code=2)
+    tiny("--resume", "steps=3", "algorithm.objective.kl_coef=0.1", code=2)
     one_line(capsys, "kl_coef is 0.1", "no reference policy")
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     tiny("--resume", "steps=3", "optim.learning_rate=1e-3")
@@ -496,8 +496,8 @@ def test_a_signal_inside_a_destructor_is_not_lost(tiny, monkeypatch, capsys, num
         Bomb()
         return sample(*arguments, **options)
 
-    sample = evaluation.sample
-    monkeypatch.setattr(evaluation, "sample", sampled)
+    sample = experience.sample
+    monkeypatch.setattr(experience, "sample", sampled)
     monkeypatch.setattr(Even, "reward", lambda *_: time.sleep(0.1) or 1.0)
     tiny(code=code)
     one_line(capsys, "stopped at once")
@@ -571,7 +571,7 @@ def test_settings_lists_every_key(capsys):
     assert main(["settings"]) == 0
     output = capsys.readouterr().out
     assert "rollout.group_size = 8  (int >= 2)\n    Completions per prompt." in output
-    assert "algorithm.clip_high = none  (float >= 0 | none)" in output
+    assert "rollout.max_prompt_tokens = none  (int >= 1 | none)" in output
     assert "optim.decay = \"constant\"  ('constant' | 'linear' | 'cosine')" in output
 
 

@@ -8,10 +8,10 @@ import torch
 
 from fastpo.trainer import experience
 from fastpo.trainer.algorithm import resolve
-from fastpo.trainer.config import AlgorithmConfig, RolloutConfig
-from fastpo.trainer.experience import collect
+from fastpo.trainer.config import AlgorithmConfig
+from fastpo.trainer.experience import assign_advantages, collect, mute_truncated
 from fastpo.trainer.metrics import rollout_metrics
-from fastpo.trainer.rollout import Completion
+from fastpo.trainer.rollout import Completion, Sampling
 from fastpo.trainer.run.errors import RecipeError, TrainerError
 from fastpo.trainer.tasks import Problem, ProblemStream
 from fastpo.trainer.verifier import Verifier
@@ -35,15 +35,15 @@ class Script:
 class Scribe:
     """A policy that decodes a completion's last token into its index within the group."""
 
-    def encode(self, prompt):
-        return [1]
+    def encode_all(self, problems, new_tokens):
+        return [[1] for _ in problems]
 
     def decode(self, ids):
         return str(ids[-1])
 
 
 def gather(monkeypatch, task, *, lengths=None, prompts=2, group_size=4, **algorithm):
-    def sampler(policy, prompts, *, group_size, **_):
+    def sampler(policy, prompts, sampling, generator):
         sizes = lengths or [3] * group_size
         return [
             Completion(tokens=[index] * n, logprobs=[-1.0] * n, finished=n < 10)
@@ -52,16 +52,17 @@ def gather(monkeypatch, task, *, lengths=None, prompts=2, group_size=4, **algori
         ]
 
     monkeypatch.setattr(experience, "sample", sampler)
-    rollout = RolloutConfig(prompts=prompts, group_size=group_size, max_new_tokens=10)
+    resolved = resolve(AlgorithmConfig(**algorithm), 10)
+    sampling = Sampling(group_size=group_size, max_new_tokens=10)
     with Verifier(task, workers=1) as verifier:
-        return collect(
-            Scribe(),
-            verifier,
-            ProblemStream(verifier, "train"),
-            rollout,
-            resolve(AlgorithmConfig(**algorithm), 10),
-            torch.Generator(),
+        problems = ProblemStream(verifier, "train")
+        batch = collect(
+            Scribe(), verifier, problems, prompts, sampling, resolved, torch.Generator()
         )
+    assign_advantages(batch.groups, resolved.estimator)
+    if resolved.overlong_filter:
+        mute_truncated(batch.groups)
+    return batch
 
 
 RIGHT, WRONG, MIXED = [1.0] * 4, [0.0] * 4, [1.0, 0.0, 0.0, 1.0]
@@ -142,24 +143,25 @@ def test_presets_set_the_techniques_and_each_can_be_switched():
     assert (dapo.dynamic_sampling, dapo.overlong_filter, dapo.overlong_cache) == (True, True, 4)
     assert (grpo.dynamic_sampling, grpo.overlong_filter, grpo.overlong_cache) == (False, False, 0)
     switched = {
-        "clip_high": 0.28,
-        "aggregation": "token_mean",
         "dynamic_sampling": True,
         "overlong_filter": True,
         "overlong_cache": 4,
     }
     for name, value in switched.items():
         algorithm = resolve(AlgorithmConfig(preset="grpo", **{name: value}), 20)
-        fields = algorithm.objective if hasattr(algorithm.objective, name) else algorithm
-        assert getattr(fields, name) == value != getattr(grpo, name, None)
+        assert getattr(algorithm, name) == value != getattr(grpo, name)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"preset": "dpo"}, "algorithm.preset is 'dpo', expected one of dapo"),
-        ({"aggregation": "mean"}, "aggregation is 'mean'"),
-        ({"entropy_coef": 0.1, "preset": "grpo"}, "needs algorithm.aggregation=token_mean"),
+        ({"objective": {"aggregation": "mean"}}, "aggregation is 'mean'"),
+        ({"objective": {"clip_hihg": 0.3}}, "did you mean 'clip_high'"),
+        (
+            {"objective": {"entropy_coef": 0.1}, "preset": "grpo"},
+            "needs algorithm.objective.aggregation=token_mean",
+        ),
         ({"estimator": "gae"}, "algorithm.estimator is 'gae', expected one of grpo"),
         ({"overlong_cache": 20}, "overlong_cache is 20, expected less than"),
     ],

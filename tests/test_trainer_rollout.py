@@ -5,7 +5,7 @@ import torch
 
 from fastpo.trainer.config import ModelConfig
 from fastpo.trainer.policy import make_policy
-from fastpo.trainer.rollout import sample
+from fastpo.trainer.rollout import Sampling, sample
 from fastpo.trainer.run.errors import TrainerError
 
 PROMPTS = [[3, 4, 5], [6], [7, 8, 9, 10, 11], [12, 3]]
@@ -22,16 +22,9 @@ def policy():
 
 
 def draw(policy, prompts=PROMPTS, *, seed=0, temperature=0.7, max_new_tokens=12, **options):
-    options = {"group_size": 6, **options}
-    generator = torch.Generator().manual_seed(seed)
-    return sample(
-        policy,
-        prompts,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        generator=generator,
-        **options,
-    )
+    options = {"group_size": 6, "max_new_tokens": max_new_tokens, **options}
+    sampling = Sampling(temperature=temperature, **options)
+    return sample(policy, prompts, sampling, torch.Generator().manual_seed(seed))
 
 
 @torch.no_grad()

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from fastpo.trainer.algorithm import resolve
+from fastpo.trainer import selfcheck
+from fastpo.trainer.algorithm import Algorithm, resolve
 from fastpo.trainer.config import Config
 from fastpo.trainer.evaluation import evaluate_held_out
-from fastpo.trainer.experience import Batch, collect
+from fastpo.trainer.experience import Batch, assign_advantages, collect, mute_truncated
 from fastpo.trainer.metrics import rollout_metrics, update_metrics
 from fastpo.trainer.policy import (
     Policy,
@@ -22,6 +23,7 @@ from fastpo.trainer.policy import (
     make_policy,
     quiet_transformers,
 )
+from fastpo.trainer.rollout import Sampling
 from fastpo.trainer.run import checkpoint, console, directory, report
 from fastpo.trainer.run.errors import Interrupted, RecipeError, TrainerError
 from fastpo.trainer.run.plot import plot
@@ -63,27 +65,56 @@ def train(
             trainer.log.close()
 
 
+def train_step(
+    policy: Policy,
+    verifier: Verifier,
+    problems: ProblemStream,
+    learner: Learner,
+    algorithm: Algorithm,
+    config: Config,
+    generator: torch.Generator,
+    order: torch.Generator,
+) -> tuple[Batch, dict[str, float]]:
+    """One iteration of reinforcement learning: the batch it learned from, and its numbers."""
+    started = time.monotonic()
+    sampling = Sampling.of(config.rollout)
+    # Prompts, rollouts, rewards and overlong punishment, refilled until every group can teach.
+    batch = collect(
+        policy, verifier, problems, config.rollout.prompts, sampling, algorithm, generator
+    )
+    sampled = time.monotonic()
+    assign_advantages(batch.groups, algorithm.estimator)
+    if algorithm.overlong_filter:
+        mute_truncated(batch.groups)
+    learning_rate = learner.learning_rate
+    sums = learner.learn(batch.samples, order).read()
+    return batch, {
+        **rollout_metrics(batch, algorithm.dynamic_sampling_by),
+        **update_metrics(sums),
+        "learning_rate": learning_rate,
+        "rollout_time": sampled - started,
+        "step_time": time.monotonic() - started,
+    }
+
+
 class Trainer:
     """One run: what it is made of, and the state that a checkpoint keeps."""
 
     def __init__(self, config: Config, verifier: Verifier, *, resume: bool, out: Console):
         self.config = config
+        self.verifier = verifier
         self.out = out
         if config.threads:
             torch.set_num_threads(config.threads)
         quiet_transformers()
         self.device = default_device(config.device)
         self.algorithm = resolve(config.algorithm, config.rollout.max_new_tokens)
-        self.verifier = verifier
-        self.held_out = held_out(self.verifier, config.eval.problems)
-        if config.warmup.max_steps:
-            reference_answers(self.held_out)
-        exclude = [problem.prompt for problem in self.held_out]
-        self.problems = ProblemStream(self.verifier, f"train-{config.seed}", exclude)
-        self.generator = torch.Generator(self.device).manual_seed(config.seed)
+        # On the CPU whatever the device: draws depend neither on it nor on the batch size.
+        self.generator = torch.Generator().manual_seed(config.seed)
         self.order = torch.Generator().manual_seed(config.seed)  # which samples share an update
         self.step, self.num_tokens, self.seconds = 0, 0, 0.0
         self.before: dict[str, Any] | None = None
+        # Born in one of these two: policy, held_out and problems; dir and log; learner.
         if resume:
             self._resume()
         else:
@@ -98,12 +129,17 @@ class Trainer:
 
     def _start(self) -> None:
         torch.manual_seed(self.config.seed)
-        self.policy = make_policy(
-            self.config.model, self.device, alphabet=self.verifier.alphabet, stop=self.verifier.stop
+        self._take_policy(
+            make_policy(
+                self.config.model,
+                self.device,
+                alphabet=self.verifier.alphabet,
+                stop=self.verifier.stop,
+            )
         )
         self.dir = directory.create(self.config, self._say)
         self.log = directory.RunLog(self.dir, tensorboard=self.config.log.tensorboard)
-        self.learner = None
+        self.learner = None  # made after the warm-up, from whose end the reference policy is taken
 
     def _resume(self) -> None:
         self.dir = directory.path_of(self.config)
@@ -118,7 +154,9 @@ class Trainer:
             )
         if changed:
             self._say(f"Changed since the run began: {', '.join(changed)}")
-        self.policy = load_policy(saved, self.config.model, self.device, stop=self.verifier.stop)
+        self._take_policy(
+            load_policy(saved, self.config.model, self.device, stop=self.verifier.stop)
+        )
         self.step = state["step"]
         self.learner = self._make_learner()
         self._load(state)
@@ -128,6 +166,19 @@ class Trainer:
         if self.log.gaps:
             self._say(f"{directory.METRICS} lacks {self.log.gaps}: the curves have a gap there")
         directory.write_config(self.dir, self.config)
+
+    def _take_policy(self, policy: Policy) -> None:
+        """Refuse what cannot be trained, before anything is written, and draw the problems."""
+        config = self.config
+        selfcheck.check(policy, config.optim)
+        self.policy = policy
+        fits = policy.fits(config.rollout.max_prompt_tokens)
+        self.held_out = held_out(self.verifier, config.eval.problems, fits)
+        policy.encode_all(self.held_out, config.rollout.max_new_tokens)
+        if config.warmup.max_steps:
+            reference_answers(self.held_out)
+        exclude = [problem.prompt for problem in self.held_out]
+        self.problems = ProblemStream(self.verifier, f"train-{config.seed}", exclude, fits)
 
     def run(self) -> None:
         """Warm up if asked to, evaluate, then train to the last step."""
@@ -169,7 +220,22 @@ class Trainer:
     def _advance(self, display: console.Display) -> None:
         """One step and the evaluation that may be due; whatever fails, steps done are kept."""
         try:
-            self._train_step(display)
+            batch, metrics = train_step(
+                self.policy,
+                self.verifier,
+                self.problems,
+                self.learner,
+                self.algorithm,
+                self.config,
+                self.generator,
+                self.order,
+            )
+            self.step += 1
+            self.num_tokens += sum(len(s.prompt) + s.length for g in batch.sampled for s in g)
+            metrics["num_tokens"] = self.num_tokens
+            self.log.metrics(self.step, metrics)
+            self._log_samples(batch)
+            display.step(self.step, metrics)
             if self._is_due(self.config.eval.every) and self.step < self.config.steps:
                 found = self._evaluate()
                 display.say(f"step {self.step}: held-out accuracy {found['accuracy']:.3f}")
@@ -183,30 +249,6 @@ class Trainer:
 
     def _is_due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
-
-    def _train_step(self, display: console.Display) -> None:
-        started = time.monotonic()
-        batch = collect(
-            self.policy,
-            self.verifier,
-            self.problems,
-            self.config.rollout,
-            self.algorithm,
-            self.generator,
-        )
-        learning_rate = self.learner.learning_rate
-        sums = self.learner.learn(batch.samples, self.order).read()
-        self.step += 1
-        self.num_tokens += sum(len(s.prompt) + s.length for g in batch.sampled for s in g)
-        metrics = rollout_metrics(batch) | update_metrics(sums)
-        metrics |= {
-            "learning_rate": learning_rate,
-            "num_tokens": self.num_tokens,
-            "step_time": time.monotonic() - started,
-        }
-        self.log.metrics(self.step, metrics)
-        self._log_samples(batch)
-        display.step(self.step, metrics)
 
     def finish(self, command: str) -> dict[str, Any]:
         """Evaluate, write summary.json and curves.png, and report."""
@@ -246,7 +288,7 @@ class Trainer:
             "seconds": time.monotonic() - self._clock,
             "before": self.before,
             "learner": self.learner.state_dict(),
-            "problems": self.problems.rng.getstate(),
+            "problems": self.problems.state(),
             "generator": self.generator.get_state(),
             "order": self.order.get_state(),
         }
@@ -258,7 +300,7 @@ class Trainer:
         )
         try:
             self.learner.load_state_dict(state["learner"])
-            self.problems.rng.setstate(state["problems"])
+            self.problems.load_state(state["problems"])
             self.generator.set_state(state["generator"])
             self.order.set_state(state["order"])
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -269,10 +311,11 @@ class Trainer:
         if not config.max_steps:
             return
         self._say("Supervised warm-up: it stands in for a pretrained checkpoint.")
+        stream, exclude = f"warmup-{self.config.seed}", self.problems.exclude
         warm_up(
             self.policy,
             self.verifier,
-            ProblemStream(self.verifier, f"warmup-{self.config.seed}", self.problems.exclude),
+            ProblemStream(self.verifier, stream, exclude, self.problems.fits),
             config,
             self.config.rollout,
             self.generator,
@@ -291,21 +334,22 @@ class Trainer:
         )
 
     def _reference(self) -> Policy | None:
-        if self.algorithm.objective.kl_coef == 0:
+        kl_coef = self.algorithm.objective.kl_coef
+        if kl_coef == 0:
             return None
         directory = self.dir / REFERENCE
         if self.step == 0:
             self.policy.save(directory)
         if not directory.exists():
             raise RecipeError(
-                f"algorithm.kl_coef is {self.config.algorithm.kl_coef}, but the run began without "
-                "a KL penalty and kept no reference policy: set it to 0, or train anew"
+                f"algorithm.objective.kl_coef is {kl_coef}, but the run began without a KL penalty "
+                "and kept no reference policy: set it to 0, or train anew"
             )
         return load_policy(directory, self.config.model, self.device, stop=self.verifier.stop)
 
     def _evaluate(self) -> dict[str, Any]:
         result = evaluate_held_out(self.policy, self.verifier, self.held_out, self.config)
-        found = report.digest(result, self.config.eval.samples)
+        found = report.digest(result, result.per_problem)
         numbers = {f"eval_{name}": value for name, value in found.items() if name != "answers"}
         self.log.metrics(self.step, numbers)
         return found

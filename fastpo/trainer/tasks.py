@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import random
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from numbers import Number
 from typing import Any, NamedTuple, Protocol
 
@@ -24,6 +24,7 @@ class Problem(NamedTuple):
     prompt: str
     answer: str | None = None  # a right completion: the warm-up learns from it, tables show it
     data: Any = None  # for the verifier; anything that can be pickled
+    messages: list[dict[str, str]] | None = None  # in place of the prompt, for the chat template
 
 
 class Verdict(NamedTuple):
@@ -56,6 +57,8 @@ class Source(Protocol):
     """Where problems come from: a task behind its worker processes (`verifier.Verifier`)."""
 
     name: str
+    rows: list[Problem] | None  # all there are to train on; None = the task makes them
+    test_rows: list[Problem] | None  # held out as they are; None = some of the others
 
     def draw(self, rng: random.Random, count: int) -> list[Problem]:
         """`count` problems, by `rng`, which moves on."""
@@ -169,14 +172,40 @@ def _describe(error: BaseException) -> str:
 
 
 class ProblemStream:
-    """An endless, resumable stream of problems, without those whose prompt is in `exclude`."""
+    """An endless, resumable stream of problems, without those whose prompt is in `exclude`.
+
+    A task that makes problems is asked for them. One that has `rows` gives each once per epoch, in
+    an order drawn anew.
+    """
 
     MAX_TRIES = 1000
 
-    def __init__(self, task: Source, seed: str, exclude: Iterable[str] = ()):
+    def __init__(
+        self,
+        task: Source,
+        seed: str,
+        exclude: Iterable[str] = (),
+        fits: Callable[[Problem], bool] = lambda problem: True,
+    ):
         self.task = task
         self.exclude = set(exclude)
+        self.fits = fits  # others are skipped
         self.rng = random.Random(seed)
+        self.order: list[int] = []  # of the rows, in this epoch
+        self.epoch = self.rng.getstate()  # before its order was drawn
+        self.position = 0
+
+    def state(self) -> dict[str, Any]:
+        """Plain values from which `load_state` goes on."""
+        return {"rng": self.rng.getstate(), "epoch": self.epoch, "position": self.position}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on where another stream of the same rows was; a shorter list begins a new epoch."""
+        if self.task.rows:
+            self.rng.setstate(state["epoch"])
+            self._shuffle()
+        self.rng.setstate(state["rng"])
+        self.position = state["position"]
 
     def take(self, count: int, *, distinct: bool = False) -> list[Problem]:
         """The next `count` problems; `distinct`: and exclude their prompts from now on.
@@ -186,23 +215,43 @@ class ProblemStream:
         """
         taken: list[Problem] = []
         tries = 0  # in a row without a new problem
+        limit = max(self.MAX_TRIES, 2 * len(self.task.rows or ()))
         while len(taken) < count:
-            for problem in self.task.draw(self.rng, count - len(taken)):
+            for problem in self._draw(count - len(taken)):
                 tries += 1
-                if problem.prompt in self.exclude:
+                if problem.prompt in self.exclude or not self.fits(problem):
                     continue
                 taken.append(problem)
                 tries = 0
                 if distinct:
                     self.exclude.add(problem.prompt)
-            if tries >= self.MAX_TRIES:
+            if tries >= limit:
                 raise TrainerError(
                     f"{self.task.name} makes too few different prompts: {tries} in a row were "
-                    f"among {len(self.exclude)} held-out ones; lower eval.problems"
+                    f"among {len(self.exclude)} held-out ones, or longer than "
+                    "rollout.max_prompt_tokens; lower eval.problems, or raise that"
                 )
         return taken
 
+    def _draw(self, count: int) -> list[Problem]:
+        rows = self.task.rows
+        if rows is None:
+            return self.task.draw(self.rng, count)
+        if self.position >= len(self.order):
+            self.epoch, self.position = self.rng.getstate(), 0
+            self._shuffle()
+        chosen = self.order[self.position : self.position + count]
+        self.position += len(chosen)
+        return [rows[index] for index in chosen]
 
-def held_out(task: Source, count: int) -> list[Problem]:
-    """`count` different problems, the same for every seed of a run."""
-    return ProblemStream(task, "held-out").take(count, distinct=True)
+    def _shuffle(self) -> None:
+        self.order = self.rng.sample(range(len(self.task.rows)), len(self.task.rows))
+
+
+def held_out(
+    task: Source, count: int, fits: Callable[[Problem], bool] = lambda problem: True
+) -> list[Problem]:
+    """`count` different problems, the same for every seed; a task's own test rows as they are."""
+    if task.test_rows is not None:
+        return [problem for problem in task.test_rows if fits(problem)][:count]
+    return ProblemStream(task, "held-out", fits=fits).take(count, distinct=True)

@@ -47,6 +47,8 @@ class Verifier:
 
     def __init__(self, task: Task, *, workers: int = 0, seconds: float = 10.0):
         self.alphabet, self.stop, self.name = task.alphabet, task.stop, type(task).__name__
+        self.rows = getattr(task, "rows", None)
+        self.test_rows = getattr(task, "test_rows", None)
         self.seconds = seconds
         self._pool: list[_Worker] = []
         for _ in range(workers or min(MOST_WORKERS, len(os.sched_getaffinity(0)))):

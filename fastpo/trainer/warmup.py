@@ -16,7 +16,7 @@ from fastpo.trainer.config import OptimConfig, RolloutConfig, WarmupConfig
 from fastpo.trainer.evaluation import evaluate
 from fastpo.trainer.experience import Sample
 from fastpo.trainer.policy import Policy
-from fastpo.trainer.rollout import Completion
+from fastpo.trainer.rollout import Completion, Sampling
 from fastpo.trainer.run.errors import RecipeError
 from fastpo.trainer.tasks import Problem, ProblemStream
 from fastpo.trainer.update import Learner, Sums
@@ -37,6 +37,7 @@ def warm_up(
     """Train on reference answers until `until_accuracy` on fresh problems, or for `max_steps`."""
     optim = OptimConfig(learning_rate=config.learning_rate)
     learner = Learner(policy, optim, fastpo.reinforce(), temperature=1.0)
+    sampling = Sampling.of(rollout, group_size=1)
     for step in range(1, config.max_steps + 1):
         chosen = problems.take(config.batch_size)
         answers = zip(chosen, reference_answers(chosen), strict=True)
@@ -44,9 +45,7 @@ def warm_up(
         learner.update(samples, Sums(), on_policy=True)
         if step % config.check_every == 0 or step == config.max_steps:
             fresh = problems.take(CHECK_PROBLEMS)
-            accuracy = evaluate(
-                policy, verifier, fresh, rollout, rollout.temperature, generator
-            ).accuracy
+            accuracy = evaluate(policy, verifier, fresh, sampling, generator).accuracy
             report(step, accuracy)
             if accuracy >= config.until_accuracy:
                 return
@@ -72,7 +71,7 @@ def reference_sample(policy: Policy, problem: Problem, answer: str) -> Sample:
     tokens = policy.encode_answer(answer)
     return Sample(
         problem=problem,
-        prompt=policy.encode(problem.prompt),
+        prompt=policy.encode(problem.messages or problem.prompt),
         completion=Completion(tokens=tokens, logprobs=[0.0] * len(tokens), finished=True),
         text=answer,
         score=1.0,
