@@ -193,7 +193,9 @@ class Config:
     threads: Annotated[int, Ge(0), Le(1024)] = 0
     """Torch threads; 0 = leave as is. 1 is fastest for tiny models."""
     checkpoint_every: Index = 0
-    """Steps between checkpoints; 0 = only at the end and on Ctrl-C."""
+    """Steps between checkpoints; 0 = by the clock, at the end and on Ctrl-C."""
+    checkpoint_minutes: NonNegative = 10.0
+    """Minutes between checkpoints, whatever the steps; 0 = never by the clock."""
     model: ModelConfig = field(default_factory=ModelConfig)
     warmup: WarmupConfig = field(default_factory=WarmupConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)

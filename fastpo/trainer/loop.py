@@ -49,6 +49,9 @@ def train(
         TrainerError: see its subclasses; what was written so far stays.
     """
     out = out or console.Output(highlight=False)
+    if resume and (done := report.lacks_curves(directory.path_of(config), config.steps)):
+        out.print(f"Curves:  {plot(directory.path_of(config))}", soft_wrap=True, markup=False)
+        return done
     with (
         terminable(),
         # Its processes fork off first, before there are threads or a CUDA context.
@@ -116,6 +119,12 @@ class Trainer:
             self._resume()
         else:
             self._start()
+        self.keeper = checkpoint.Keeper(
+            self.dir,
+            every=config.checkpoint_every,
+            minutes=config.checkpoint_minutes,
+            best=self.log.best,
+        )
         self._clock = time.monotonic() - self.seconds
 
     def _start(self) -> None:
@@ -128,7 +137,7 @@ class Trainer:
                 stop=self.verifier.stop,
             )
         )
-        self.dir = directory.create(self.config)
+        self.dir = directory.create(self.config, self._say)
         self.log = directory.RunLog(self.dir, tensorboard=self.config.log.tensorboard)
         self.learner = None  # made after the warm-up, from whose end the reference policy is taken
 
@@ -138,13 +147,13 @@ class Trainer:
         changed = directory.check_resumable(self.dir, self.config)
         state = checkpoint.load_state(saved)
         left = self.config.steps - state["step"]
-        if left < 0 or (left == 0 and report.is_complete(self.dir, self.config.steps)):
+        if left < 0 or (left == 0 and report.completed(self.dir, self.config.steps)):
             raise TrainerError(
                 f"{self.dir} is at step {state['step']} of {self.config.steps}: nothing to do, "
                 "raise steps to train longer"
             )
         if changed:
-            self.out.print(f"Changed since the run began: {', '.join(changed)}", markup=False)
+            self._say(f"Changed since the run began: {', '.join(changed)}")
         self._take_policy(
             load_policy(saved, self.config.model, self.device, stop=self.verifier.stop)
         )
@@ -154,6 +163,8 @@ class Trainer:
         self.log = directory.RunLog(
             self.dir, tensorboard=self.config.log.tensorboard, resume_at=self.step
         )
+        if self.log.gaps:
+            self._say(f"{directory.METRICS} lacks {self.log.gaps}: the curves have a gap there")
         directory.write_config(self.dir, self.config)
 
     def _take_policy(self, policy: Policy) -> None:
@@ -171,12 +182,12 @@ class Trainer:
 
     def run(self) -> None:
         """Warm up if asked to, evaluate, then train to the last step."""
-        self.out.print(self._headline(), markup=False, soft_wrap=True)
+        self._say(self._headline())
         if self.learner is None:
             self._warm_up()
             self.learner = self._make_learner()
             self.before = self._evaluate()
-            self.out.print(f"Held-out accuracy before: {self.before['accuracy']:.3f}")
+            self._say(f"Held-out accuracy before: {self.before['accuracy']:.3f}")
         with (
             console.Display(
                 self.config.steps, self.step, self.config.log.print_every, self.out
@@ -185,7 +196,7 @@ class Trainer:
         ):
             while self.step < self.config.steps and stop.signal_number is None:
                 self._advance(display)
-                if self._is_due(self.config.checkpoint_every) or self.step == self.config.steps:
+                if self.keeper.is_due(self.step) or self.step == self.config.steps:
                     self.save()
             if self.step < self.config.steps:
                 raise Interrupted(
@@ -193,6 +204,9 @@ class Trainer:
                     "command with --resume goes on from there",
                     stop.signal_number,
                 )
+
+    def _say(self, text: str) -> None:
+        self.out.print(text, markup=False, soft_wrap=True)
 
     def _headline(self) -> str:
         rollout, model = self.config.rollout, self.policy.model
@@ -223,8 +237,11 @@ class Trainer:
             self._log_samples(batch)
             display.step(self.step, metrics)
             if self._is_due(self.config.eval.every) and self.step < self.config.steps:
-                accuracy = self._evaluate()["accuracy"]
-                display.say(f"step {self.step}: held-out accuracy {accuracy:.3f}")
+                found = self._evaluate()
+                display.say(f"step {self.step}: held-out accuracy {found['accuracy']:.3f}")
+                if self.keeper.is_best(score := report.score(found)):
+                    self.save()
+                    self.keeper.keep_best(score)
         except Exception:
             if self.step:
                 self.save()
@@ -236,6 +253,8 @@ class Trainer:
     def finish(self, command: str) -> dict[str, Any]:
         """Evaluate, write summary.json and curves.png, and report."""
         after = self._evaluate()
+        if self.keeper.is_best(score := report.score(after)):
+            self.keeper.keep_best(score)
         command = command or f"fastpo train {self.dir / directory.CONFIG}"
         summary = report.write_summary(
             self.dir,
@@ -273,7 +292,7 @@ class Trainer:
             "generator": self.generator.get_state(),
             "order": self.order.get_state(),
         }
-        return checkpoint.save(self.dir, self.policy, state)
+        return self.keeper.save(self.policy, state)
 
     def _load(self, state: dict[str, Any]) -> None:
         self.num_tokens, self.seconds, self.before = (
@@ -291,7 +310,7 @@ class Trainer:
         config = self.config.warmup
         if not config.max_steps:
             return
-        self.out.print("Supervised warm-up: it stands in for a pretrained checkpoint.")
+        self._say("Supervised warm-up: it stands in for a pretrained checkpoint.")
         stream, exclude = f"warmup-{self.config.seed}", self.problems.exclude
         warm_up(
             self.policy,
@@ -300,7 +319,7 @@ class Trainer:
             config,
             self.config.rollout,
             self.generator,
-            lambda step, accuracy: self.out.print(f"warm-up step {step}: accuracy {accuracy:.2f}"),
+            lambda step, accuracy: self._say(f"warm-up step {step}: accuracy {accuracy:.2f}"),
         )
 
     def _make_learner(self) -> Learner:
@@ -345,4 +364,5 @@ class Trainer:
                 reward=first.reward,
                 correct=first.correct,
                 advantage=first.advantage,
+                **({"parts": first.parts} if first.parts else {}),
             )
