@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from fastpo import backends
+from fastpo._compile import untraced
 from fastpo.objective import Objective
 from fastpo.ops import checks
 from fastpo.ops.batch import LossBatch, flat_mask, flat_rows, flat_temperature
@@ -37,10 +38,10 @@ from fastpo.ops.linear_sequences import SequenceLevelLoss
 from fastpo.ops.results import PolicyLoss, TokenLogprobs
 from fastpo.ops.tensor_parallel import VocabularyShard
 
-_UNTRACED = "its loop over chunks runs GEMMs and one kernel each: nothing there to compile"
+_untraced = untraced("its loop over chunks runs GEMMs and one kernel each: nothing to compile")
 
 
-@torch.compiler.disable(reason=_UNTRACED)
+@_untraced
 def linear_policy_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -166,7 +167,7 @@ def linear_policy_loss(
     return PolicyLoss(loss, logprobs.view(leading), entropy.view(leading), metrics)
 
 
-@torch.compiler.disable(reason=_UNTRACED)
+@_untraced
 def linear_token_logprobs(
     hidden: Tensor,
     weight: Tensor,
