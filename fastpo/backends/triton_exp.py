@@ -198,7 +198,8 @@ def _sums(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Fill E. Returns S and M (2, n), the shifts that it ended with, and how many were replaced."""
     tiles, gemm, sums = (_kernel(name) for name in ("_exp_tiles", "exp_logits", "exp_sums"))
-    tile, n = tiles.exp_tile(hidden, head.weight), hidden.shape[0]
+    tile = tiles.exp_tile(hidden, head.weight, head.bias, head.softcap is not None)
+    n = hidden.shape[0]
     partials = slopes.new_empty(2, tile.tiles(head.weight.shape[0]), n)
     totals, tops = slopes.new_empty(2, n), slopes.new_empty(1, n)
     operands = (hidden, head.weight, e, head.bias, slopes)
