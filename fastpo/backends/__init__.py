@@ -7,12 +7,14 @@ from types import ModuleType
 
 import torch as pytorch  # `torch` will be this package's own submodule, backends/torch.py
 
+from fastpo._compile import constant
+
 _MODULES = {
     "torch": "fastpo.backends.torch",
     "cpp": "fastpo.backends.cpp",
     "triton": "fastpo.backends.triton",
 }
-BACKENDS = (*_MODULES, "cuda")
+BACKENDS = tuple(_MODULES)
 _loaded: dict[str, ModuleType] = {}
 _PREFERENCE = {"cpu": ("cpp", "torch"), "cuda": ("triton", "torch")}  # ROCm devices are "cuda" too
 
@@ -25,8 +27,6 @@ def unavailable(name: str, device: pytorch.device | str = "cpu") -> str | None:
     """
     if name not in BACKENDS:
         raise ValueError(f"backend is {name!r}, expected one of {', '.join(BACKENDS)} or None")
-    if name == "cuda":
-        return "the row-resident CUDA kernel is not in this release: use backend='triton'"
     try:
         module = _loaded[name] = importlib.import_module(_MODULES[name])
     except ImportError as error:
@@ -34,7 +34,7 @@ def unavailable(name: str, device: pytorch.device | str = "cpu") -> str | None:
     return module.unavailable(pytorch.device(device))
 
 
-@pytorch.compiler.assume_constant_result  # Dynamo cannot trace imports, and need not
+@constant  # Dynamo cannot trace imports, and need not
 def resolve(name: str | None, device: pytorch.device, dtype: pytorch.dtype) -> str:
     """The backend to run on `device`: `name` itself if it can, the best available one for None.
 
