@@ -47,21 +47,6 @@ def unavailable(device: torch.device | None = None) -> str | None:
     return None
 
 
-def refusal(dtype: torch.dtype, logits_dtype: torch.dtype | None = None) -> str | None:
-    """Why operands of `dtype` cannot take this way, in one line, or None."""
-    if dtype != torch.bfloat16:
-        return (
-            f"backend 'triton-exp' stores exponentials in bfloat16, got {dtype} operands: cast "
-            "hidden and weight to bfloat16, or use backend='triton'"
-        )
-    if logits_dtype not in (None, torch.float32):
-        return (
-            f"logits_dtype is {logits_dtype}, but backend 'triton-exp' never stores logits: leave "
-            "logits_dtype=None, or use backend='triton'"
-        )
-    return None
-
-
 class Shard(Protocol):
     """A vocabulary split over ranks: column 0 of the weight is token `start` of `vocabulary`."""
 
