@@ -116,6 +116,12 @@ BAD = {
     ),
     "temperature 0": ({"temperature": 0.0}, ValueError, r"is 0.0, expected a finite number > 0"),
     "temperature NaN": ({"temperature": float("nan")}, ValueError, r"is nan, expected a finite"),
+    "temperature infinite": ({"temperature": float("inf")}, ValueError, r"is inf, expected a fin"),
+    "infinite temperature of a token": (
+        {"temperature": torch.tensor([[1.0, 1.0, torch.inf]] * B)},
+        ValueError,
+        r"not finite and positive on a live row",
+    ),
     "temperature is a string": ({"temperature": "hot"}, TypeError, r"temperature is str"),
     "negative temperature of a token": (
         {"temperature": torch.tensor([[1.0, 1.0, -1.0]] * B)},
@@ -284,6 +290,20 @@ def test_integer_masks_and_one_number_per_sequence_as_a_column():
         for mask in (call["mask"], call["mask"].bool())
     ]
     assert torch.equal(*linear)
+
+
+def test_debug_reads_values_on_every_device():
+    """Off, values of GPU tensors are not read, for that would wait for the device."""
+    from fastpo.ops import checks
+
+    elsewhere = torch.empty(1, device="meta")
+    assert not checks.inspects_values(elsewhere) and checks.inspects_values(torch.empty(1))
+    fastpo.set_debug(True)
+    try:
+        assert checks.inspects_values(elsewhere)
+    finally:
+        fastpo.set_debug(False)
+    assert not checks.inspects_values(elsewhere)
 
 
 def test_bad_values_under_a_false_mask_are_fine():
