@@ -32,8 +32,14 @@ from fastpo.ops.batch import LossBatch, flat_mask, flat_rows, flat_temperature
 from fastpo.ops.checks import LossInputs
 from fastpo.ops.from_logprobs import loss_of_batch
 from fastpo.ops.linear_autograd import FusedLinearLoss, LinearTokenLogprobs, TokenLevelLoss
-from fastpo.ops.linear_checks import autocasts, check_linear_op, operand_dtype
+from fastpo.ops.linear_checks import (
+    autocasts,
+    check_exponentials,
+    check_linear_op,
+    operand_dtype,
+)
 from fastpo.ops.linear_chunks import LinearCall
+from fastpo.ops.linear_exp import ExpShard, ExpTokenLogprobs, FusedExpLoss
 from fastpo.ops.linear_sequences import SequenceLevelLoss
 from fastpo.ops.results import PolicyLoss, TokenLogprobs
 from fastpo.ops.tensor_parallel import VocabularyShard
@@ -103,7 +109,10 @@ def linear_policy_loss(
         normalizer: global token count (token_mean) or sequence count (other aggregations), for
             gradient accumulation and data parallelism; None = this batch's own.
         backend: "torch", "cpp" or "triton"; None = the best available. An explicit request never
-            falls back.
+            falls back. "triton-exp", for bf16 operands on GPUs from compute capability 8.0: the
+            first GEMM stores exponentials in place of logits, which no kernel then sweeps over
+            (docs/gpu.md); "triton-exp-kept" keeps them for the backward of `linear_token_logprobs`,
+            2 bytes times N V for 6 N D V in place of 8.
         logit_scale: factor on the logits (Cohere's logit_scale, 1 / Granite's logits_scaling).
         softcap: Gemma's final_logit_softcapping; None = none.
         logits_dtype: None = float32, which keeps the GEMM's fp32 sums; torch.bfloat16 (for bf16
@@ -148,15 +157,15 @@ def linear_policy_loss(
     else:
         chunk_loss = SequenceLevelLoss.from_batch(batch, call, weight)
     if chunk_loss is None:
-        logprobs, entropy = call.checked(*LinearTokenLogprobs.apply(hidden, weight, bias, call))
+        score = _token_logprobs(call)
+        logprobs, entropy = call.checked(*score.apply(hidden, weight, bias, call))
         return loss_of_batch(batch, logprobs, entropy, leading=leading)
     needs = tuple(
         torch.is_grad_enabled() and x is not None and x.requires_grad
         for x in (hidden, weight, bias)
     )
-    loss, logprobs, entropy, clipped = FusedLinearLoss.apply(
-        hidden, weight, bias, call, chunk_loss, needs
-    )
+    fused = FusedExpLoss if call.exponentials else FusedLinearLoss
+    loss, logprobs, entropy, clipped = fused.apply(hidden, weight, bias, call, chunk_loss, needs)
     terms = {"backend": call.backend}
     if not objective.is_token_level:
         with torch.no_grad():
@@ -205,8 +214,12 @@ def linear_token_logprobs(
     leading = hidden.shape[:-1]
     call = _linear_call(hidden, weight, tokens, mask, temperature, backend, **options)
     operands = _operands(hidden, weight, bias)
-    logprobs, entropy = call.checked(*LinearTokenLogprobs.apply(*operands, call))
+    logprobs, entropy = call.checked(*_token_logprobs(call).apply(*operands, call))
     return TokenLogprobs(logprobs.view(leading), entropy.view(leading))
+
+
+def _token_logprobs(call: LinearCall) -> type[LinearTokenLogprobs]:
+    return ExpTokenLogprobs if call.exponentials else LinearTokenLogprobs
 
 
 def _linear_call(
@@ -225,10 +238,14 @@ def _linear_call(
     live_rows: int | None,
 ) -> LinearCall:
     """What `check_linear_op` has checked, as rows."""
+    exponentials = backend in backends.LINEAR_BACKENDS
+    if exponentials:
+        check_exponentials(backend, operand_dtype(hidden), logits_dtype)
     logits_dtype = logits_dtype or checks.wide_dtype(operand_dtype(hidden))
-    rows = backends.load(backends.resolve(backend, hidden.device, logits_dtype))
+    rows = backends.load(backends.resolve(backend, hidden.device, logits_dtype, linear=True))
     if tp_group is not None:
-        rows = VocabularyShard(rows, tp_group, weight)
+        shard = ExpShard if exponentials else VocabularyShard
+        rows = shard(rows, tp_group, weight)
         if checks.inspects_values(hidden):
             checks.check_token_range(tokens, int(rows.vocabulary), mask)
     mask = flat_mask(mask)
@@ -244,6 +261,8 @@ def _linear_call(
         mask=mask,
         index=index,
         wrong_count=wrong_count,
+        exponentials=exponentials,
+        keeps_exponentials=backend == "triton-exp-kept" and torch.is_grad_enabled(),
     )
 
 

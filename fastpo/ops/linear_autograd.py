@@ -21,6 +21,10 @@ from fastpo.ops.linear_workspace import Chunk, LinearGrads, Workspace
 class ChunkLoss(Protocol):
     """A loss that can be finished, with its gradient, from the logits of one chunk."""
 
+    @property
+    def has_entropy_gradient(self) -> bool:
+        """Whether the loss may depend on the entropies."""
+
     def chunks(
         self, call: LinearCall, head: Head, *, gradient: bool
     ) -> tuple[list[ChunkRows], list[ChunkRows]]:
@@ -111,6 +115,11 @@ class TokenLevelLoss:
 
     inputs: RowInputs
     objective: Objective
+
+    @property
+    def has_entropy_gradient(self) -> bool:
+        """See `ChunkLoss`."""
+        return self.inputs.entropy_weight is not None
 
     def chunks(
         self, call: LinearCall, head: Head, *, gradient: bool
