@@ -74,12 +74,16 @@ def triton_row_policy_loss(
     old_logprobs: Tensor | None,
     ref_logprobs: Tensor | None,
     entropy_weight: Tensor | None,
+    clip_low: Tensor | None,
+    clip_high: Tensor | None,
+    nll_weight: Tensor | None,
     rule: list[float],
     temperature: float,
     temperatures: Tensor | None,
 ) -> RowTensors:
     """(loss, logprobs, entropy, clipped), without a gradient."""
-    inputs = (weight, advantages, old_logprobs, ref_logprobs, entropy_weight)
+    per_token = (weight, advantages, old_logprobs, ref_logprobs, entropy_weight)
+    inputs = (*per_token, clip_low, clip_high, nll_weight)
     return _policy_loss(logits, tokens, inputs, rule, temperature, temperatures, None)
 
 
@@ -92,13 +96,17 @@ def triton_row_policy_loss_out(
     old_logprobs: Tensor | None,
     ref_logprobs: Tensor | None,
     entropy_weight: Tensor | None,
+    clip_low: Tensor | None,
+    clip_high: Tensor | None,
+    nll_weight: Tensor | None,
     rule: list[float],
     temperature: float,
     temperatures: Tensor | None,
     out: Tensor,
 ) -> RowTensors:
     """The same, with the gradient in `out`, which has its own storage."""
-    inputs = (weight, advantages, old_logprobs, ref_logprobs, entropy_weight)
+    per_token = (weight, advantages, old_logprobs, ref_logprobs, entropy_weight)
+    inputs = (*per_token, clip_low, clip_high, nll_weight)
     return _policy_loss(logits, tokens, inputs, rule, temperature, temperatures, out)
 
 
@@ -111,20 +119,23 @@ def triton_row_policy_loss_(
     old_logprobs: Tensor | None,
     ref_logprobs: Tensor | None,
     entropy_weight: Tensor | None,
+    clip_low: Tensor | None,
+    clip_high: Tensor | None,
+    nll_weight: Tensor | None,
     rule: list[float],
     temperature: float,
     temperatures: Tensor | None,
     dtype: torch.dtype,
 ) -> RowTensors:
     """The same, with the gradient, of `dtype`, in `alias_rows(logits, dtype)`."""
-    inputs = (weight, advantages, old_logprobs, ref_logprobs, entropy_weight)
+    per_token = (weight, advantages, old_logprobs, ref_logprobs, entropy_weight)
+    inputs = (*per_token, clip_low, clip_high, nll_weight)
     out = alias_rows(logits, dtype)
     return _policy_loss(logits, tokens, inputs, rule, temperature, temperatures, out)
 
 
 def _policy_loss(logits, tokens, inputs, rule, temperature, temperatures, out) -> RowTensors:
-    surrogate, kl, kl_ratio_weighted, *numbers = rule
-    fields = Rule(int(surrogate), int(kl), bool(kl_ratio_weighted), *numbers)._asdict()
+    fields = Rule.from_numbers(rule)._asdict()
     return row_policy_loss.row_policy_loss(
         logits, tokens, *inputs, temperature, temperatures, out, **fields
     )

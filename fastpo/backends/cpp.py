@@ -57,8 +57,7 @@ def row_policy_loss(
     out: Tensor | None,
 ) -> RowLosses:
     """See `fastpo.backends.base.Backend`."""
-    rule = [float(number) for number in Rule.of(objective)]
-    arguments = (logits, tokens, *inputs, rule, *_temperature(temperature))
+    arguments = (logits, tokens, *inputs, Rule.of(objective).numbers(), *_temperature(temperature))
     if out is None:
         return RowLosses(*ops.cpp_row_policy_loss(*arguments))
     if overwrites(logits, out):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastpo.backends.base import RowInputs, RowLosses, RowStats
-from fastpo.objective import Objective, token_loss
+from fastpo.objective import Objective
 
 
 def unavailable(device: torch.device | None = None) -> str | None:
@@ -74,14 +74,7 @@ def row_policy_loss(
     stats = row_stats(logits, tokens, temperature, live)
     with torch.set_grad_enabled(out is not None):  # inference mode knows no requires_grad_
         logprobs = stats.logprobs.detach().requires_grad_(out is not None)
-        terms = token_loss(
-            objective,
-            logprobs,
-            inputs.advantages,
-            old_logprobs=inputs.old_logprobs,
-            ref_logprobs=inputs.ref_logprobs,
-            mask=live,
-        )
+        terms = inputs.terms(objective, logprobs, live)
         loss = weight * terms.loss
         if out is not None:
             (logprob_grad,) = torch.autograd.grad(loss.sum(), logprobs)

@@ -71,7 +71,7 @@ def row_policy_loss(
     out: Tensor | None,
 ) -> RowLosses:
     """See `fastpo.backends.base.Backend`."""
-    rule = [float(number) for number in Rule.of(objective)]
+    rule = Rule.of(objective).numbers()
     arguments = (logits, *_contiguous(tokens, *inputs), rule, *_temperature(temperature))
     if out is None:
         return RowLosses(*ops.triton_row_policy_loss(*arguments))

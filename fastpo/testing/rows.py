@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastpo.backends.base import RowInputs, RowLosses, RowStats
-from fastpo.objective import Objective, token_loss
+from fastpo.objective import Objective
 from fastpo.testing.budget import assert_within_budget, cosine
 
 FP32_FACTOR = 4.0  # sums of V terms in another order than torch's, over few rows: luck plays a part
@@ -112,18 +112,15 @@ def expected_policy_loss(
     case: RowCase, objective: Objective, dtype: torch.dtype = torch.float64
 ) -> tuple[RowLosses, Tensor]:
     """Row losses and the gradient (N, V) by autograd in `dtype`; dead rows give exact zeros."""
-    weight, advantages, old, ref, entropy_weight = (
-        None if x is None else x.to(dtype) for x in case.inputs
-    )
+    inputs = RowInputs(*(None if x is None else x.to(dtype) for x in case.inputs))
+    weight, entropy_weight = inputs.weight, inputs.entropy_weight
     live = weight != 0
     if entropy_weight is not None:
         live = live | (entropy_weight != 0)
     leaf = case.logits.to(dtype).where(live[:, None], 0).requires_grad_()
     logprobs, entropy = _logprobs(leaf, case.tokens, case.temperature, dtype)
     logprobs, entropy = logprobs.where(live, 0), entropy.where(live, 0)
-    terms = token_loss(
-        objective, logprobs, advantages, old_logprobs=old, ref_logprobs=ref, mask=live
-    )
+    terms = inputs.terms(objective, logprobs, live)
     loss = weight.where(live, 0) * terms.loss
     if entropy_weight is not None:
         loss = loss - entropy_weight.where(live, 0) * entropy
