@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastpo.backends.base import RowInputs, RowLosses, RowStats
-from fastpo.objective import Objective
+from fastpo.objective import Objective, token_loss
 
 
 class VocabularyShard:
@@ -110,7 +110,16 @@ def row_losses(
     """Losses of rows and, if `gradient`, their derivative in the log-prob, by autograd."""
     with torch.set_grad_enabled(gradient):  # inference mode knows no requires_grad_
         logprobs = stats.logprobs.detach().requires_grad_(gradient)
-        terms = inputs.terms(objective, logprobs, live)
+        terms = token_loss(
+            objective,
+            logprobs,
+            inputs.advantages,
+            old_logprobs=inputs.old_logprobs,
+            ref_logprobs=inputs.ref_logprobs,
+            clip_bounds=inputs.clip_bounds,
+            nll_weights=inputs.nll_weight,
+            mask=live,
+        )
         loss = inputs.weight * terms.loss
         logprob_grad = torch.autograd.grad(loss.sum(), logprobs)[0] if gradient else None
     loss = loss.detach()
