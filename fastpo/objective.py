@@ -222,6 +222,11 @@ class Objective:
         return self.surrogate in ("clip", "cispo") or self.gate == "ratio"
 
     @property
+    def acts_without_advantage(self) -> bool:
+        """True when a token with A = 0 still has a gradient: a KL penalty, an entropy bonus."""
+        return any((self.kl_coef, self.old_kl_coef, self.entropy_coef))
+
+    @property
     def is_token_level(self) -> bool:
         """True when a token's loss depends on its own log-prob alone: one pass can fuse it."""
         return self.ratio_level == "token" and self.surrogate in TOKEN_SURROGATES

@@ -79,7 +79,7 @@ WEIGHTS = {
     "ce_gppo": (presets.ce_gppo(), ce_gppo),
     "cispo": (presets.cispo(ratio_min=0.6, ratio_max=1.3), cispo),
 }
-PROBS = (1e-8, 1e-3, 0.02, 0.1, 0.3, 0.41, 0.51, 0.72, 0.9, 0.999, 1 - 1e-6)
+PROBS = (1e-8, 1e-3, 0.03, 0.1, 0.3, 0.41, 0.51, 0.72, 0.9, 0.999, 1 - 1e-6)
 
 
 def grid() -> tuple[list[tuple[float, float, float]], dict[str, torch.Tensor]]:

@@ -86,12 +86,14 @@ class TokenLevelLoss:
     def chunks(
         self, call: LinearCall, head: Head, *, gradient: bool
     ) -> tuple[list[Rows], list[Rows]]:
-        """With A = 0 and neither KL penalty nor entropy bonus a row's gradient is 0."""
+        """With A = 0 and no KL penalty, entropy bonus or NLL term a row's gradient is 0."""
         if not gradient:
             return [], call.chunks(head)
-        if not call.may_look or self.objective.kl_coef != 0 or self.objective.entropy_coef != 0:
+        if not call.may_look or self.objective.acts_without_advantage:
             return call.chunks(head), []
         pays = self.inputs.advantages != 0
+        if self.inputs.nll_weight is not None:
+            pays |= self.inputs.nll_weight != 0
         if bool(pays.all()):
             return call.chunks(head), []
         return call.chunks(head, only=pays), call.chunks(head, only=~pays)
