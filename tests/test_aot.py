@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(
 REPOSITORY = Path(_inside_fastpo).parents[2]
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 ALIGNED = (32000, 128256, 151936, 262144)
-SCALAR_LOADS = 8  # token, weight, advantage, ...: one each per row
+SCALAR_LOADS = 11  # token, weight, advantage, ...: one each per row
 SCALAR_STORES = 9  # loss, log-prob, ..., the token's gradient; zero-fill and sweeps are wide
 
 
