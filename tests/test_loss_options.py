@@ -31,7 +31,7 @@ class Case:
     """Hidden states and a head, old = logp + N(0, 0.2); every third token has A = 0."""
 
     def __init__(self, objective: fastpo.Objective):
-        gen = torch.Generator().manual_seed(5)
+        gen = torch.Generator().manual_seed(9)
 
         def normal(*shape):
             return torch.randn(*shape, generator=gen)
@@ -44,7 +44,7 @@ class Case:
         self.mask = torch.rand(B, T, generator=gen) > 0.2
         self.mask[2] = False
         logp = self.logprobs(torch.float64)[0].float()
-        width = 0.02 + 0.1 * torch.rand(B, T, generator=gen)
+        width = 0.01 + 0.25 * torch.rand(B, T, generator=gen)
         self.options = {
             "objective": objective,
             "mask": self.mask,
@@ -92,9 +92,9 @@ def test_every_way_is_the_specification(name, op, backend):
     case = Case(OBJECTIVES[name])
     exact, plain = case.spec(), case.spec(torch.float32)
     result, *got = case.run(op, backend)
-    labels = ("loss", "hidden", "head")
-    for label, x, y, baseline in zip(labels, got, exact, plain, strict=True):
-        assert_within_budget(x, y, baseline, factor=4, name=label)
+    torch.testing.assert_close(got[0], exact[0].float())  # one number: its baseline may be lucky
+    for i, label in enumerate(("hidden", "head"), start=1):
+        assert_within_budget(got[i], exact[i], plain[i], factor=4, name=label)
     steps, *_ = case.run("two steps", backend)
     for key, value in result.metrics.items():
         if key in steps.metrics:
