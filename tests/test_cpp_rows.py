@@ -16,7 +16,13 @@ from fastpo import _extension
 from fastpo.backends import cpp as cpp_rows
 from fastpo.backends.base import RowInputs, alias_rows
 from fastpo.objective import KL_ESTIMATORS, TOKEN_SURROGATES, Objective
-from fastpo.testing.rows import RowCase, check_policy_loss, check_stats_and_grad, run_policy_loss
+from fastpo.testing.rows import (
+    RowCase,
+    check_no_subnormal_leaves,
+    check_policy_loss,
+    check_stats_and_grad,
+    run_policy_loss,
+)
 
 if (reason := cpp_rows.unavailable()) is not None:
     pytest.skip(reason, allow_module_level=True)
@@ -334,6 +340,19 @@ def test_offsets_beyond_32_bits():
     assert_same_bits([*rows, apart], want)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_no_subnormal_leaves(dtype):
+    """REGRESSIONS 49: products over subnormal gradients take 12 to 15 times as long."""
+    check_no_subnormal_leaves(cpp_rows, dtype)
+
+
+def test_half_precision_keeps_its_own_subnormals():
+    """2^-24 to 2^-14: most of an unscaled policy gradient, and normal numbers once widened."""
+    case = RowCase.random(2, 300, CLIP, dtype=torch.float16)
+    grad = run(case, CLIP)[-1]
+    assert ((grad != 0) & (grad.abs() < torch.finfo(torch.float16).tiny)).sum() > 100
+
+
 def test_scale():
     grad = torch.randn(5, 37)
     for dtype in DTYPES:
@@ -348,10 +367,11 @@ def test_scale():
 @pytest.mark.parametrize("factor", [0.37, 3.0, 1e-3])
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_every_two_byte_number_is_converted_as_torch_does(dtype, factor):
-    """Read, scaled and rounded back: subnormals, infinities, NaN and ties included."""
+    """Read, scaled and rounded back: infinities, NaN and ties included; fp16's subnormals too."""
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     numbers = bits.view(dtype)[None]
-    want = (numbers.float() * torch.tensor(factor)).to(dtype)
+    scaled = numbers.float() * torch.tensor(factor)
+    want = scaled.masked_fill(scaled.abs() < torch.finfo(torch.float32).tiny, 0).to(dtype)
     cpp_rows.scale_(numbers, torch.tensor(factor))
     torch.testing.assert_close(numbers, want, rtol=0, atol=0, equal_nan=True)
 

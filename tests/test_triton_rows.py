@@ -12,6 +12,7 @@ from fastpo.backends import triton as triton_rows
 from fastpo.objective import KL_ESTIMATORS, TOKEN_SURROGATES, Objective
 from fastpo.testing.rows import (
     RowCase,
+    check_no_subnormal_leaves,
     check_policy_loss,
     check_stats_and_grad,
     run_policy_loss,
@@ -47,6 +48,12 @@ def test_surrogates(name, dtype, device):
 def test_kl_estimators(estimator, ratio_weighted, device):
     objective = Objective(kl_coef=0.3, kl_estimator=estimator, kl_ratio_weighted=ratio_weighted)
     check_policy_loss(triton_rows, RowCase.random(6, 307, objective, device=device), objective)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_no_subnormal_leaves(dtype, device):
+    """REGRESSIONS 49: products over subnormal gradients take 12 to 15 times as long."""
+    check_no_subnormal_leaves(triton_rows, dtype, device)
 
 
 @pytest.mark.slow

@@ -23,6 +23,10 @@ with unit stride in V and any row stride, the rest contiguous (N,). Rules all of
 * NaN is never swallowed on a live row (mind min/max instructions).
 * Rows are independent and sums have a fixed order: same bits for any N, any chunking, in place or
   not, and `row_stats` and `row_policy_loss` agree bit by bit on logprob and entropy.
+* No subnormal leaves `row_grad`, `row_policy_loss` or `scale_`: |g| < 2^-126 becomes 0 before g is
+  rounded to the gradient's dtype (fp64: 2^-1022), since some CPUs multiply subnormals 12 to 15
+  times slower and peaked logits make most columns such. So bf16, which has the range of fp32, holds
+  none either; the subnormals of fp16, from 2^-14 down, are normal numbers in fp32 and stay.
 * Accumulation is fp32 for fp32 / bf16 / fp16 logits (the torch backend: fp64 for fp64).
 """
 

@@ -57,7 +57,7 @@ def row_grad(
         mean_shift = (stats.log_sum - stats.entropy).where(live, 0)[:, None]
         spread = mean_shift - shifted.masked_fill(shifted == -torch.inf, 0)
         grad = grad + entropy_grad[:, None] * probs * spread
-    out.copy_((grad / _column(temperature)).where(live[:, None], 0))
+    out.copy_(_normal((grad / _column(temperature)).where(live[:, None], 0)))
 
 
 def row_policy_loss(
@@ -98,6 +98,8 @@ def scale_(grad: Tensor, factor: Tensor) -> None:
     """See `fastpo.backends.base.Backend`."""
     if grad.device.type != "cpu" or factor.item() != 1:
         grad.mul_(factor.to(grad.dtype) if factor.dtype == torch.float64 else factor)
+        if grad.dtype != torch.float16:
+            grad.copy_(_normal(grad))
 
 
 def _scaled(logits: Tensor, temperature: float | Tensor, live: Tensor | None) -> Tensor:
@@ -105,6 +107,11 @@ def _scaled(logits: Tensor, temperature: float | Tensor, live: Tensor | None) ->
     wide = logits if logits.dtype == torch.float64 else logits.float()
     scaled = wide / _column(temperature)
     return scaled if live is None else scaled.where(live[:, None], 0)
+
+
+def _normal(grad: Tensor) -> Tensor:
+    """The same with 0 for subnormal numbers: later products would be slow over them."""
+    return grad.masked_fill(grad.abs() < torch.finfo(grad.dtype).tiny, 0)
 
 
 def _column(temperature: float | Tensor) -> float | Tensor:

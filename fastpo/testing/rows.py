@@ -190,6 +190,49 @@ def check_stats_and_grad(backend, case: RowCase) -> None:
     _check_gradient(out, exact[2], plain[2])
 
 
+def check_no_subnormal_leaves(
+    backend, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> None:
+    """Rows whose gradient spans every exponent, through all that writes one, of fp32 or bf16.
+
+    Raises:
+        AssertionError: a subnormal number was written, or a normal one was not.
+    """
+    objective = Objective(surrogate="reinforce", entropy_coef=0.01)
+    case = RowCase.random(4, 2000, objective, device=device, temperature=1.0)
+    logits = torch.linspace(-110, 0, 2000, device=device).expand(4, -1).contiguous().to(dtype)
+    case = case.with_logits(logits)
+    plain = replace(case, inputs=case.inputs._replace(entropy_weight=None))
+    for some in (case, plain):
+        places = [torch.empty_like(logits)]
+        if dtype == torch.float32:
+            places.append(torch.empty_like(logits, dtype=torch.bfloat16))
+        for out in places:
+            arguments = (some.tokens, some.inputs, objective, some.temperature, out)
+            backend.row_policy_loss(logits, *arguments)
+            _check_normal(out, expected_policy_loss(some, objective)[1], "row_policy_loss")
+            stats = backend.row_stats(logits, some.tokens, some.temperature)
+            c, e = -some.inputs.weight * some.inputs.advantages, some.inputs.entropy_weight
+            e = None if e is None else -e
+            backend.row_grad(logits, some.tokens, stats, c, e, some.temperature, out)
+            _check_normal(out, expected_policy_loss(some, objective)[1], "row_grad")
+    factor = torch.tensor(1e-3, device=device)
+    want = out.double() * factor.double()
+    backend.scale_(out, factor)
+    _check_normal(out, want, "scale_")
+
+
+def _check_normal(grad: Tensor, exact: Tensor, name: str) -> None:
+    """Zero below the smallest normal number, and only there; 1 % around it is not looked at."""
+    smallest, size = torch.finfo(torch.float32).tiny, grad.double().abs()
+    if ((size > 0) & (size < smallest)).any():
+        raise AssertionError(f"{name}: subnormal numbers in a gradient of {grad.dtype}")
+    if (size[exact.abs() > 1.01 * smallest] == 0).any():
+        raise AssertionError(f"{name}: normal numbers are 0 in a gradient of {grad.dtype}")
+    if (size[exact.abs() < 0.99 * smallest] != 0).any():
+        raise AssertionError(f"{name}: what is 0 by contract is not in a gradient of {grad.dtype}")
+
+
 def _check_statistic(name: str, got: Tensor, exact: Tensor, plain: Tensor) -> None:
     scale = exact.abs().max().clamp(min=1)
     if not (got - exact).abs().max() <= LEAST_ERROR * scale:
