@@ -113,8 +113,8 @@ def table(rounds: int) -> str:
             f"N = {BATCH * LENGTH}, D = {WIDTH}, V = {VOCAB}, fp32, {torch.get_num_threads()} "
             f"threads; {rounds} interleaved rounds. Time: minimum over minimum of the bare GEMMs. "
             "Extra memory: beyond inputs and gradients, each in a process of its own. Error: of "
-            f"loss, dH and dW against eager. Peaked: logits of standard deviation {PEAKED} instead of "
-            "1, whose gradients are subnormal in many columns unless a method flushes them; "
+            f"loss, dH and dW against eager. Peaked: logits of standard deviation {PEAKED}, not 1, "
+            "whose gradients are subnormal in many columns unless a method flushes them; "
             "processors differ in what these cost.",
             "",
             "| method | time / bare GEMMs | seconds: min, median | extra MiB | error |",
