@@ -21,6 +21,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using Seven = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 constexpr int64_t kElementsPerTask = 32768;  // below this a row is not worth a thread of its own
 
@@ -111,11 +112,8 @@ float* scratch_row(int64_t columns) {
   return row.get();
 }
 
-Four row_stats(const Tensor& logits, const Tensor& tokens, double temperature,
-               const MaybeTensor& temperatures, const MaybeTensor& live) {
+Four fill_stats(fastpo::StatsParams& p, const Tensor& logits, const MaybeTensor& live) {
   const int64_t rows = logits.size(0);
-  fastpo::StatsParams p;
-  p.in = rows_in(logits, tokens, temperature, temperatures);
   p.live = live ? vector<const bool>(*live, ScalarType::Bool, rows, "live") : nullptr;
   Tensor logprobs = new_vector(logits, ScalarType::Float), entropy = new_vector(logits, ScalarType::Float);
   Tensor row_max = new_vector(logits, ScalarType::Float), log_sum = new_vector(logits, ScalarType::Float);
@@ -126,6 +124,26 @@ Four row_stats(const Tensor& logits, const Tensor& tokens, double temperature,
   const auto& kernels = fastpo::row_kernels();
   over_rows(rows, p.in.columns, [&](int64_t begin, int64_t end) { kernels.row_stats(p, begin, end); });
   return {logprobs, entropy, row_max, log_sum};
+}
+
+Four row_stats(const Tensor& logits, const Tensor& tokens, double temperature,
+               const MaybeTensor& temperatures, const MaybeTensor& live) {
+  fastpo::StatsParams p;
+  p.in = rows_in(logits, tokens, temperature, temperatures);
+  return fill_stats(p, logits, live);
+}
+
+Seven row_details(const Tensor& logits, const Tensor& tokens, double temperature,
+                  const MaybeTensor& temperatures, const MaybeTensor& live) {
+  const int64_t rows = logits.size(0);
+  fastpo::StatsParams p;
+  p.in = rows_in(logits, tokens, temperature, temperatures);
+  Tensor squares = new_vector(logits, ScalarType::Float), mean = new_vector(logits, ScalarType::Float);
+  Tensor top1 = new_vector(logits, ScalarType::Bool);
+  p.log_sum_sq_probs = floats(squares, rows, "log_sum_sq_probs");
+  p.mean_logits = floats(mean, rows, "mean_logits");
+  p.is_top1 = vector<bool>(top1, ScalarType::Bool, rows, "is_top1");
+  return std::tuple_cat(fill_stats(p, logits, live), std::make_tuple(squares, mean, top1));
 }
 
 struct Stats {
@@ -260,6 +278,8 @@ void scale_(const Tensor& grad, const Tensor& factor) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastpo, m) {
   m.def("cpp_row_stats(Tensor logits, Tensor tokens, " FASTPO_TEMPERATURE ", Tensor? live" FASTPO_FOUR);
+  m.def("cpp_row_details(Tensor logits, Tensor tokens, " FASTPO_TEMPERATURE
+        ", Tensor? live) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("cpp_row_grad_out(Tensor logits, " FASTPO_GRAD_ARGS ", Tensor(a!) out) -> ()");
   m.def("cpp_row_grad_(Tensor(a!) logits, " FASTPO_GRAD_ARGS ", ScalarType out_dtype) -> ()");
   m.def("cpp_row_policy_loss(Tensor logits, " FASTPO_LOSS_ARGS FASTPO_FOUR);
@@ -270,6 +290,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastpo, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fastpo, CPU, m) {
   m.impl("cpp_row_stats", TORCH_BOX(&row_stats));
+  m.impl("cpp_row_details", TORCH_BOX(&row_details));
   m.impl("cpp_row_grad_out", TORCH_BOX(&row_grad_out));
   m.impl("cpp_row_grad_", TORCH_BOX(&row_grad_in_place));
   m.impl("cpp_row_policy_loss", TORCH_BOX(&row_policy_loss));

@@ -51,7 +51,15 @@ struct RowTable {
   template <class T>
   static void stats_row(const StatsParams& p, int64_t i) {
     const bool live = !p.live || p.live[i];
-    const Summary row = live ? Kernels::template summarize<false, T>(p.in, i, {}) : Summary{};
+    typename Kernels::Details details = {};
+    Summary row = {};
+    if (live && p.is_top1) row = Kernels::template summarize<T>(p.in, i, details);
+    if (live && !p.is_top1) row = Kernels::template summarize<false, T>(p.in, i, {});
+    if (p.is_top1) {
+      p.log_sum_sq_probs[i] = details.log_sum_sq_probs;
+      p.mean_logits[i] = details.mean_logit;
+      p.is_top1[i] = details.is_top1;
+    }
     p.logprobs[i] = row.logprob;
     p.entropy[i] = row.entropy;
     // m is rounded to fp32; what the rounding took goes into log s, so that their sum stays right.

@@ -62,6 +62,9 @@ struct StatsParams {
   float* entropy = nullptr;
   float* row_max = nullptr;
   float* log_sum = nullptr;
+  float* log_sum_sq_probs = nullptr;  // this and the next two: null, or given all three
+  float* mean_logits = nullptr;
+  bool* is_top1 = nullptr;
 };
 
 struct GradParams {

@@ -48,6 +48,9 @@ def _register_fakes() -> None:
     def row_stats(logits, *arguments):
         return vectors(logits, *[torch.float32] * 4)
 
+    def row_details(logits, *arguments):
+        return vectors(logits, *[torch.float32] * 6, torch.bool)
+
     def row_policy_loss(logits, *arguments):
         return vectors(logits, *[torch.float32] * 3, torch.uint8)
 
@@ -61,6 +64,7 @@ def _register_fakes() -> None:
 
     for name, fake in {
         "cpp_row_stats": row_stats,
+        "cpp_row_details": row_details,
         "cpp_row_policy_loss": row_policy_loss,
         "cpp_row_policy_loss_out": row_policy_loss,
         "cpp_row_policy_loss_": row_policy_loss,

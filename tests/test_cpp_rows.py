@@ -18,6 +18,8 @@ from fastpo.backends.base import RowInputs, alias_rows
 from fastpo.objective import KL_ESTIMATORS, TOKEN_SURROGATES, Objective
 from fastpo.testing.rows import (
     RowCase,
+    check_details,
+    check_details_of_hostile_rows,
     check_no_subnormal_leaves,
     check_policy_loss,
     check_stats_and_grad,
@@ -338,6 +340,21 @@ def test_offsets_beyond_32_bits():
     apart.copy_(case.logits)
     rows = cpp_rows.row_policy_loss(apart, case.tokens, case.inputs, CLIP, case.temperature, apart)
     assert_same_bits([*rows, apart], want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", [1, 7, 1000, 4097])
+def test_details(vocab, dtype):
+    """Sum of squared probabilities, mean logit and top-1 hit, as TRL's kernel defines them."""
+    temperature = torch.linspace(0.5, 2, 6)
+    case = RowCase.random(6, vocab, Objective(), dtype=dtype, temperature=temperature)
+    case.tokens[::2] = case.logits[::2].argmax(1)
+    check_details(cpp_rows, case)
+    check_details(cpp_rows, case.with_logits((case.logits.float() + 80).to(dtype)))
+
+
+def test_details_of_hostile_rows():
+    check_details_of_hostile_rows(cpp_rows)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2])

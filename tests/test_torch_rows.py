@@ -6,7 +6,28 @@ import pytest
 import torch
 
 from fastpo.backends import torch as torch_rows
-from fastpo.testing.rows import check_no_subnormal_leaves
+from fastpo.objective import Objective
+from fastpo.testing.rows import (
+    RowCase,
+    check_details,
+    check_details_of_hostile_rows,
+    check_no_subnormal_leaves,
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab", [1, 7, 1000, 4097])
+def test_details(vocab, dtype):
+    """Sum of squared probabilities, mean logit and top-1 hit, as TRL's kernel defines them."""
+    temperature = torch.linspace(0.5, 2, 6)
+    case = RowCase.random(6, vocab, Objective(), dtype=dtype, temperature=temperature)
+    case.tokens[::2] = case.logits[::2].argmax(1)
+    check_details(torch_rows, case)
+    check_details(torch_rows, case.with_logits((case.logits.float() + 80).to(dtype)))
+
+
+def test_details_of_hostile_rows():
+    check_details_of_hostile_rows(torch_rows)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

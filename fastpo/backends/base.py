@@ -50,6 +50,14 @@ class RowStats(NamedTuple):
     log_sum: Tensor  # log s
 
 
+class RowDetails(NamedTuple):
+    """Statistics that some trainers log or weight by, without a gradient. All (N,)."""
+
+    log_sum_sq_probs: Tensor  # log sum_j p_j^2, fp32 (fp64 for fp64 logits)
+    mean_logits: Tensor  # mean of u over the vocabulary, likewise; -inf if a logit is
+    is_top1: Tensor  # bool: the token's logit is the row's largest, and the first of several such
+
+
 class RowInputs(NamedTuple):
     """Per-token numbers of a token-level objective. All (N,) fp32."""
 
@@ -127,6 +135,18 @@ class Backend(Protocol):
         live: Tensor | None = None,
     ) -> RowStats:
         """One read of the logits. tokens int64 (N,); temperature float or (N,) fp32; live bool."""
+
+    def row_details(
+        self,
+        logits: Tensor,
+        tokens: Tensor,
+        temperature: float | Tensor,
+        live: Tensor | None = None,
+    ) -> tuple[RowStats, RowDetails]:
+        """`row_stats`, bit by bit, and more from the same launch. Dead rows: 0 and False.
+
+        A row with NaN, or a token outside [0, V), is never top-1.
+        """
 
     def row_grad(
         self,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastpo import _extension
-from fastpo.backends.base import RowInputs, RowLosses, RowStats, Rule, overwrites
+from fastpo.backends.base import RowDetails, RowInputs, RowLosses, RowStats, Rule, overwrites
 from fastpo.objective import Objective
 
 ops = torch.ops.fastpo
@@ -28,6 +28,14 @@ def row_stats(
 ) -> RowStats:
     """See `fastpo.backends.base.Backend`."""
     return RowStats(*ops.cpp_row_stats(logits, tokens, *_temperature(temperature), live))
+
+
+def row_details(
+    logits: Tensor, tokens: Tensor, temperature: float | Tensor, live: Tensor | None = None
+) -> tuple[RowStats, RowDetails]:
+    """See `fastpo.backends.base.Backend`."""
+    results = ops.cpp_row_details(logits, tokens, *_temperature(temperature), live)
+    return RowStats(*results[:4]), RowDetails(*results[4:])
 
 
 def row_grad(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastpo.backends.base import RowInputs, RowLosses, RowStats
+from fastpo.backends.base import RowDetails, RowInputs, RowLosses, RowStats
 from fastpo.objective import Objective, token_loss
 
 
@@ -33,6 +33,22 @@ def row_stats(
     target = shifted.gather(1, tokens.where(inside, 0)[:, None])[:, 0].where(inside, torch.nan)
     stats = RowStats(target - log_sum, log_sum - mean_shift, row_max, log_sum)
     return stats if live is None else RowStats(*(x.where(live, 0) for x in stats))
+
+
+def row_details(
+    logits: Tensor, tokens: Tensor, temperature: float | Tensor, live: Tensor | None = None
+) -> tuple[RowStats, RowDetails]:
+    """See `fastpo.backends.base.Backend`."""
+    stats = row_stats(logits, tokens, temperature, live)
+    scaled = _scaled(logits, temperature, live)
+    weights = (scaled - stats.row_max[:, None]).exp()
+    rows = logits if live is None else logits.where(live[:, None], 0)
+    details = RowDetails(
+        weights.square().sum(1).log() - 2 * stats.log_sum,
+        scaled.mean(1),
+        (rows.argmax(1) == tokens) & ~stats.logprobs.isnan(),  # argmax takes the first of several
+    )
+    return stats, (details if live is None else RowDetails(*(x.where(live, 0) for x in details)))
 
 
 def row_grad(

@@ -12,7 +12,7 @@ import importlib
 import torch
 from torch import Tensor
 
-from fastpo.backends.base import RowInputs, RowLosses, RowStats, Rule, overwrites
+from fastpo.backends.base import RowDetails, RowInputs, RowLosses, RowStats, Rule, overwrites
 from fastpo.objective import Objective
 
 ops = torch.ops.fastpo
@@ -42,6 +42,15 @@ def row_stats(
     """See `fastpo.backends.base.Backend`."""
     tokens, live = _contiguous(tokens, live)
     return RowStats(*ops.triton_row_stats(logits, tokens, *_temperature(temperature), live))
+
+
+def row_details(
+    logits: Tensor, tokens: Tensor, temperature: float | Tensor, live: Tensor | None = None
+) -> tuple[RowStats, RowDetails]:
+    """See `fastpo.backends.base.Backend`."""
+    tokens, live = _contiguous(tokens, live)
+    results = ops.triton_row_details(logits, tokens, *_temperature(temperature), live)
+    return RowStats(*results[:4]), RowDetails(*results[4:])
 
 
 def row_grad(

@@ -190,6 +190,65 @@ def check_stats_and_grad(backend, case: RowCase) -> None:
     _check_gradient(out, exact[2], plain[2])
 
 
+def check_details(backend, case: RowCase) -> None:
+    """`row_details` against float64, and its statistics against those of `row_stats`, bit by bit.
+
+    Raises:
+        AssertionError: names what is off, by how much and where.
+    """
+
+    def details(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        column = case.temperature
+        column = column[:, None] if isinstance(column, Tensor) else column
+        scaled = case.logits.to(dtype) / column
+        return (2 * scaled.log_softmax(1)).logsumexp(1), scaled.mean(1)
+
+    stats, got = backend.row_details(case.logits, case.tokens, case.temperature)
+    alone = backend.row_stats(case.logits, case.tokens, case.temperature)
+    for name, x, y in zip(stats._fields, stats, alone, strict=True):
+        if not torch.equal(x.nan_to_num(7.0), y.nan_to_num(7.0)):
+            raise AssertionError(f"{name}: row_details {x}, row_stats {y}")
+    exact, plain = details(torch.float64), details(torch.float32)
+    for name, x, want, base in zip(got._fields, got, exact, plain, strict=False):
+        infinite = want.isinf()
+        if not torch.equal(x[infinite].double(), want[infinite]):
+            raise AssertionError(f"{name}: got {x}, expected {want}")
+        _check_statistic(name, x[~infinite], want[~infinite], base[~infinite])
+    first = case.logits.double().argmax(1) == case.tokens
+    if got.is_top1.dtype != torch.bool or not torch.equal(got.is_top1, first):
+        raise AssertionError(f"is_top1: got {got.is_top1}, expected {first}")
+
+
+def check_details_of_hostile_rows(backend, device: torch.device | str = "cpu") -> None:
+    """Ties in every order, equal logits, -inf, one finite logit, NaN, dead rows, wild tokens."""
+    vocab, far = 9000, 8000  # the second is in another block than 0 on the CPU
+    rows = torch.randn(12, vocab, generator=torch.Generator().manual_seed(0))
+    tokens = torch.tensor([5, far, far, 5, 0, 7, 5, far, far, far, 3, 4])
+    for row, columns in enumerate(
+        [(5,), (far,), (5, far), (5, far), (), (), (5, 6), (far - 1, far)]
+    ):
+        rows[row, list(columns)] = 50.0  # the token is the first of these, or not
+    rows[4:6] = 1.25
+    rows[8, :far] = rows[9, far + 1 :] = -torch.inf
+    rows[8, far] = rows[9, far] = 60.0
+    rows[10] = -torch.inf
+    rows[10, 3] = 2.0
+    rows[11] = -1e4
+    rows[11, :4] = -torch.inf
+    case = RowCase.random(12, vocab, Objective(), temperature=0.7)
+    case = replace(case, logits=rows, tokens=tokens).to(device)
+    check_details(backend, case)
+    if not 3 <= case.logits.double().argmax(1).eq(case.tokens).sum() <= 9:
+        raise AssertionError("both answers must occur")
+    rows = case.logits.clone()
+    rows[0, 5], rows[1, 0], rows[2] = torch.nan, torch.nan, torch.nan
+    live = torch.arange(12, device=device) != 2
+    wild = case.tokens.masked_fill(torch.arange(12, device=device) == 3, vocab)
+    _, got = backend.row_details(rows, wild, 0.7, live)
+    if got.is_top1[:4].any() or any(x[2] != 0 for x in got):
+        raise AssertionError(f"NaN, a dead row or a token outside the vocabulary: {got}")
+
+
 def check_no_subnormal_leaves(
     backend, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> None:
