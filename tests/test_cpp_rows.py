@@ -16,8 +16,10 @@ from fastpo import _extension
 from fastpo.backends import cpp as cpp_rows
 from fastpo.backends.base import RowInputs, alias_rows
 from fastpo.objective import KL_ESTIMATORS, TOKEN_SURROGATES, Objective
+from fastpo.testing.budget import relative_error
 from fastpo.testing.rows import (
     RowCase,
+    check_confident_tokens,
     check_details,
     check_details_of_hostile_rows,
     check_no_subnormal_leaves,
@@ -161,6 +163,38 @@ def test_a_token_with_minus_infinite_logit():
     loss, logprobs, entropy, _, grad = run(case.with_logits(logits), CLIP)
     assert (logprobs == -math.inf).all()
     assert loss.isfinite().all() and entropy.isfinite().all() and grad.isfinite().all()
+
+
+def test_a_token_with_minus_infinite_logit_under_an_entropy_bonus():
+    """p = 0 of the token: its part of the entropy's gradient is 0, not 0 * -inf."""
+    objective = Objective(entropy_coef=0.1)
+    case = RowCase.random(4, 50, objective)
+    case = case.with_logits(case.logits.scatter(1, case.tokens[:, None], -math.inf))
+    without = torch.ones(4, 50, dtype=torch.bool).scatter(1, case.tokens[:, None], False)
+    loss, _, entropy, _, grad = run(case, objective)
+    assert loss.isfinite().all() and (grad[~without] == 0).all()
+    rest = case.logits[without].view(4, 49).double().requires_grad_()
+    table = (rest / case.temperature).log_softmax(1)
+    exact = -(table.exp() * table).sum(1)
+    torch.testing.assert_close(entropy.double(), exact.detach(), rtol=1e-6, atol=0)
+    (want,) = torch.autograd.grad(-(case.inputs.entropy_weight * exact).sum(), rest)
+    assert relative_error(grad[without].view(4, 49), want) < 1e-5  # the ratio has no gradient there
+
+
+def test_confident_tokens():
+    check_confident_tokens(cpp_rows)
+
+
+@pytest.mark.parametrize("estimator", KL_ESTIMATORS)
+def test_a_reference_far_above(estimator):
+    """ref - logp > 20: the exponent of k3 is clamped, and there its slope is 0, not e^20."""
+    objective = Objective(kl_coef=0.1, kl_estimator=estimator)
+    case = RowCase.random(6, 90, objective)
+    far = case.inputs.ref_logprobs + torch.tensor([25.0, 19.0, 21.0, -25.0, 0.0, 60.0])
+    case = dataclasses.replace(case, inputs=case.inputs._replace(ref_logprobs=far))
+    check_policy_loss(cpp_rows, case, objective)
+    for row in range(6):  # a large row would hide a small one
+        check_policy_loss(cpp_rows, case.take(slice(row, row + 1)), objective)
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])

@@ -9,6 +9,7 @@ from fastpo.backends import torch as torch_rows
 from fastpo.objective import Objective
 from fastpo.testing.rows import (
     RowCase,
+    check_confident_tokens,
     check_details,
     check_details_of_hostile_rows,
     check_no_subnormal_leaves,
@@ -34,3 +35,7 @@ def test_details_of_hostile_rows():
 def test_no_subnormal_leaves(dtype):
     """REGRESSIONS 49: products over subnormal gradients take 12 to 15 times as long."""
     check_no_subnormal_leaves(torch_rows, dtype)
+
+
+def test_confident_tokens():
+    check_confident_tokens(torch_rows)

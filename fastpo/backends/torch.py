@@ -67,8 +67,9 @@ def row_grad(
     scaled = _scaled(logits, temperature, live)
     shifted = scaled - stats.row_max.where(live, 0)[:, None]
     probs = (shifted - stats.log_sum.where(live, 0)[:, None]).exp()
-    columns = torch.arange(logits.shape[1], device=logits.device)
-    grad = logprob_grad[:, None] * ((columns == tokens[:, None]).to(probs.dtype) - probs)
+    is_token = torch.arange(logits.shape[1], device=logits.device) == tokens[:, None]
+    rest = -torch.expm1(stats.logprobs)[:, None]  # 1 - p of the token, all rounding if subtracted
+    grad = logprob_grad[:, None] * torch.where(is_token, rest, -probs)
     if entropy_grad is not None:
         mean_shift = (stats.log_sum - stats.entropy).where(live, 0)[:, None]
         spread = mean_shift - shifted.masked_fill(shifted == -torch.inf, 0)

@@ -249,6 +249,27 @@ def check_details_of_hostile_rows(backend, device: torch.device | str = "cpu") -
         raise AssertionError(f"NaN, a dead row or a token outside the vocabulary: {got}")
 
 
+def check_confident_tokens(backend, device: torch.device | str = "cpu") -> None:
+    """1 - p of a token with log-prob -1e-3 to -1e-7, where p - 1 in fp32 would be all rounding.
+
+    Raises:
+        AssertionError: a token's own gradient is further than 1e-5 of its size off.
+    """
+    heights = torch.linspace(9, 18, 6, dtype=torch.float64, device=device)[:, None]
+    logits = torch.zeros(6, 8, dtype=torch.float64, device=device)
+    logits[:, 3:4] = heights
+    table = logits.log_softmax(1)
+    log_sum = logits.logsumexp(1) - heights[:, 0]
+    entropy = -(table.exp() * table).sum(1)
+    stats = RowStats(*(x.float() for x in (table[:, 3], entropy, heights[:, 0], log_sum)))
+    grad, c = torch.empty(6, 8, device=device), torch.full((6,), 0.5, device=device)
+    tokens = torch.full((6,), 3, device=device)
+    backend.row_grad(logits.float(), tokens, stats, c, None, 1.0, grad)
+    error = (grad[:, 3] / (-0.5 * torch.expm1(table[:, 3])) - 1).abs().max()
+    if not error < 1e-5:
+        raise AssertionError(f"gradient of a confident token: relative error {error:.1e}")
+
+
 def check_no_subnormal_leaves(
     backend, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> None:
