@@ -14,7 +14,9 @@ struct RowTable {
   using Summary = typename Kernels::Summary;
   using Slopes = typename Kernels::Slopes;
 
-  static constexpr RowKernelTable table() { return {S::name, row_stats, row_grad, row_policy_loss, scale}; }
+  static constexpr RowKernelTable table(const KeptKernelTable* kept) {
+    return {S::name, row_stats, row_grad, row_policy_loss, scale, kept};
+  }
 
   static void row_stats(const StatsParams& p, int64_t begin, int64_t end) {
     [[maybe_unused]] const typename S::SubnormalGuard guard;
@@ -45,6 +47,19 @@ struct RowTable {
       for (int64_t i = begin; i < end; ++i)
         Kernels::scale_row(static_cast<T*>(p.grad.row(i)), p.columns, p.factor);
     });
+  }
+
+  // Calls f with a zero of the element type, so that generic lambdas can name it.
+  template <class F>
+  static void with_type(DType dtype, F&& f) {
+    switch (dtype) {
+      case DType::kFloat32:
+        return f(float{});
+      case DType::kBFloat16:
+        return f(BFloat16{});
+      case DType::kFloat16:
+        return f(Half{});
+    }
   }
 
  private:
@@ -139,19 +154,6 @@ struct RowTable {
       Kernels::template write_kept_grad<false, T>(p.in, i, row, slopes, kept, out);
     else
       Kernels::template write_kept_grad<true, T>(p.in, i, row, slopes, kept, out);
-  }
-
-  // Calls f with a zero of the element type, so that generic lambdas can name it.
-  template <class F>
-  static void with_type(DType dtype, F&& f) {
-    switch (dtype) {
-      case DType::kFloat32:
-        return f(float{});
-      case DType::kBFloat16:
-        return f(BFloat16{});
-      case DType::kFloat16:
-        return f(Half{});
-    }
   }
 
   // The pairs that occur: a gradient has the logits' type, or a 2-byte type under fp32 logits.

@@ -6,11 +6,23 @@ from autograd through the specification, `fastpo.objective.token_loss`, not from
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
 
-from fastpo.backends.base import RowDetails, RowInputs, RowLosses, RowStats
-from fastpo.objective import Objective, token_loss
+from fastpo.backends.base import (
+    KeptGrads,
+    KeptHead,
+    KeptSets,
+    RowDetails,
+    RowInputs,
+    RowLosses,
+    RowStats,
+    token_level_loss,
+    two_step,
+)
+from fastpo.objective import Objective
 
 
 def unavailable(device: torch.device | None = None) -> str | None:
@@ -86,29 +98,109 @@ def row_policy_loss(
     out: Tensor | None,
 ) -> RowLosses:
     """See `fastpo.backends.base.Backend`."""
-    weight, entropy_weight = inputs.weight, inputs.entropy_weight
-    live = weight != 0 if entropy_weight is None else (weight != 0) | (entropy_weight != 0)
-    stats = row_stats(logits, tokens, temperature, live)
-    with torch.set_grad_enabled(out is not None):  # inference mode knows no requires_grad_
-        logprobs = stats.logprobs.detach().requires_grad_(out is not None)
-        terms = token_loss(
-            objective,
-            logprobs,
-            inputs.advantages,
-            old_logprobs=inputs.old_logprobs,
-            ref_logprobs=inputs.ref_logprobs,
-            mask=live,
-        )
-        loss = weight * terms.loss
-        if out is not None:
-            (logprob_grad,) = torch.autograd.grad(loss.sum(), logprobs)
-    if out is not None:
-        entropy_grad = None if entropy_weight is None else -entropy_weight
-        row_grad(logits, tokens, stats, logprob_grad, entropy_grad, temperature, out)
-    loss = loss.detach()
-    if entropy_weight is not None:
-        loss = loss - entropy_weight * stats.entropy
-    return RowLosses(loss, stats.logprobs, stats.entropy, terms.clipped)
+    live = inputs.live
+    loss_of = token_level_loss(inputs, objective, live)
+    this = sys.modules[__name__]
+    return two_step(this, logits, tokens, temperature, out, live=live, loss_of=loss_of)
+
+
+def kept_stats(
+    hidden: Tensor,
+    head: KeptHead,
+    tokens: Tensor,
+    kept: KeptSets,
+    temperature: float | Tensor,
+    live: Tensor | None = None,
+) -> tuple[RowStats, Tensor]:
+    """See `fastpo.backends.base.Backend`."""
+    sizes = kept.offsets.diff()
+    several = sizes > 1 if live is None else (sizes > 1) & live
+    pairs, rows, ids = _pairs(kept, several)
+    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    z = (hidden[rows].to(wide) * head.weight[ids].to(wide)).sum(1)  # (pairs,)
+    z = head.gain * (z if head.bias is None else z + head.bias[ids].to(wide))
+    logits = hidden.new_zeros(kept.ids.numel(), dtype=wide)
+    logits[pairs] = z = z.tanh() if head.capped else z
+    scaled = z / _of_rows(temperature, rows)
+    row_max = scaled.new_full(sizes.shape, -torch.inf).scatter_reduce(0, rows, scaled, "amax")
+    shifted = scaled - row_max[rows]
+    weights = shifted.exp()
+    sums = torch.zeros_like(row_max).index_add(0, rows, weights)
+    shift = (weights * shifted.masked_fill(shifted == -torch.inf, 0)).to(wide)
+    mean_shift = torch.zeros_like(row_max).index_add(0, rows, shift) / sums
+    hit = ids == tokens[rows]
+    target = torch.full_like(row_max, torch.nan).index_put((rows[hit],), shifted[hit])
+    log_sum = sums.log()
+    stats = RowStats(target - log_sum, log_sum - mean_shift, row_max, log_sum)
+    stats = RowStats(*(x.where(several, 0) for x in stats))
+    return stats._replace(logprobs=_nan_where_alone(stats.logprobs, tokens, kept, live)), logits
+
+
+def kept_grad(
+    hidden: Tensor,
+    head: KeptHead,
+    tokens: Tensor,
+    kept: KeptSets,
+    temperature: float | Tensor,
+    stats: RowStats,
+    logits: Tensor,
+    logprob_grad: Tensor,
+    entropy_grad: Tensor | None,
+    grads: KeptGrads,
+    add: bool = False,
+) -> None:
+    """See `fastpo.backends.base.Backend`."""
+    sizes = kept.offsets.diff()
+    live = logprob_grad != 0 if entropy_grad is None else (logprob_grad != 0) | (entropy_grad != 0)
+    pairs, rows, ids = _pairs(kept, (sizes > 1) & live)
+    z, divisor = logits[pairs], _of_rows(temperature, rows)
+    log_probs = z / divisor - stats.row_max[rows] - stats.log_sum[rows]
+    probs, is_token = log_probs.exp(), ids == tokens[rows]
+    rest = -torch.expm1(stats.logprobs)[rows]
+    slopes = logprob_grad[rows] * torch.where(is_token, rest, -probs)
+    if entropy_grad is not None:
+        spread = log_probs.masked_fill(probs == 0, 0) + stats.entropy[rows]
+        slopes = slopes - entropy_grad[rows] * probs * spread
+    slopes = slopes / divisor * head.gain
+    slopes = _normal(slopes * (1 - z.square()) if head.capped else slopes)
+    if grads.hidden is not None:
+        total = torch.zeros(hidden.shape, dtype=slopes.dtype, device=hidden.device)
+        total.index_add_(0, rows, slopes[:, None] * head.weight[ids].to(slopes.dtype))
+        written = sizes > 0
+        grads.hidden[written] = total[written].to(grads.hidden.dtype)
+    order = ids.argsort(stable=True)  # sums by segments, not index_add: in this order on any device
+    touched, counts = ids[order].unique_consecutive(return_counts=True)
+    for grad, parts in (
+        (grads.weight, lambda: slopes[:, None] * hidden[rows].to(slopes.dtype)),
+        (grads.bias, lambda: slopes),
+    ):
+        if grad is not None:
+            sums = torch.segment_reduce(parts()[order], "sum", lengths=counts)
+            before = grad[touched].to(sums.dtype) if add else 0
+            if not add:
+                grad.zero_()
+            grad[touched] = (before + sums).to(grad.dtype)
+
+
+def _pairs(kept: KeptSets, of_rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The kept ids of some of the rows: where they stand in `kept.ids`, their rows, themselves."""
+    every = torch.arange(of_rows.numel(), device=of_rows.device)
+    rows = every.repeat_interleave(kept.offsets.diff())
+    pairs = of_rows[rows].nonzero()[:, 0]
+    return pairs, rows[pairs], kept.ids[pairs]
+
+
+def _nan_where_alone(logprobs: Tensor, tokens: Tensor, kept: KeptSets, live: Tensor | None):
+    """NaN where the one id that a row has kept is not its token."""
+    alone = kept.offsets.diff() == 1
+    alone = alone if live is None else alone & live
+    bad = alone.clone()
+    bad[alone] = kept.ids[kept.offsets[:-1][alone]] != tokens[alone]
+    return logprobs.masked_fill(bad, torch.nan)
+
+
+def _of_rows(temperature: float | Tensor, rows: Tensor) -> float | Tensor:
+    return temperature[rows] if isinstance(temperature, Tensor) else temperature
 
 
 def scale_(grad: Tensor, factor: Tensor) -> None:
