@@ -1,6 +1,10 @@
 // Kept sets as torch operators, through libtorch's stable ABI: see kept_rows.h.
 #include <torch/csrc/stable/library.h>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <tuple>
 #include <vector>
 
@@ -77,6 +81,17 @@ fastpo::Matrix gradient(const MaybeTensor& out, int64_t rows, int64_t width, fas
   return place;
 }
 
+// A large gradient is fresh memory, of which Linux would hand out and clear one page of 4 KiB per fault:
+// 55 of 72 ms at V = 49152, D = 576. Asking for pages of 2 MiB is a hint, and so may fail.
+void prefer_huge_pages(const fastpo::Matrix& place, int64_t rows, int64_t width) {
+#ifdef __linux__
+  constexpr uintptr_t kPage = 1 << 12;
+  const uintptr_t data = reinterpret_cast<uintptr_t>(place.data), begin = (data + kPage - 1) / kPage * kPage;
+  const uintptr_t end = data + ((rows - 1) * place.row_stride + width) * item_size(place.dtype);
+  if (end > begin + (1 << 22)) madvise(reinterpret_cast<void*>(begin), (end - begin) / kPage * kPage, MADV_HUGEPAGE);
+#endif
+}
+
 // Counting sort by id, stable: within an id by row. Slopes of 0 add nothing.
 void sort_pairs(const fastpo::KeptIn& in, int64_t rows, const float* slopes, std::vector<int64_t>& ends,
                 std::vector<fastpo::KeptPair>& pairs) {
@@ -102,6 +117,7 @@ void weight_grad(const fastpo::KeptGradParams& p, int64_t rows, const fastpo::Ma
   w.weight_grad = weight_grad;
   w.bias_grad = bias_grad;
   w.add = add;
+  if (weight_grad.data && !add) prefer_huge_pages(weight_grad, p.in.vocabulary, p.in.width);
   const auto& kernels = fastpo::row_kernels().kept;
   torch::stable::parallel_for(0, p.in.vocabulary, kElementsPerTask / (p.in.width + 1) + 1,
                               [&](int64_t begin, int64_t end) {

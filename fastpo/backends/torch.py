@@ -167,7 +167,7 @@ def kept_grad(
         total = torch.zeros(hidden.shape, dtype=slopes.dtype, device=hidden.device)
         total.index_add_(0, rows, slopes[:, None] * head.weight[ids].to(slopes.dtype))
         written = sizes > 0
-        grads.hidden[written] = total[written].to(grads.hidden.dtype)
+        grads.hidden[written] = _normal(total[written]).to(grads.hidden.dtype)
     order = ids.argsort(stable=True)  # sums by segments, not index_add: in this order on any device
     touched, counts = ids[order].unique_consecutive(return_counts=True)
     for grad, parts in (
@@ -175,11 +175,12 @@ def kept_grad(
         (grads.bias, lambda: slopes),
     ):
         if grad is not None:
-            sums = torch.segment_reduce(parts()[order], "sum", lengths=counts)
-            before = grad[touched].to(sums.dtype) if add else 0
+            before = grad[touched].to(slopes.dtype) if add else 0
             if not add:
                 grad.zero_()
-            grad[touched] = (before + sums).to(grad.dtype)
+            if touched.numel():
+                sums = torch.segment_reduce(parts()[order], "sum", lengths=counts)
+                grad[touched] = _normal(before + sums).to(grad.dtype)
 
 
 def _pairs(kept: KeptSets, of_rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
