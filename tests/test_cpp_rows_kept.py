@@ -69,7 +69,7 @@ class KeptCase:
         )
 
     def run(self, backend, *, live=None, grad_dtype=None, add_to: KeptGrads | None = None):
-        """(statistics, logits, gradients); without `add_to`, gradients of 9 stand where none is due."""
+        """(statistics, logits, gradients); a gradient of 9 stands where none is due."""
         rows = (self.hidden, self.head, self.tokens, self.kept, self.temperature)
         stats, logits = backend.kept_stats(*rows, live)
         dtype = grad_dtype or self.hidden.dtype

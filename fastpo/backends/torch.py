@@ -122,18 +122,32 @@ def kept_stats(
     logits = hidden.new_zeros(kept.ids.numel(), dtype=wide)
     logits[pairs] = z = z.tanh() if head.capped else z
     scaled = z / _of_rows(temperature, rows)
-    row_max = scaled.new_full(sizes.shape, -torch.inf).scatter_reduce(0, rows, scaled, "amax")
-    shifted = scaled - row_max[rows]
-    weights = shifted.exp()
-    sums = torch.zeros_like(row_max).index_add(0, rows, weights)
-    shift = (weights * shifted.masked_fill(shifted == -torch.inf, 0)).to(wide)
-    mean_shift = torch.zeros_like(row_max).index_add(0, rows, shift) / sums
-    hit = ids == tokens[rows]
-    target = torch.full_like(row_max, torch.nan).index_put((rows[hit],), shifted[hit])
-    log_sum = sums.log()
-    stats = RowStats(target - log_sum, log_sum - mean_shift, row_max, log_sum)
+    stats = kept_statistics(scaled, rows, ids == tokens[rows], sizes.numel())
     stats = RowStats(*(x.where(several, 0) for x in stats))
     return stats._replace(logprobs=_nan_where_alone(stats.logprobs, tokens, kept, live)), logits
+
+
+def kept_statistics(scaled: Tensor, rows: Tensor, is_token: Tensor, count: int) -> RowStats:
+    """Statistics (count,) of rows that have only u (m,), which are of `rows` (m,); differentiable.
+
+    `is_token` (m,) says which are the tokens'; a row without its token gets NaN.
+    """
+    row_max = scaled.detach().new_full((count,), -torch.inf)
+    row_max = row_max.scatter_reduce(0, rows, scaled.detach(), "amax")
+
+    def sum_of(values: Tensor) -> Tensor:
+        return torch.zeros_like(row_max).index_add(0, rows, values)
+
+    shifted = scaled - row_max[rows]
+    weights = shifted.exp()
+    sums = sum_of(weights)
+    log_sum = sums.log()
+    # A logit of -inf has p = 0; 0 * -inf must not reach the sum.
+    mean_shift = sum_of(weights * shifted.masked_fill(shifted == -torch.inf, 0)) / sums
+    target = sum_of(torch.where(is_token, shifted, 0.0))
+    missing = torch.ones_like(row_max, dtype=torch.bool).index_fill(0, rows[is_token], False)
+    logprobs = (target - log_sum).masked_fill(missing, torch.nan)
+    return RowStats(logprobs, log_sum - mean_shift, row_max, log_sum)
 
 
 def kept_grad(

@@ -132,7 +132,7 @@ class LinearTokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: LinearCall):
-        stats = _statistics(call, call.head(weight, bias), hidden.detach())
+        stats = statistics(call, call.head(weight, bias), hidden.detach())
         ctx.set_materialize_grads(False)
         save(ctx, hidden, weight, bias, *stats)
         ctx.call = call
@@ -151,15 +151,17 @@ class LinearTokenLogprobs(torch.autograd.Function):
             for grad in (logprob_grad, entropy_grad)
         ]
         head = call.head(weight, bias)
-        grads = _chunk_grads(call, head, hidden.detach(), stats, *incoming, ctx.needs_input_grad)
+        grads = chunk_grads(call, head, hidden.detach(), stats, *incoming, ctx.needs_input_grad)
         return *grads.scaled(None, call.backend), None
 
 
-def _statistics(call: LinearCall, head: Head, hidden: Tensor) -> RowStats:
-    """Statistics of all rows, 0 on masked ones."""
+def statistics(
+    call: LinearCall, head: Head, hidden: Tensor, only: Tensor | None = None
+) -> RowStats:
+    """Statistics of all rows, or of those where `only` (N,) is True; 0 on the others."""
     count, dtype = call.tokens.numel(), wide_dtype(hidden.dtype)
     stats = RowStats(*torch.zeros((4, count), dtype=dtype, device=hidden.device))
-    chunks = call.chunks(head)
+    chunks = call.chunks(head, only)
     workspace = Workspace(call, head, chunks, gradient=False)
     for rows in chunks:
         part = call.backend.row_stats(
@@ -173,7 +175,7 @@ def _statistics(call: LinearCall, head: Head, hidden: Tensor) -> RowStats:
     return stats
 
 
-def _chunk_grads(
+def chunk_grads(
     call: LinearCall,
     head: Head,
     hidden: Tensor,
