@@ -1,63 +1,22 @@
 // The row primitives as torch operators, through libtorch's stable ABI: one build serves torch >= 2.10.
 //
-// Operators that write a gradient come in two forms, because torch.compile must know what is mutated:
-// `*_out` fills a separate matrix; `*_` overwrites the logits' own rows with a gradient of the logits'
-// dtype, or of a 2-byte dtype in the upper half of each fp32 row (fastpo.backends.base.alias_rows).
+// One operator per primitive. Its `out` may share the rows of the logits, in the ways that
+// fastpo.backends.base.overwrites allows; a compiler, which must know what is mutated, is only ever shown
+// the primitives with an `out` of its own.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <memory>
 #include <new>
-#include <optional>
 #include <tuple>
 #include <vector>
 
-#include "rows.h"
+#include "bind.h"
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
+using namespace fastpo::bind;
 using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
-
-constexpr int64_t kElementsPerTask = 32768;  // below this a row is not worth a thread of its own
-
-fastpo::DType dtype_of(ScalarType type) {
-  switch (type) {
-    case ScalarType::Float:
-      return fastpo::DType::kFloat32;
-    case ScalarType::BFloat16:
-      return fastpo::DType::kBFloat16;
-    case ScalarType::Half:
-      return fastpo::DType::kFloat16;
-    default:
-      STD_TORCH_CHECK(false, "the cpp backend takes float32, bfloat16 or float16 matrices; convert first");
-  }
-}
-
-fastpo::Matrix matrix(const Tensor& x, const char* name) {
-  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 2, name, " must be a 2-D CPU tensor (N, V), got ", x.dim(), "-D");
-  STD_TORCH_CHECK(x.size(1) <= 1 || x.stride(1) == 1, name, " must have unit stride along V");
-  return {x.data_ptr(), dtype_of(x.scalar_type()), x.stride(0)};
-}
-
-// The data of a contiguous (N,) vector.
-template <class T>
-T* vector(const Tensor& x, ScalarType type, int64_t rows, const char* name) {
-  STD_TORCH_CHECK(x.is_cpu() && x.scalar_type() == type && x.numel() == rows && x.is_contiguous(), name,
-                  " must be a contiguous CPU vector of the operator's dtype with ", rows, " elements");
-  return static_cast<T*>(x.data_ptr());
-}
-
-float* floats(const Tensor& x, int64_t rows, const char* name) {
-  return vector<float>(x, ScalarType::Float, rows, name);
-}
-
-const float* floats(const MaybeTensor& x, int64_t rows, const char* name) {
-  return x ? floats(*x, rows, name) : nullptr;
-}
+using Seven = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 fastpo::RowsIn rows_in(const Tensor& logits, const Tensor& tokens, double temperature,
                        const MaybeTensor& temperatures) {
@@ -73,22 +32,6 @@ fastpo::Matrix gradient(const Tensor& out, const Tensor& logits) {
   STD_TORCH_CHECK(out.scalar_type() == logits.scalar_type() || logits.scalar_type() == ScalarType::Float,
                   "out must have the dtype of logits, or a 2-byte dtype under float32 logits");
   return matrix(out, "out");
-}
-
-// The gradient's place in the rows of `logits` themselves: the last bytes of each row.
-fastpo::Matrix gradient_in_place(const Tensor& logits, ScalarType type) {
-  fastpo::Matrix own = matrix(logits, "logits");
-  const int64_t ratio = fastpo::item_size(own.dtype) / fastpo::item_size(dtype_of(type));
-  STD_TORCH_CHECK(type == logits.scalar_type() || ratio == 2,
-                  "an in-place gradient has the dtype of logits, or a 2-byte dtype under float32 logits");
-  own.dtype = dtype_of(type);
-  own.row_stride *= ratio;
-  own.data = static_cast<char*>(own.data) + (ratio - 1) * logits.size(1) * fastpo::item_size(own.dtype);
-  return own;
-}
-
-Tensor new_vector(const Tensor& like, ScalarType type) {
-  return torch::stable::new_empty(like, {like.size(0)}, type);
 }
 
 template <class F>
@@ -111,11 +54,8 @@ float* scratch_row(int64_t columns) {
   return row.get();
 }
 
-Four row_stats(const Tensor& logits, const Tensor& tokens, double temperature,
-               const MaybeTensor& temperatures, const MaybeTensor& live) {
+Four fill_stats(fastpo::StatsParams& p, const Tensor& logits, const MaybeTensor& live) {
   const int64_t rows = logits.size(0);
-  fastpo::StatsParams p;
-  p.in = rows_in(logits, tokens, temperature, temperatures);
   p.live = live ? vector<const bool>(*live, ScalarType::Bool, rows, "live") : nullptr;
   Tensor logprobs = new_vector(logits, ScalarType::Float), entropy = new_vector(logits, ScalarType::Float);
   Tensor row_max = new_vector(logits, ScalarType::Float), log_sum = new_vector(logits, ScalarType::Float);
@@ -128,73 +68,82 @@ Four row_stats(const Tensor& logits, const Tensor& tokens, double temperature,
   return {logprobs, entropy, row_max, log_sum};
 }
 
-struct Stats {
-  const Tensor &logprobs, &entropy, &row_max, &log_sum;
-};
+Four row_stats(const Tensor& logits, const Tensor& tokens, double temperature,
+               const MaybeTensor& temperatures, const MaybeTensor& live) {
+  fastpo::StatsParams p;
+  p.in = rows_in(logits, tokens, temperature, temperatures);
+  return fill_stats(p, logits, live);
+}
 
-void fill_grad(fastpo::GradParams& p, int64_t rows, const Stats& stats, const Tensor& logprob_grad,
-               const MaybeTensor& entropy_grad) {
-  p.logprobs = floats(stats.logprobs, rows, "logprobs");
-  p.entropy = floats(stats.entropy, rows, "entropy");
-  p.row_max = floats(stats.row_max, rows, "row_max");
-  p.log_sum = floats(stats.log_sum, rows, "log_sum");
+Seven row_details(const Tensor& logits, const Tensor& tokens, double temperature,
+                  const MaybeTensor& temperatures, const MaybeTensor& live) {
+  const int64_t rows = logits.size(0);
+  fastpo::StatsParams p;
+  p.in = rows_in(logits, tokens, temperature, temperatures);
+  Tensor squares = new_vector(logits, ScalarType::Float), mean = new_vector(logits, ScalarType::Float);
+  Tensor top1 = new_vector(logits, ScalarType::Bool);
+  p.log_sum_sq_probs = floats(squares, rows, "log_sum_sq_probs");
+  p.mean_logits = floats(mean, rows, "mean_logits");
+  p.is_top1 = vector<bool>(top1, ScalarType::Bool, rows, "is_top1");
+  return std::tuple_cat(fill_stats(p, logits, live), std::make_tuple(squares, mean, top1));
+}
+
+void row_grad(const Tensor& logits, const Tensor& tokens, const Tensor& logprobs, const Tensor& entropy,
+              const Tensor& row_max, const Tensor& log_sum, const Tensor& logprob_grad,
+              const MaybeTensor& entropy_grad, double temperature, const MaybeTensor& temperatures,
+              const Tensor& out) {
+  const int64_t rows = logits.size(0);
+  fastpo::GradParams p;
+  p.in = rows_in(logits, tokens, temperature, temperatures);
+  p.out = gradient(out, logits);
+  p.logprobs = floats(logprobs, rows, "logprobs");
+  p.entropy = floats(entropy, rows, "entropy");
+  p.row_max = floats(row_max, rows, "row_max");
+  p.log_sum = floats(log_sum, rows, "log_sum");
   p.logprob_grad = floats(logprob_grad, rows, "logprob_grad");
   p.entropy_grad = floats(entropy_grad, rows, "entropy_grad");
   const auto& kernels = fastpo::row_kernels();
   over_rows(rows, p.in.columns, [&](int64_t begin, int64_t end) { kernels.row_grad(p, begin, end); });
 }
 
-void row_grad_out(const Tensor& logits, const Tensor& tokens, const Tensor& logprobs,
-                  const Tensor& entropy, const Tensor& row_max, const Tensor& log_sum,
-                  const Tensor& logprob_grad, const MaybeTensor& entropy_grad, double temperature,
-                  const MaybeTensor& temperatures, const Tensor& out) {
-  fastpo::GradParams p;
-  p.in = rows_in(logits, tokens, temperature, temperatures);
-  p.out = gradient(out, logits);
-  fill_grad(p, logits.size(0), {logprobs, entropy, row_max, log_sum}, logprob_grad, entropy_grad);
+// `numbers` lists the fields of fastpo.backends.base.Rule in order.
+fastpo::Rule rule_of(const std::vector<double>& numbers) {
+  STD_TORCH_CHECK(numbers.size() == 19, "rule must hold the 19 fields of Rule, got ", numbers.size());
+  auto next = numbers.begin();
+  fastpo::Rule rule;
+  rule.surrogate = fastpo::Surrogate(int(*next++));
+  rule.kl = fastpo::Kl(int(*next++));
+  rule.kl_ratio_weighted = *next++ != 0;
+  rule.old_kl = fastpo::Kl(int(*next++));
+  rule.gate = fastpo::Gate(int(*next++));
+  rule.two_sided = *next++ != 0;
+  for (float* field : {&rule.ratio_low, &rule.ratio_high, &rule.ratio_max, &rule.ratio_min,
+                       &rule.ratio_max_pos, &rule.power_pos, &rule.power_neg, &rule.keep_low,
+                       &rule.keep_high, &rule.kl_coef, &rule.old_kl_coef, &rule.tau_pos, &rule.tau_neg})
+    *field = float(*next++);
+  return rule;
 }
 
-void row_grad_in_place(const Tensor& logits, const Tensor& tokens, const Tensor& logprobs,
-                       const Tensor& entropy, const Tensor& row_max, const Tensor& log_sum,
-                       const Tensor& logprob_grad, const MaybeTensor& entropy_grad, double temperature,
-                       const MaybeTensor& temperatures, ScalarType out_dtype) {
-  fastpo::GradParams p;
-  p.in = rows_in(logits, tokens, temperature, temperatures);
-  p.out = gradient_in_place(logits, out_dtype);
-  fill_grad(p, logits.size(0), {logprobs, entropy, row_max, log_sum}, logprob_grad, entropy_grad);
-}
-
-// `rule` lists the fields of fastpo.backends.base.Rule in order.
-fastpo::Rule rule_of(const std::vector<double>& rule) {
-  STD_TORCH_CHECK(rule.size() == 9, "rule must hold the 9 fields of Rule, got ", rule.size());
-  fastpo::Rule out;
-  out.surrogate = fastpo::Surrogate(int(rule[0]));
-  out.kl = fastpo::Kl(int(rule[1]));
-  out.kl_ratio_weighted = rule[2] != 0;
-  out.ratio_low = float(rule[3]);
-  out.ratio_high = float(rule[4]);
-  out.ratio_max = float(rule[5]);
-  out.kl_coef = float(rule[6]);
-  out.tau_pos = float(rule[7]);
-  out.tau_neg = float(rule[8]);
-  return out;
-}
-
-struct Inputs {
-  const Tensor &weight, &advantages;
-  const MaybeTensor &old_logprobs, &ref_logprobs, &entropy_weight;
-};
-
-Four policy_loss(fastpo::LossParams& p, const Tensor& logits, const Inputs& inputs,
-                 const std::vector<double>& rule) {
+Four row_policy_loss(const Tensor& logits, const Tensor& tokens, const Tensor& weight,
+                     const Tensor& advantages, const MaybeTensor& old_logprobs,
+                     const MaybeTensor& ref_logprobs, const MaybeTensor& entropy_weight,
+                     const MaybeTensor& clip_low, const MaybeTensor& clip_high,
+                     const MaybeTensor& nll_weight, const std::vector<double>& rule, double temperature,
+                     const MaybeTensor& temperatures, const MaybeTensor& out) {
   const int64_t rows = logits.size(0);
-  p.weight = floats(inputs.weight, rows, "weight");
-  p.advantages = floats(inputs.advantages, rows, "advantages");
-  p.old_logprobs = floats(inputs.old_logprobs, rows, "old_logprobs");
-  p.ref_logprobs = floats(inputs.ref_logprobs, rows, "ref_logprobs");
-  p.entropy_weight = floats(inputs.entropy_weight, rows, "entropy_weight");
+  fastpo::LossParams p;
+  p.in = rows_in(logits, tokens, temperature, temperatures);
+  if (out) p.out = gradient(*out, logits);
+  p.weight = floats(weight, rows, "weight");
+  p.advantages = floats(advantages, rows, "advantages");
+  p.old_logprobs = floats(old_logprobs, rows, "old_logprobs");
+  p.ref_logprobs = floats(ref_logprobs, rows, "ref_logprobs");
+  p.entropy_weight = floats(entropy_weight, rows, "entropy_weight");
+  p.clip_low = floats(clip_low, rows, "clip_low");
+  p.clip_high = floats(clip_high, rows, "clip_high");
+  p.nll_weight = floats(nll_weight, rows, "nll_weight");
   p.rule = rule_of(rule);
-  STD_TORCH_CHECK(p.rule.kl == fastpo::Kl::kNone || p.ref_logprobs, "a KL penalty needs ref_logprobs");
+  STD_TORCH_CHECK(p.rule.kl == fastpo::Kl::kNone || ref_logprobs, "a KL penalty needs ref_logprobs");
   Tensor loss = new_vector(logits, ScalarType::Float), logprobs = new_vector(logits, ScalarType::Float);
   Tensor entropy = new_vector(logits, ScalarType::Float), clipped = new_vector(logits, ScalarType::Byte);
   p.loss = floats(loss, rows, "loss");
@@ -206,38 +155,6 @@ Four policy_loss(fastpo::LossParams& p, const Tensor& logits, const Inputs& inpu
     kernels.row_policy_loss(p, begin, end, p.out.data ? scratch_row(p.in.columns) : nullptr);
   });
   return {loss, logprobs, entropy, clipped};
-}
-
-Four row_policy_loss(const Tensor& logits, const Tensor& tokens, const Tensor& weight,
-                     const Tensor& advantages, const MaybeTensor& old_logprobs,
-                     const MaybeTensor& ref_logprobs, const MaybeTensor& entropy_weight,
-                     const std::vector<double>& rule, double temperature,
-                     const MaybeTensor& temperatures) {
-  fastpo::LossParams p;
-  p.in = rows_in(logits, tokens, temperature, temperatures);
-  return policy_loss(p, logits, {weight, advantages, old_logprobs, ref_logprobs, entropy_weight}, rule);
-}
-
-Four row_policy_loss_out(const Tensor& logits, const Tensor& tokens, const Tensor& weight,
-                         const Tensor& advantages, const MaybeTensor& old_logprobs,
-                         const MaybeTensor& ref_logprobs, const MaybeTensor& entropy_weight,
-                         const std::vector<double>& rule, double temperature,
-                         const MaybeTensor& temperatures, const Tensor& out) {
-  fastpo::LossParams p;
-  p.in = rows_in(logits, tokens, temperature, temperatures);
-  p.out = gradient(out, logits);
-  return policy_loss(p, logits, {weight, advantages, old_logprobs, ref_logprobs, entropy_weight}, rule);
-}
-
-Four row_policy_loss_in_place(const Tensor& logits, const Tensor& tokens, const Tensor& weight,
-                              const Tensor& advantages, const MaybeTensor& old_logprobs,
-                              const MaybeTensor& ref_logprobs, const MaybeTensor& entropy_weight,
-                              const std::vector<double>& rule, double temperature,
-                              const MaybeTensor& temperatures, ScalarType out_dtype) {
-  fastpo::LossParams p;
-  p.in = rows_in(logits, tokens, temperature, temperatures);
-  p.out = gradient_in_place(logits, out_dtype);
-  return policy_loss(p, logits, {weight, advantages, old_logprobs, ref_logprobs, entropy_weight}, rule);
 }
 
 void scale_(const Tensor& grad, const Tensor& factor) {
@@ -252,7 +169,8 @@ void scale_(const Tensor& grad, const Tensor& factor) {
   "Tensor tokens, " FASTPO_STATS_ARGS "Tensor logprob_grad, Tensor? entropy_grad, " FASTPO_TEMPERATURE
 #define FASTPO_LOSS_ARGS                                                                    \
   "Tensor tokens, Tensor weight, Tensor advantages, Tensor? old_logprobs, "                 \
-  "Tensor? ref_logprobs, Tensor? entropy_weight, float[] rule, " FASTPO_TEMPERATURE
+  "Tensor? ref_logprobs, Tensor? entropy_weight, Tensor? clip_low, Tensor? clip_high, "     \
+  "Tensor? nll_weight, float[] rule, " FASTPO_TEMPERATURE
 #define FASTPO_TEMPERATURE "float temperature, Tensor? temperatures"
 #define FASTPO_FOUR ") -> (Tensor, Tensor, Tensor, Tensor)"
 
@@ -260,20 +178,17 @@ void scale_(const Tensor& grad, const Tensor& factor) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastpo, m) {
   m.def("cpp_row_stats(Tensor logits, Tensor tokens, " FASTPO_TEMPERATURE ", Tensor? live" FASTPO_FOUR);
-  m.def("cpp_row_grad_out(Tensor logits, " FASTPO_GRAD_ARGS ", Tensor(a!) out) -> ()");
-  m.def("cpp_row_grad_(Tensor(a!) logits, " FASTPO_GRAD_ARGS ", ScalarType out_dtype) -> ()");
-  m.def("cpp_row_policy_loss(Tensor logits, " FASTPO_LOSS_ARGS FASTPO_FOUR);
-  m.def("cpp_row_policy_loss_out(Tensor logits, " FASTPO_LOSS_ARGS ", Tensor(a!) out" FASTPO_FOUR);
-  m.def("cpp_row_policy_loss_(Tensor(a!) logits, " FASTPO_LOSS_ARGS ", ScalarType out_dtype" FASTPO_FOUR);
+  m.def("cpp_row_details(Tensor logits, Tensor tokens, " FASTPO_TEMPERATURE
+        ", Tensor? live) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("cpp_row_grad(Tensor logits, " FASTPO_GRAD_ARGS ", Tensor(a!) out) -> ()");
+  m.def("cpp_row_policy_loss(Tensor logits, " FASTPO_LOSS_ARGS ", Tensor(a!)? out" FASTPO_FOUR);
   m.def("cpp_scale_(Tensor(a!) grad, Tensor factor) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastpo, CPU, m) {
   m.impl("cpp_row_stats", TORCH_BOX(&row_stats));
-  m.impl("cpp_row_grad_out", TORCH_BOX(&row_grad_out));
-  m.impl("cpp_row_grad_", TORCH_BOX(&row_grad_in_place));
+  m.impl("cpp_row_details", TORCH_BOX(&row_details));
+  m.impl("cpp_row_grad", TORCH_BOX(&row_grad));
   m.impl("cpp_row_policy_loss", TORCH_BOX(&row_policy_loss));
-  m.impl("cpp_row_policy_loss_out", TORCH_BOX(&row_policy_loss_out));
-  m.impl("cpp_row_policy_loss_", TORCH_BOX(&row_policy_loss_in_place));
   m.impl("cpp_scale_", TORCH_BOX(&scale_));
 }

@@ -1,25 +1,35 @@
 """fastpo: fused policy-optimization losses for LLM reinforcement learning."""
 
 from fastpo.advantages import GroupAdvantages, group_advantages
+from fastpo.critic import Gae, ValueLoss, gae, value_loss
+from fastpo.masks import completion_mask
 from fastpo.objective import Objective
-from fastpo.ops._checks import set_debug
+from fastpo.ops.checks import set_debug
 from fastpo.ops.from_logprobs import policy_loss_from_logprobs
 from fastpo.ops.linear import linear_policy_loss, linear_token_logprobs
 from fastpo.ops.logits import policy_loss, token_logprobs
 from fastpo.ops.results import PolicyLoss, TokenLogprobs
 from fastpo.presets import (
+    aspo,
     bnpo,
+    ce_gppo,
     cispo,
     dapo,
+    dppo,
     dr_grpo,
+    dro,
     gmpo,
     gpg,
     grpo,
     gspo,
+    gspo_token,
+    icepop,
+    ipo,
     luspo,
     ppo,
     reinforce,
     sapo,
+    topr,
     vespo,
 )
 from fastpo.rewards import overlong_penalty
@@ -27,19 +37,30 @@ from fastpo.rewards import overlong_penalty
 __version__ = "0.1.0"
 
 __all__ = [
+    "Gae",
     "GroupAdvantages",
     "Objective",
     "PolicyLoss",
     "TokenLogprobs",
+    "ValueLoss",
+    "aspo",
     "bnpo",
+    "ce_gppo",
     "cispo",
+    "completion_mask",
     "dapo",
+    "dppo",
     "dr_grpo",
+    "dro",
+    "gae",
     "gmpo",
     "gpg",
     "group_advantages",
     "grpo",
     "gspo",
+    "gspo_token",
+    "icepop",
+    "ipo",
     "linear_policy_loss",
     "linear_token_logprobs",
     "luspo",
@@ -51,5 +72,7 @@ __all__ = [
     "sapo",
     "set_debug",
     "token_logprobs",
+    "topr",
+    "value_loss",
     "vespo",
 ]

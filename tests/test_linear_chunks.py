@@ -8,8 +8,11 @@ import pytest
 import torch
 
 import fastpo
-from fastpo.ops import _chunks, _gemm
-from fastpo.ops._linear_call import Workspace
+from fastpo.ops import head as head_module
+from fastpo.ops import linear, linear_chunks, linear_workspace
+from fastpo.ops.linear_chunks import LinearCall
+from fastpo.ops.linear_workspace import Workspace
+from fastpo.testing.budget import assert_within_budget
 from fastpo.testing.linear import LinearCase
 
 
@@ -17,7 +20,7 @@ from fastpo.testing.linear import LinearCase
 @pytest.mark.parametrize("row_bytes", [1, 4 * 32000, 4 * 151936])
 def test_chunks_are_even_multiples_within_the_budget(rows, row_bytes):
     budget = 2**27
-    size = _chunks.chunk_rows(rows, row_bytes, budget)
+    size = linear_chunks.chunk_rows(rows, row_bytes, budget)
     count = -(-rows // size)
     assert size <= rows or rows == 1
     assert size * row_bytes <= budget or size <= 256
@@ -25,11 +28,34 @@ def test_chunks_are_even_multiples_within_the_budget(rows, row_bytes):
     assert size - (rows - (count - 1) * size) < 256 * count  # the last one is not a sliver
 
 
+def test_a_softcap_takes_two_buffers_of_the_budget():
+    """The tanh must outlive the row primitive, so half as many rows fit."""
+    rows = []
+    for options in ({}, {"softcap": 3.0}):
+        case = LinearCase.random(shape=(1, 4), width=4, vocabulary=2**15, **options)
+        call = linear._linear_call(
+            case.hidden,
+            case.weight,
+            case.tokens,
+            None,
+            1.0,
+            None,
+            logit_scale=1.0,
+            softcap=case.softcap,
+            logits_dtype=None,
+            chunk_tokens=None,
+            tp_group=None,
+            live_rows=None,
+        )
+        rows.append(call.chunk_rows(10**6, case.weight))
+    assert rows == [1024, 512]
+
+
 def test_cut_covers_every_row_once():
     index = torch.tensor([0, 3, 4, 9, 11])
-    assert torch.cat(_chunks.cut(index, 12, 2)).tolist() == index.tolist()
-    assert [_chunks.length(rows) for rows in _chunks.cut(None, 12, 5)] == [5, 5, 2]
-    assert _chunks.cut(index[:0], 12, 2) == _chunks.cut(None, 0, 5) == []
+    assert torch.cat(linear_chunks.cut(index, 12, 2)).tolist() == index.tolist()
+    assert [linear_chunks.length(rows) for rows in linear_chunks.cut(None, 12, 5)] == [5, 5, 2]
+    assert linear_chunks.cut(index[:0], 12, 2) == linear_chunks.cut(None, 0, 5) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -94,7 +120,7 @@ def test_matmul_of_narrow_operands_is_not_rounded(shape, narrow, beta):
     a, b = torch.randn(m, k).to(narrow), torch.randn(n, k).to(narrow).t()
     out = torch.randn(m, n) if beta else torch.full((m, n), torch.nan)
     expected = 0.7 * a.double() @ b.double() + (beta * out.double() if beta else 0)
-    _gemm.add_matmul_(out, a, b, alpha=0.7, beta=beta)
+    head_module.add_matmul_(out, a, b, alpha=0.7, beta=beta)
     assert (out - expected).norm() < 1e-6 * expected.norm()
 
 
@@ -106,7 +132,7 @@ def test_no_chunk_is_larger_than_asked(preset, chunk_tokens, monkeypatch):
     load = Workspace.load
 
     def counting(self, hidden, rows, *, gradient):
-        sizes.append((gradient, _chunks.length(rows)))
+        sizes.append((gradient, linear_chunks.length(rows)))
         return load(self, hidden, rows, gradient=gradient)
 
     monkeypatch.setattr(Workspace, "load", counting)
@@ -127,8 +153,8 @@ def test_no_chunk_is_larger_than_asked(preset, chunk_tokens, monkeypatch):
 def test_no_uninitialized_memory_is_read(preset, poisoned_empty):
     """Every torch.empty holds NaN: the padding of ragged chunks, the gradient apart from a tanh."""
     objective = {"dapo": fastpo.dapo(entropy_coef=0.01), "gspo": fastpo.gspo()}[preset]
-    for head in ({}, {"bias": True, "softcap": 3.0}, {"dtype": torch.bfloat16}):
-        case = LinearCase.random(**head)
+    for options in ({}, {"bias": True, "softcap": 3.0}, {"dtype": torch.bfloat16}):
+        case = LinearCase.random(**options)
         for chunk_tokens in (None, 16, 19):
             result, grads = case.fused(objective, chunk_tokens=chunk_tokens)
             assert result.loss.isfinite()
@@ -146,3 +172,75 @@ def test_odd_sizes(vocabulary, width, dtype):
     tolerance = 4e-6 if dtype == torch.float32 else 8e-3
     for grad, expected in zip(grads, exact_grads, strict=True):
         assert (grad - expected).norm() <= tolerance * expected.norm() + 1e-9
+
+
+@pytest.mark.parametrize("head", [{}, {"bias": True, "softcap": 3.0}], ids=["plain", "softcap"])
+@pytest.mark.parametrize("preset", ["dapo", "gspo"])
+def test_gradients_wait_for_one_product_with_the_head(preset, head, monkeypatch):
+    """The way of bf16 heads on GPUs: G = 2 D rows of bf16 gradient, then one dW product, the first
+    of which is written and not added; with a single one, in the dtype of the head."""
+    objective = {"dapo": fastpo.dapo(entropy_coef=0.01), "gspo": fastpo.gspo(clip_high=9.0)}[preset]
+    monkeypatch.setattr(LinearCall, "grad_dtype", lambda *_: torch.bfloat16)
+    products = []
+    product = head_module.add_matmul_
+
+    def looking(out, a, b, *, alpha=1.0, beta=0.0):
+        if out.shape == case.weight.shape:
+            products.append((a.shape[1], beta, out.dtype))
+        product(out, a, b, alpha=alpha, beta=beta)
+
+    monkeypatch.setattr(head_module, "add_matmul_", looking)
+    case = LinearCase.random(shape=(8, 30), width=32, vocabulary=1000, dtype=torch.bfloat16, **head)
+    case = replace(case, advantages=torch.randn(8, 30).where(case.mask, 1.0))
+    _, exact_grads = case.eager(objective, torch.float64)
+    _, plain_grads = case.eager(objective, torch.float32)
+    groups = {"dapo": (1, 2, 3, 6), "gspo": (1, 2, 4, 8)}[preset]
+    for rows, count in zip((256, 128, 64, 32), groups, strict=True):
+        monkeypatch.setattr(linear_workspace, "gathered_rows", lambda width, rows=rows: rows)
+        products.clear()
+        _, grads = case.fused(objective, chunk_tokens=30)
+        assert len(products) == count
+        assert [beta for _, beta, _ in products] == [0.0] + [1.0] * (len(products) - 1)
+        narrow = len(products) == 1
+        assert {dtype for *_, dtype in products} == {torch.bfloat16 if narrow else torch.float32}
+        assert all(k % 32 == 0 and k <= max(rows, 32) for k, *_ in products)
+        for grad, *pair in zip(grads, exact_grads, plain_grads, strict=True):
+            assert_within_budget(grad, *pair, factor=2.0)
+        _, two_grads = case.two_step(objective, chunk_tokens=30)
+        for grad, *pair in zip(two_grads, exact_grads, plain_grads, strict=True):
+            assert_within_budget(grad, *pair, factor=2.0)
+
+
+def test_without_a_wide_gemm_it_says_so_once_and_takes_the_next_best(monkeypatch):
+    """`addmm(out_dtype=)`, then `mm(out_dtype=)`, then float32, of which a GPU warns."""
+    missing = set()
+    zeros, addmm, mm = torch.zeros, torch.addmm, torch.mm
+
+    def refusing(name, function):
+        def call(*args, out_dtype=None, **options):
+            if out_dtype is None:
+                return function(*args, **options)
+            if name in missing:
+                raise TypeError(f"{name}() got an unexpected keyword argument 'out_dtype'")
+            options.pop("out", None)
+            return function(*(x.to(out_dtype) for x in args), **options)
+
+        return call
+
+    monkeypatch.setattr(torch, "zeros", lambda *size, device=None, **kw: zeros(*size, **kw))
+    monkeypatch.setattr(torch, "addmm", refusing("addmm", addmm))
+    monkeypatch.setattr(torch, "mm", refusing("mm", mm))
+    device = torch.device("cuda", 0)
+    probe = head_module.wide_gemm.__wrapped__
+    assert probe(device, torch.bfloat16) == "addmm"
+    missing.add("addmm")
+    assert probe(device, torch.bfloat16) == "mm"
+    a, b = torch.randn(5000, 24).bfloat16(), torch.randn(24, 40).bfloat16()
+    monkeypatch.setattr(head_module, "wide_gemm", lambda *_: "mm")
+    for beta in (0.0, 0.5):
+        out = torch.full((5000, 40), 2.0) if beta else torch.full((5000, 40), torch.nan)
+        head_module.add_matmul_(out, a, b, alpha=0.7, beta=beta)
+        torch.testing.assert_close(out, 0.7 * a.float() @ b.float() + 2.0 * beta)
+    missing.add("mm")
+    with pytest.warns(UserWarning, match=r"float32, about 12 times slower; torch >= 2.10 does"):
+        assert probe(device, torch.bfloat16) is None

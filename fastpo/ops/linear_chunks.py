@@ -1,0 +1,175 @@
+"""Cutting a linear call: which token rows enter the GEMMs, and in chunks of how many."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from fastpo.ops.head import Head, wide_gemm
+from fastpo.ops.tensor_parallel import VocabularyShard
+
+ROWS_MULTIPLE = 256
+"""Chunks are even multiples of this many rows: whole GEMM tiles."""
+PAD_MULTIPLE = 16
+"""A ragged chunk is padded to this: below 4 rows a thread, CPU GEMMs switch kernels, and bits."""
+CPU_BUDGET = 128 * 2**20
+"""Bytes of a chunk's (n, V) buffers on CPU: twice as many gain nothing, half as many cost 2 %."""
+GPU_BUDGET = 1280 * 2**20
+"""The same on GPUs with memory to spare."""
+SHARDED_ROWS = 2048
+"""Rows of a chunk over a vocabulary shard: no rank may decide by its own width or memory."""
+ChunkRows = slice | Tensor
+"""The rows of a chunk: consecutive ones, or their (n,) int64 indices."""
+
+
+def free_bytes(device: torch.device) -> int:
+    """What a GPU can still allocate."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def budget_bytes(device: torch.device) -> int:
+    """Bytes that the (n, V) buffers of a chunk may take: on GPU at most 1/8 of what is free."""
+    return CPU_BUDGET if device.type != "cuda" else min(GPU_BUDGET, free_bytes(device) // 8)
+
+
+def chunk_rows(rows: int, row_bytes: int, budget: int) -> int:
+    """Rows of one chunk: even multiples of 256 within `budget` bytes, but at least 256.
+
+    rows: how many there are in all; row_bytes: V-wide bytes that one row occupies.
+    """
+    most = max(budget // row_bytes // ROWS_MULTIPLE, 1) * ROWS_MULTIPLE
+    if rows <= most:
+        return max(rows, 1)
+    even = math.ceil(rows / math.ceil(rows / most))
+    return math.ceil(even / ROWS_MULTIPLE) * ROWS_MULTIPLE
+
+
+def gathered_rows(hidden: int) -> int:
+    """Rows of low-precision gradient that wait for one product, so that the fp32 sum of dW is read
+    and written once for them: twice the width D, which is the memory of that sum."""
+    return math.ceil(2 * hidden / ROWS_MULTIPLE) * ROWS_MULTIPLE
+
+
+def padded(rows: int, multiple: int = PAD_MULTIPLE) -> int:
+    """`rows` rounded up to what a GEMM is given."""
+    return math.ceil(rows / multiple) * multiple
+
+
+def cut(index: Tensor | None, rows: int, size: int) -> list[ChunkRows]:
+    """Chunks of `size` over the rows named by `index`, or over all `rows` rows for None."""
+    if index is None:
+        return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+    return list(index.split(size)) if index.numel() else []
+
+
+def length(rows: ChunkRows) -> int:
+    """How many rows a chunk has."""
+    return rows.stop - rows.start if isinstance(rows, slice) else rows.numel()
+
+
+def take(matrix: Tensor, rows: ChunkRows) -> Tensor:
+    """(n, D) rows of a [N, D] or a [B, T, D] tensor whose leading dimensions do not merge."""
+    if matrix.ndim == 2:
+        return matrix[rows]
+    if isinstance(rows, slice):
+        rows = torch.arange(rows.start, rows.stop, device=matrix.device)
+    width = matrix.shape[1]
+    return matrix[rows // width, rows % width]
+
+
+def put(target: Tensor, rows: ChunkRows, values: Tensor) -> None:
+    """target[rows] = values, cast to the target's dtype."""
+    if isinstance(rows, slice):
+        target[rows].copy_(values)
+    else:
+        target.index_copy_(0, rows, values.to(target.dtype))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearCall:
+    """Everything about one call but hidden, weight and bias, which autograd must see."""
+
+    tokens: Tensor  # (N,) int64
+    temperature: float | Tensor  # or (N,)
+    logit_scale: float
+    softcap: float | None
+    logits_dtype: torch.dtype
+    chunk_tokens: int | None
+    backend: ModuleType | VocabularyShard
+    mask: Tensor | None  # (N,) bool; None = all
+    index: Tensor | None  # (n,) the rows under the mask, where the host knows how many; None = all
+    wrong_count: Tensor | None  # 0-d bool: `live_rows` is not the mask's count, found on device
+    exponentials: bool = False  # the backend makes exponentials instead of logits (linear_exp.py)
+    keeps_exponentials: bool = False  # and they are kept from forward to backward
+
+    @property
+    def masked_enter(self) -> bool:
+        """Masked rows enter the GEMMs, and must hold zeros there, for NaN * 0 is NaN."""
+        return self.mask is not None and self.index is None
+
+    def row_mask(self, rows: ChunkRows) -> Tensor | None:
+        """(n,) bool where some rows of a chunk may be masked."""
+        return self.mask[rows] if self.masked_enter else None
+
+    @property
+    def reads_values(self) -> bool:
+        """Whether values may steer the host: on CPU, where reading them synchronizes nothing."""
+        return self.tokens.device.type == "cpu"
+
+    def checked(self, *outputs: Tensor) -> tuple[Tensor, ...]:
+        """The outputs, NaN if the caller's `live_rows` contradicts the mask."""
+        if self.wrong_count is None:
+            return outputs
+        return tuple(x.masked_fill(self.wrong_count, torch.nan) for x in outputs)
+
+    def head(self, weight: Tensor, bias: Tensor | None) -> Head:
+        """The head, detached: gradients are written by hand."""
+        return Head(
+            weight=weight.detach(),
+            bias=None if bias is None else bias.detach(),
+            logit_scale=self.logit_scale,
+            softcap=self.softcap,
+        )
+
+    def chunks(self, head: Head, only: Tensor | None = None) -> list[ChunkRows]:
+        """Chunks over the rows that enter, or those of them where `only` (N,) is True."""
+        index = self.index
+        if only is not None:
+            index = only.nonzero()[:, 0] if index is None else index[only[index]]
+        rows = self.tokens.numel() if index is None else index.numel()
+        size = self.chunk_rows(rows, head.weight)
+        gathers = self.grad_dtype(head.weight).itemsize < self.logits_dtype.itemsize
+        if gathers and rows > size:
+            size = self.chunk_rows(rows, head.weight, share=2)
+        return cut(index, self.tokens.numel(), size)
+
+    def chunk_rows(self, rows: int, weight: Tensor, share: int = 1) -> int:
+        """Tokens per chunk for `rows` tokens in all, of a `share`-th of the budget."""
+        if self.chunk_tokens is not None:
+            return self.chunk_tokens
+        if self.exponentials:
+            return chunk_rows(rows, 1, 2 * weight.shape[1])
+        if isinstance(self.backend, VocabularyShard):
+            # Ranks with ragged shards and other free memory must cut at the same tokens.
+            return chunk_rows(rows, 1, SHARDED_ROWS)
+        buffers = 1 if self.softcap is None else 2
+        row_bytes = weight.shape[0] * self.logits_dtype.itemsize * buffers
+        return chunk_rows(rows, row_bytes, budget_bytes(weight.device) // share)
+
+    def grad_dtype(self, weight: Tensor) -> torch.dtype:
+        """Of the logits: bf16 where the GEMM accumulates bf16 operands wide; else no rounding.
+
+        Not fp16: an unscaled policy gradient, about p / N, is below its smallest number.
+        """
+        narrow = weight.dtype == torch.bfloat16 and wide_gemm(weight.device, weight.dtype)
+        return torch.bfloat16 if narrow else self.logits_dtype
+
+    def row_temperature(self, rows: ChunkRows, head: Head) -> float | Tensor:
+        """The temperature of a chunk's rows, as the row primitives take it."""
+        per_token = isinstance(self.temperature, Tensor)
+        return head.temperature(self.temperature[rows] if per_token else self.temperature)
