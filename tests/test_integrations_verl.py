@@ -20,6 +20,11 @@ OWN = {  # ours: verl's
     "fastpo_sapo": "sapo",
     "fastpo_gpg": "gpg",
     "fastpo_gmpo": "geo_mean",
+    "fastpo_gspo": "gspo",
+    "fastpo_cispo": "cispo",
+    "fastpo_dppo": "dppo_tv",
+    "fastpo_dppo_kl": "dppo_kl",
+    "fastpo_dro": "dro",
 }
 MODES = list(integration.AGGREGATIONS)
 COUNTS = {
@@ -37,14 +42,12 @@ def installed(verl):
 class Data:
     """What verl's actor hands over: some tokens masked, one sequence without any, weights."""
 
-    def __init__(self, *, per_token: bool = True):
+    def __init__(self):
         gen = torch.Generator().manual_seed(3)
         self.logprobs = -2 * torch.rand(B, T, generator=gen, dtype=torch.float64)
         self.old = self.logprobs + 0.6 * torch.randn(B, T, generator=gen, dtype=torch.float64)
         self.advantages = torch.randn(B, T, generator=gen, dtype=torch.float64)
         self.weights = torch.rand(B, T, generator=gen, dtype=torch.float64) + 0.5
-        if not per_token:
-            self.advantages = self.advantages[:, :1].expand(B, T)
         self.mask = (torch.rand(B, T, generator=gen) > 0.3).double()
         self.mask[2] = 0
 
@@ -65,6 +68,9 @@ class Data:
 
 def actor(config_class, counts="local", **settings):
     settings = {"clip_ratio_low": 0.2, "clip_ratio_high": 0.28, "clip_ratio_c": 1.9} | settings
+    from verl.workers.config.actor import PolicyLossConfig
+
+    settings["policy_loss"] = PolicyLossConfig(dro_beta=0.3)
     config = config_class(strategy="fsdp", rollout_n=1, use_dynamic_bsz=True, **settings)
     config.global_batch_info.update(COUNTS[counts])
     return config
@@ -81,6 +87,10 @@ def test_a_preset_is_verls_own_loss_with_every_setting_of_its_config(installed, 
     if settings:
         config.global_batch_info["loss_scale_factor"] = 7
     data = Data()
+    if name == "fastpo_dro":
+        with pytest.raises(ValueError, match=r"rollout_is_weights with objective 'dro'"):
+            data.call(core, name, config, mode)
+        data.weights = None
     ours, metrics = data.call(core, name, config, mode)
     theirs, expected = data.call(core, OWN[name], config, mode)
     torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-9)  # verl adds 1e-8 to counts
@@ -114,6 +124,8 @@ def test_an_objective_of_ones_own_meets_a_config_that_says_otherwise(installed):
         data.call(core, "fastpo_dapo", actor(config_class), "token_mean")
     with pytest.raises(ValueError, match=r"kl_coef=0.1 .* expected 0: verl adds"):
         integration.register("fastpo_kl", fastpo.dapo(kl_coef=0.1))
+    with pytest.raises(ValueError, match=r"ratio_level='sequence', but verl hands over one"):
+        integration.register("fastpo_gspo", fastpo.gspo())
 
 
 @pytest.mark.parametrize("name", ["grpo", "dr_grpo", "rloo", "opo"])

@@ -7,9 +7,10 @@ process, Ray's workers included, and that installs
     algorithm.adv_estimator=fastpo_rloo                            # fastpo_<any estimator>
     model.use_fused_kernels=True model.fused_kernel_options.impl_backend=fastpo      # FSDP
 
-Every number comes from verl's configuration, so `clip_ratio_low`, `clip_ratio_high`,
-`clip_ratio_c`, `tau_pos`, `dro_beta`, `loss_agg_mode` and `loss_scale_factor` mean what they mean
-for verl's own losses; presets that differ only in these (ppo, grpo, dapo, ...) are one loss there.
+Every number comes from verl's configuration: `clip_ratio_low`, `clip_ratio_high`, `clip_ratio_c`,
+`tau_pos`, `tau_neg`, `dro_beta`, `loss_agg_mode` and `loss_scale_factor` mean what they mean for
+verl's own losses. Presets that differ only in these (ppo, grpo, dapo, ...) are one loss there, and
+IcePop's gate [0.5, 5] is clip_ratio_low=0.5 with clip_ratio_high=4.
 An objective with numbers of its own: `register("my_loss", fastpo.dapo(clip_high=0.3))`, in a module
 named by VERL_USE_EXTERNAL_MODULES, so that the workers import it too.
 """
@@ -40,6 +41,12 @@ AGGREGATIONS = {
 # Where verl's own function reads no loss_agg_mode: sapo, and geo_mean, whose loss is a sequence's.
 FIXED_AGGREGATION = {"sapo": "seq-mean-token-mean", "gmpo": "seq-mean-token-mean"}
 
+# verl hands over one advantage and one weight per token: the sequence's ratio, each token's own.
+VARIANTS = {
+    "gspo": presets.gspo_token,
+    "luspo": functools.partial(presets.luspo, ratio_level="sequence_token"),
+}
+
 
 def install() -> None:
     """Put every preset, every advantage estimator and the fused head into verl's registries.
@@ -50,8 +57,9 @@ def install() -> None:
 
     from fastpo.integrations import verl_head
 
-    for preset in map(presets.__dict__.get, presets.__all__):
-        register(PREFIX + preset.__name__, preset)
+    for name in presets.__all__:
+        register(PREFIX + name, VARIANTS.get(name) or getattr(presets, name))
+    register(PREFIX + "dppo_kl", functools.partial(presets.dppo, gate="kl"))
     for estimator in ESTIMATORS:
         if PREFIX + estimator not in ADV_ESTIMATOR_REGISTRY:
             register_adv_est(PREFIX + estimator)(functools.partial(_advantages, estimator))
@@ -72,7 +80,7 @@ def register(name: str, objective: Objective | Callable[..., Objective]) -> None
     the normalizer, divided by the number of ranks. Metrics are those of verl's own function.
 
     Raises:
-        ValueError: the objective has a KL or an entropy term.
+        ValueError: the objective has a KL or an entropy term, or one ratio per sequence.
     """
     from verl.trainer.ppo.core_algos import register_policy_loss
 
@@ -80,6 +88,11 @@ def register(name: str, objective: Objective | Callable[..., Objective]) -> None
         raise ValueError(
             f"objective {objective.name!r} has kl_coef={objective.kl_coef} and "
             f"entropy_coef={objective.entropy_coef}, expected 0: verl adds these terms itself"
+        )
+    if isinstance(objective, Objective) and objective.ratio_level == "sequence":
+        raise ValueError(
+            f"objective {objective.name!r} has ratio_level='sequence', but verl hands over one "
+            "advantage and weight per token: set ratio_level='sequence_token' (fastpo.gspo_token)"
         )
 
     def policy_loss(
@@ -95,6 +108,12 @@ def register(name: str, objective: Objective | Callable[..., Objective]) -> None
         surrogate = (objective if isinstance(objective, Objective) else objective()).surrogate
         loss_agg_mode = FIXED_AGGREGATION.get(surrogate, loss_agg_mode)
         chosen = _objective(objective, config, loss_agg_mode, mask.shape[1])
+        if rollout_is_weights is not None and chosen.old_kl_coef:
+            raise ValueError(
+                f"rollout_is_weights with objective {chosen.name!r}, which has a penalty on d: "
+                "here they weigh the advantage alone, in verl the penalty too; use verl's own dro, "
+                "or rollout correction by mask"
+            )
         result = policy_loss_from_logprobs(
             log_prob,
             advantages,
@@ -148,15 +167,30 @@ def _clips(objective: Objective, config: Any) -> dict[str, Any]:
         config.clip_ratio if value is None else value
         for value in (config.clip_ratio_low, config.clip_ratio_high)
     )
-    if objective.surrogate == "sapo":
-        return {"sapo_tau_pos": config.tau_pos, "sapo_tau_neg": config.tau_neg}
-    if objective.surrogate == "cispo":
-        return {"ratio_min": 1 - low, "ratio_max": 1 + high}
-    if objective.surrogate == "gmpo" or objective.ratio_level != "token":
-        return {"clip_low": low, "clip_high": high}
-    if objective.surrogate == "clip":
-        return {"clip_low": low, "clip_high": high, "ratio_max": config.get("clip_ratio_c", 3.0)}
-    return {}
+    clips = {"clip_low": low, "clip_high": high}
+    match objective.surrogate:
+        case "sapo":
+            return {"sapo_tau_pos": config.tau_pos, "sapo_tau_neg": config.tau_neg}
+        case "cispo":
+            return {"ratio_min": 1 - low, "ratio_max": 1 + high}
+        case "gmpo":
+            return clips
+        case "clip" if objective.ratio_level != "token":
+            return clips
+        case "clip":
+            return clips | {"ratio_max": config.get("clip_ratio_c", 3.0)}
+        case "gate" if objective.name == "dppo":
+            return clips | {"ratio_max": config.get("clip_ratio_c", 20.0)}
+        case "gate" if objective.gate != "none":
+            return clips
+    return {"old_kl_coef": _dro_beta(config)} if objective.name == "dro" else {}
+
+
+def _dro_beta(config: Any) -> float:
+    beta = config.policy_loss.dro_beta
+    if beta is None or beta <= 0:
+        raise ValueError(f"policy_loss.dro_beta is {beta}, expected a number > 0 for DRO")
+    return beta
 
 
 def _normalizer(
@@ -198,8 +232,8 @@ def _metrics(
         totals["actor/pg_clipfrac_lower"] = (outside & (advantages < 0)).sum()
     if objective.surrogate == "cispo":
         ratio = clamped.exp()
-        low, high = objective.ratio_min or 0.0, objective.ratio_max
-        totals["actor/pg_clipfrac"] = ((ratio < low) | (ratio > high)).sum()
+        outside = (ratio < objective.ratio_min) | (ratio > objective.ratio_max)
+        totals["actor/pg_clipfrac"] = outside.sum()
         totals["actor/pg_clipfrac_lower"] = torch.zeros_like(sums["tokens"])
     means = torch.stack([x.to(clamped.dtype) for x in totals.values()]) / sums["tokens"].clamp(
         min=1

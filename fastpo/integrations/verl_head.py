@@ -2,7 +2,7 @@
 
 verl's own fused heads multiply by `lm_head.weight` and stop there: models with a final softcap, a
 scale or a bias (Gemma 2, Cohere, Granite, Phi) get other log-probs than their own. Here the head
-is read as `fastpo.integrations.transformers.lm_head` reads it.
+is the one that `fastpo.integrations.transformers.lm_head` reads and checks.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastpo.integrations._lm_head import read_head
 from fastpo.integrations.transformers import lm_head
 from fastpo.ops.linear import linear_token_logprobs
 
@@ -87,11 +88,12 @@ def _accepting_fastpo(original: Any) -> Any:
         if not use_fused_kernels or fused_kernels_backend != NAME:
             original(model, use_fused_kernels, fused_kernels_backend)
             return
+        if not any(parameter.is_meta for parameter in model.parameters()):
+            lm_head(model)  # refuses a head that cannot be expressed, before training begins
         original(model, True, "torch")
         model._verl_fused_kernels_backend = NAME
         dense = importlib.import_module("verl.models.transformers.dense_common")
         if type(model).forward is dense.forward_with_torch_backend:
-            lm_head(model)  # refuses a head that cannot be expressed, before training begins
             model.forward = types.MethodType(_dense_forward, model)
         print(f"Using fastpo for the fused LM head of {type(model).__name__}")
 
@@ -119,7 +121,7 @@ def _dense_forward(
     trunk_inputs = {name: value for name, value in trunk_inputs.items() if name in accepted}
     outputs = forward_base_model(self, input_ids=input_ids, **trunk_inputs)
     scored = linear_token_logprobs(
-        outputs[0], tokens=shift_labels, temperature=temperature, **lm_head(self)
+        outputs[0], tokens=shift_labels, temperature=temperature, **read_head(self)
     )
     return CausalLMOutputForPPO(
         log_probs=scored.logprobs,
