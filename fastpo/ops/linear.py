@@ -39,7 +39,7 @@ from fastpo.ops.linear_checks import (
     operand_dtype,
 )
 from fastpo.ops.linear_chunks import LinearCall
-from fastpo.ops.linear_exp import ExpShard
+from fastpo.ops.linear_exp import ExpShard, ExpTokenLogprobs, FusedExpLoss
 from fastpo.ops.linear_sequences import SequenceLevelLoss
 from fastpo.ops.results import PolicyLoss, TokenLogprobs
 from fastpo.ops.tensor_parallel import VocabularyShard
@@ -157,15 +157,15 @@ def linear_policy_loss(
     else:
         chunk_loss = SequenceLevelLoss.from_batch(batch, call, weight)
     if chunk_loss is None:
-        logprobs, entropy = call.checked(*LinearTokenLogprobs.apply(hidden, weight, bias, call))
+        score = _token_logprobs(call)
+        logprobs, entropy = call.checked(*score.apply(hidden, weight, bias, call))
         return loss_of_batch(batch, logprobs, entropy, leading=leading)
     needs = tuple(
         torch.is_grad_enabled() and x is not None and x.requires_grad
         for x in (hidden, weight, bias)
     )
-    loss, logprobs, entropy, clipped = FusedLinearLoss.apply(
-        hidden, weight, bias, call, chunk_loss, needs
-    )
+    fused = FusedExpLoss if call.exponentials else FusedLinearLoss
+    loss, logprobs, entropy, clipped = fused.apply(hidden, weight, bias, call, chunk_loss, needs)
     terms = {"backend": call.backend}
     if not objective.is_token_level:
         with torch.no_grad():
@@ -214,8 +214,12 @@ def linear_token_logprobs(
     leading = hidden.shape[:-1]
     call = _linear_call(hidden, weight, tokens, mask, temperature, backend, **options)
     operands = _operands(hidden, weight, bias)
-    logprobs, entropy = call.checked(*LinearTokenLogprobs.apply(*operands, call))
+    logprobs, entropy = call.checked(*_token_logprobs(call).apply(*operands, call))
     return TokenLogprobs(logprobs.view(leading), entropy.view(leading))
+
+
+def _token_logprobs(call: LinearCall) -> type[LinearTokenLogprobs]:
+    return ExpTokenLogprobs if call.exponentials else LinearTokenLogprobs
 
 
 def _linear_call(
