@@ -14,7 +14,8 @@ from fastpo.ops.autograd import first_order, row_grads, save, saved
 from fastpo.ops.batch import of_rows
 from fastpo.ops.checks import wide_dtype
 from fastpo.ops.head import Head
-from fastpo.ops.linear_chunks import Chunk, ChunkRows, LinearCall, LinearGrads, Workspace, put
+from fastpo.ops.linear_chunks import ChunkRows, LinearCall, put
+from fastpo.ops.linear_workspace import Chunk, LinearGrads, Workspace
 
 
 class ChunkLoss(Protocol):
@@ -52,17 +53,27 @@ class FusedLinearLoss(torch.autograd.Function):
     ):
         head, hidden = call.head(weight, bias), hidden.detach()
         with_gradient, without = chunk_loss.chunks(call, head, gradient=any(needs))
-        covers = call.index is None and not without
-        grads = LinearGrads(head, hidden, needs, all_rows=covers) if any(needs) else None
-        workspace = Workspace(call, head, with_gradient + without, gradient=any(needs))
-        parts = []
-        for number, rows in enumerate(with_gradient + without):
-            chunk = workspace.load(hidden, rows, gradient=number < len(with_gradient))
-            parts.append(chunk_loss.losses(call, chunk, call.row_temperature(rows, head)))
-            if chunk.grad is not None:
-                grads.add(chunk, workspace.linear_grad(chunk))
-        if grads is not None:
+        workspace = Workspace(call, head, with_gradient, without, weight_grad=needs[1])
+
+        def losses_of(rows: ChunkRows, *, gradient: bool) -> RowLosses:
+            chunk = workspace.load(hidden, rows, gradient=gradient)
+            losses = chunk_loss.losses(call, chunk, call.row_temperature(rows, head))
+            if gradient:
+                workspace.keep(chunk)
+            return losses
+
+        idle = [losses_of(rows, gradient=False) for rows in without]
+        parts, grads = [], None
+        if any(needs):
+            covers = call.index is None and not without
+            grads = LinearGrads(workspace, hidden, needs, all_rows=covers)
+            for group in workspace.groups:
+                parts += [losses_of(rows, gradient=True) for rows in group]
+                if len(parts) == len(with_gradient):
+                    workspace.free_logits()
+                grads.add(*workspace.waiting())
             grads.finish(call.backend)
+        parts += idle
         losses = _gather_rows(call, hidden, with_gradient + without, parts)
         ctx.grads, ctx.backend = grads, call.backend
         ctx.mark_non_differentiable(losses.logprobs, losses.entropy, losses.clipped)
@@ -169,7 +180,7 @@ def _statistics(call: LinearCall, head: Head, hidden: Tensor) -> RowStats:
     count, dtype = call.tokens.numel(), wide_dtype(hidden.dtype)
     stats = RowStats(*torch.zeros((4, count), dtype=dtype, device=hidden.device))
     chunks = call.chunks(head)
-    workspace = Workspace(call, head, chunks, gradient=False)
+    workspace = Workspace(call, head, [], chunks)
     for rows in chunks:
         part = call.backend.row_stats(
             workspace.load(hidden, rows, gradient=False).logits,
@@ -202,20 +213,25 @@ def _chunk_grads(
         if bool(only.all()):
             only = None
     chunks = call.chunks(head, only)
+    workspace = Workspace(call, head, chunks, weight_grad=needs[1])
     covers = call.index is None and only is None
-    grads = LinearGrads(head, hidden, needs[:3], all_rows=covers)
-    workspace = Workspace(call, head, chunks, gradient=True)
-    for rows in chunks:
-        chunk = workspace.load(hidden, rows, gradient=True)
-        call.backend.row_grad(
-            chunk.logits,
-            call.tokens[rows],
-            RowStats(*(x[rows] for x in stats)),
-            logprob_grad[rows],
-            of_rows(entropy_grad, rows),
-            call.row_temperature(rows, head),
-            chunk.grad,
-        )
-        grads.add(chunk, workspace.linear_grad(chunk))
+    grads = LinearGrads(workspace, hidden, needs[:3], all_rows=covers)
+    for group in workspace.groups:
+        for rows in group:
+            chunk = workspace.load(hidden, rows, gradient=True)
+            call.backend.row_grad(
+                chunk.logits,
+                call.tokens[rows],
+                RowStats(*(x[rows] for x in stats)),
+                logprob_grad[rows],
+                of_rows(entropy_grad, rows),
+                call.row_temperature(rows, head),
+                chunk.grad,
+            )
+            workspace.keep(chunk)
+            del chunk
+        if group is workspace.groups[-1]:
+            workspace.free_logits()
+        grads.add(*workspace.waiting())
     grads.finish(call.backend)
     return grads
