@@ -25,7 +25,8 @@ from fastpo.ops.linear_autograd import (
     LinearTokenLogprobs,
     _gather_rows,
 )
-from fastpo.ops.linear_chunks import ChunkRows, LinearCall, LinearGrads, length, put, take
+from fastpo.ops.linear_chunks import ChunkRows, LinearCall, length, put, take
+from fastpo.ops.linear_workspace import LinearGrads
 from fastpo.ops.tensor_parallel import VocabularyShard
 
 
