@@ -243,7 +243,7 @@ def test_bits_depend_on_the_row_alone(device, monkeypatch):
     for other in (numbers(N), numbers(2 * N), numbers(store=False)):
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=False))
     for programs in (1, 7):
-        monkeypatch.setattr(exp_logits, "persistent_programs", lambda device, p=programs: p)
+        monkeypatch.setattr(exp_logits, "processors", lambda device, p=programs: p)
         assert all(torch.equal(a, b) for a, b in zip(first, numbers(), strict=True))
 
 
