@@ -230,8 +230,8 @@ def row_grad(
     """Fill the factors of `out`, which is `rows`: diag(f) E is then the products' gradient.
 
     `rows` hold the tokens, temperatures and statistics they were made with: these arguments are for
-    backends of logits. With an entropy gradient, or a softcap whose slope is not in E, it takes one
-    pass over E.
+    backends of logits. With an entropy gradient, or a softcap whose slope is not in E, that takes
+    one pass over E.
 
     Raises:
         ValueError: there is an entropy gradient, but E already holds a softcap's slope.

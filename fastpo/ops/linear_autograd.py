@@ -127,9 +127,11 @@ class TokenLevelLoss:
         """With A = 0 and neither KL penalty nor entropy bonus a row's gradient is 0."""
         if not gradient:
             return [], call.chunks(head)
-        if not call.reads_values or self.objective.kl_coef != 0 or self.objective.entropy_coef != 0:
+        if not call.reads_values or self.objective.acts_without_advantage:
             return call.chunks(head), []
         has_gradient = self.inputs.advantages != 0
+        if self.inputs.nll_weight is not None:
+            has_gradient |= self.inputs.nll_weight != 0
         if bool(has_gradient.all()):
             return call.chunks(head), []
         return call.chunks(head, only=has_gradient), call.chunks(head, only=~has_gradient)
@@ -152,7 +154,7 @@ class LinearTokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: LinearCall):
-        stats = _statistics(call, call.head(weight, bias), hidden.detach())
+        stats = statistics(call, call.head(weight, bias), hidden.detach())
         ctx.set_materialize_grads(False)
         save(ctx, hidden, weight, bias, *stats)
         ctx.call = call
@@ -171,15 +173,17 @@ class LinearTokenLogprobs(torch.autograd.Function):
             for grad in (logprob_grad, entropy_grad)
         ]
         head = call.head(weight, bias)
-        grads = _chunk_grads(call, head, hidden.detach(), stats, *incoming, ctx.needs_input_grad)
+        grads = chunk_grads(call, head, hidden.detach(), stats, *incoming, ctx.needs_input_grad)
         return *grads.scaled(None, call.backend), None
 
 
-def _statistics(call: LinearCall, head: Head, hidden: Tensor) -> RowStats:
-    """Statistics of all rows, 0 on masked ones."""
+def statistics(
+    call: LinearCall, head: Head, hidden: Tensor, only: Tensor | None = None
+) -> RowStats:
+    """Statistics of all rows, or of those where `only` (N,) is True; 0 on masked and other ones."""
     count, dtype = call.tokens.numel(), wide_dtype(hidden.dtype)
     stats = RowStats(*torch.zeros((4, count), dtype=dtype, device=hidden.device))
-    chunks = call.chunks(head)
+    chunks = call.chunks(head, only)
     workspace = Workspace(call, head, [], chunks)
     for rows in chunks:
         part = call.backend.row_stats(
@@ -193,7 +197,7 @@ def _statistics(call: LinearCall, head: Head, hidden: Tensor) -> RowStats:
     return stats
 
 
-def _chunk_grads(
+def chunk_grads(
     call: LinearCall,
     head: Head,
     hidden: Tensor,
@@ -201,8 +205,13 @@ def _chunk_grads(
     logprob_grad: Tensor | None,
     entropy_grad: Tensor | None,
     needs: tuple[bool, ...],
+    *,
+    wide: bool = False,
 ) -> LinearGrads:
-    """Compute each chunk's logits again and push the incoming gradients (N,) through them."""
+    """Compute each chunk's logits again and push the incoming gradients (N,) through them.
+
+    wide: the head's gradient is a sum that more will be added to.
+    """
     if logprob_grad is None:
         logprob_grad = torch.zeros_like(stats.logprobs)
     only = None
@@ -215,7 +224,7 @@ def _chunk_grads(
     chunks = call.chunks(head, only)
     workspace = Workspace(call, head, chunks, weight_grad=needs[1])
     covers = call.index is None and only is None
-    grads = LinearGrads(workspace, hidden, needs[:3], all_rows=covers)
+    grads = LinearGrads(workspace, hidden, needs[:3], all_rows=covers, wide=wide)
     for group in workspace.groups:
         for rows in group:
             chunk = workspace.load(hidden, rows, gradient=True)

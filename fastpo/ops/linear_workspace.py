@@ -178,13 +178,14 @@ class LinearGrads:
         needs: tuple[bool, bool, bool],
         *,
         all_rows: bool,
+        wide: bool = False,
     ):
-        """all_rows: the chunks to come cover every row of `hidden`."""
+        """all_rows: the chunks to come cover every row of `hidden`; wide: keep wide sums of dW."""
         self.head, self.dtype = workspace.head, hidden.dtype
         self._pad = workspace.rows_multiple
-        weight, wide = self.head.weight, wide_dtype(hidden.dtype)
+        weight, sums = self.head.weight, wide_dtype(hidden.dtype)
         # fp16 would underflow before an upstream loss scale is multiplied in.
-        rows_dtype = wide if hidden.dtype == torch.float16 else hidden.dtype
+        rows_dtype = sums if hidden.dtype == torch.float16 else hidden.dtype
         shape = (hidden.shape[:-1].numel(), hidden.shape[-1])
         self.shape = hidden.shape
         new = torch.empty if all_rows else torch.zeros
@@ -192,10 +193,10 @@ class LinearGrads:
         self.hidden = new(shape, dtype=rows_dtype, device=device) if needs[0] else None
         # A single product of low-precision operands rounds its own sums: no wide copy of them.
         single = len(workspace.groups) == 1 and workspace.grad_dtype == weight.dtype
-        self._weight_dtype = weight.dtype if single else wide
+        self._weight_dtype = weight.dtype if single and not wide else sums
         self._needs_weight = needs[1]
         self.weight = None  # made when there is something to write into it
-        self.bias = torch.zeros_like(self.head.bias, dtype=wide) if needs[2] else None
+        self.bias = torch.zeros_like(self.head.bias, dtype=sums) if needs[2] else None
 
     def add(self, chunks: list[ChunkRows], hidden: Tensor, grad: Tensor) -> None:
         """Add what `Workspace.waiting` gives: rows, hidden states (n, D), gradient (n, V)."""
