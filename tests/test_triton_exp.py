@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+import fastpo
 from fastpo.backends import triton_exp
 from fastpo.backends.base import RowInputs
 from fastpo.objective import Objective
@@ -267,6 +268,12 @@ def test_losses_equal_the_row_kernels(device):
             Objective(kl_coef=0.1, kl_ratio_weighted=True, entropy_coef=0.1),
             RowInputs(weight, normal(), old, ref, full),
         ),
+        (
+            Objective(),  # bounds per token, and an SFT term
+            RowInputs(weight, normal(), old, None, None, 0.9 - 10 * full, 1 + full, 3 * full),
+        ),
+        (fastpo.dppo(), RowInputs(weight, normal(), old, None, None)),
+        (fastpo.topr(), RowInputs(weight, normal(), old, None, None)),
     ]
     product = batch.products(torch.float32).detach()
     for objective, inputs in cases:
