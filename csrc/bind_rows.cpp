@@ -21,7 +21,8 @@ using Seven = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
 fastpo::RowsIn rows_in(const Tensor& logits, const Tensor& tokens, double temperature,
                        const MaybeTensor& temperatures) {
   const int64_t rows = logits.size(0);
-  return {matrix(logits, "logits"), logits.size(1),
+  return {matrix(logits, "logits"),
+          logits.size(1),
           vector<const int64_t>(tokens, ScalarType::Long, rows, "tokens"),
           {floats(temperatures, rows, "temperatures"), temperature}};
 }
@@ -161,8 +162,8 @@ void scale_(const Tensor& grad, const Tensor& factor) {
 #define FASTPO_STATS_ARGS "Tensor logprobs, Tensor entropy, Tensor row_max, Tensor log_sum, "
 #define FASTPO_GRAD_ARGS \
   "Tensor tokens, " FASTPO_STATS_ARGS "Tensor logprob_grad, Tensor? entropy_grad, " FASTPO_TEMPERATURE
-#define FASTPO_LOSS_ARGS                                                                    \
-  "Tensor tokens, Tensor weight, Tensor advantages, Tensor? old_logprobs, "                 \
+#define FASTPO_LOSS_ARGS                                                    \
+  "Tensor tokens, Tensor weight, Tensor advantages, Tensor? old_logprobs, " \
   "Tensor? ref_logprobs, Tensor? entropy_weight, float[] rule, " FASTPO_TEMPERATURE
 #define FASTPO_TEMPERATURE "float temperature, Tensor? temperatures"
 #define FASTPO_FOUR ") -> (Tensor, Tensor, Tensor, Tensor)"

@@ -86,8 +86,8 @@ struct LossParams {
   const float* ref_logprobs = nullptr;
   const float* entropy_weight = nullptr;
   Rule rule;
-  Matrix out;               // gradient (N, V), may lie in the logits' own rows; data null: not wanted
-  float* loss = nullptr;    // (N,), out, as all below
+  Matrix out;             // gradient (N, V), may lie in the logits' own rows; data null: not wanted
+  float* loss = nullptr;  // (N,), out, as all below
   float* logprobs = nullptr;
   float* entropy = nullptr;
   uint8_t* clipped = nullptr;
