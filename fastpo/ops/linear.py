@@ -42,7 +42,7 @@ from fastpo.ops.linear_checks import (
     operand_dtype,
 )
 from fastpo.ops.linear_chunks import LinearCall
-from fastpo.ops.linear_exp import ExpShard
+from fastpo.ops.linear_exp import ExpShard, ExpTokenLogprobs, FusedExpLoss
 from fastpo.ops.linear_kept import LinearKeptLogprobs
 from fastpo.ops.linear_sequences import SequenceLevelLoss
 from fastpo.ops.results import PolicyLoss, TokenLogprobs
@@ -64,6 +64,8 @@ def linear_policy_loss(
     old_logprobs: Tensor | None = None,
     ref_logprobs: Tensor | None = None,
     importance_weights: Tensor | None = None,
+    clip_bounds: tuple[Tensor, Tensor] | None = None,
+    nll_weights: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     cu_seqlens: Tensor | None = None,
     normalizer: Tensor | float | None = None,
@@ -110,6 +112,10 @@ def linear_policy_loss(
             and keeps its gradient).
         ref_logprobs: [...] of the reference policy; required exactly when `objective.kl_coef != 0`.
         importance_weights: [...] or [B] rollout-mismatch weights (TIS, MIS), without gradient.
+        clip_bounds: (low, high), each [...]: bounds on r per token in place of the objective's,
+            for objectives that clip r or gate by it (DCPO, RIPO).
+        nll_weights: [...] weight of an SFT term beside the policy loss: -nll_weight * logprob per
+            token, under the same mask and aggregation (VAPO).
         temperature: sampling temperature, a float or one per token [...].
         cu_seqlens: (B + 1,) int32 offsets of the sequences of a packed [N] batch.
         normalizer: global token count (token_mean) or sequence count (other aggregations), for
@@ -156,6 +162,8 @@ def linear_policy_loss(
         importance_weights,
         cu_seqlens,
         normalizer,
+        clip_bounds,
+        nll_weights,
     )
     check_linear_op(hidden, weight, bias, tokens, mask, temperature, **options)
     leading = hidden.shape[:-1]
@@ -179,9 +187,8 @@ def linear_policy_loss(
         torch.is_grad_enabled() and x is not None and x.requires_grad
         for x in (hidden, weight, bias)
     )
-    loss, logprobs, entropy, clipped = FusedLinearLoss.apply(
-        hidden, weight, bias, call, chunk_loss, needs
-    )
+    fused = FusedExpLoss if call.exponentials else FusedLinearLoss
+    loss, logprobs, entropy, clipped = fused.apply(hidden, weight, bias, call, chunk_loss, needs)
     terms = {"backend": call.backend}
     if not objective.is_token_level:
         with torch.no_grad():
@@ -242,7 +249,8 @@ def _logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies (N,), differentiable."""
     if kept is None:
-        outputs = LinearTokenLogprobs.apply(hidden, weight, bias, call)
+        score = ExpTokenLogprobs if call.exponentials else LinearTokenLogprobs
+        outputs = score.apply(hidden, weight, bias, call)
     else:
         rows = hidden.reshape(-1, hidden.shape[-1])
         outputs = LinearKeptLogprobs.apply(rows, weight, bias, call, kept)

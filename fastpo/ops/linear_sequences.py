@@ -11,7 +11,8 @@ from torch import Tensor
 from fastpo.backends.base import RowLosses, two_step
 from fastpo.ops.batch import LossBatch
 from fastpo.ops.head import Head
-from fastpo.ops.linear_chunks import Chunk, ChunkRows, LinearCall
+from fastpo.ops.linear_chunks import ChunkRows, LinearCall
+from fastpo.ops.linear_workspace import Chunk
 from fastpo.segments import Segments
 
 _PER_TOKEN = (
@@ -20,6 +21,9 @@ _PER_TOKEN = (
     "old_logprobs",
     "ref_logprobs",
     "importance_weights",
+    "clip_low",
+    "clip_high",
+    "nll_weights",
     "weight",
     "entropy_weight",
 )
