@@ -33,6 +33,7 @@ from fastpo.presets import (
     vespo,
 )
 from fastpo.rewards import overlong_penalty
+from fastpo.rule import TokenInputs, loss_rule
 
 __version__ = "0.1.0"
 
@@ -41,6 +42,7 @@ __all__ = [
     "GroupAdvantages",
     "Objective",
     "PolicyLoss",
+    "TokenInputs",
     "TokenLogprobs",
     "ValueLoss",
     "aspo",
@@ -63,6 +65,7 @@ __all__ = [
     "ipo",
     "linear_policy_loss",
     "linear_token_logprobs",
+    "loss_rule",
     "luspo",
     "overlong_penalty",
     "policy_loss",
