@@ -3,6 +3,7 @@
 from fastpo.advantages import GroupAdvantages, group_advantages
 from fastpo.critic import Gae, ValueLoss, gae, value_loss
 from fastpo.masks import completion_mask
+from fastpo.mismatch import RolloutCorrection, rollout_correction
 from fastpo.objective import Objective
 from fastpo.ops.checks import set_debug
 from fastpo.ops.from_logprobs import policy_loss_from_logprobs
@@ -42,6 +43,7 @@ __all__ = [
     "GroupAdvantages",
     "Objective",
     "PolicyLoss",
+    "RolloutCorrection",
     "TokenInputs",
     "TokenLogprobs",
     "ValueLoss",
@@ -72,6 +74,7 @@ __all__ = [
     "policy_loss_from_logprobs",
     "ppo",
     "reinforce",
+    "rollout_correction",
     "sapo",
     "set_debug",
     "token_logprobs",
