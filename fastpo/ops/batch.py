@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fastpo.backends.base import Backend, RowInputs
+from fastpo.backends.base import RowInputs
 from fastpo.objective import (
     CLIPPED_HIGH,
     CLIPPED_LOW,
@@ -171,16 +171,13 @@ class LossBatch:
         *,
         ratio: Tensor | None = None,
         ref_kl: Tensor | None = None,
-        backend: Backend | None = None,
     ) -> dict[str, Tensor]:
         """Sums and counts over tokens under the mask (see `PolicyLoss.metrics`).
 
         Inputs (N,), detached. A sequence-level objective brings its own `ratio` and `ref_kl`; those
         of a token-level one follow from the log-probs. One table and one sum, for on GPU every
-        operation here is a launch; a backend may do it all in one (`metric_sums`).
+        operation here is a launch.
         """
-        if ratio is None and (fused := getattr(backend, "metric_sums", None)) is not None:
-            return fused(self.objective, logprobs, entropy, clipped, self)
         old = logprobs if self.old_logprobs is None else self.old_logprobs
         log_ratio = (logprobs - old).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
         ratio = log_ratio.exp() if ratio is None else ratio

@@ -201,10 +201,8 @@ def linear_policy_loss(
     )
     fused = FusedExpLoss if call.exponentials else FusedLinearLoss
     loss, logprobs, entropy, clipped = fused.apply(hidden, weight, bias, call, chunk_loss, needs)
-    terms = {"backend": call.backend}
-    if isinstance(objective, RuleObjective):
-        terms = {}
-    elif not objective.is_token_level:
+    terms = {}
+    if isinstance(objective, Objective) and not objective.is_token_level:
         with torch.no_grad():
             whole = batch.token_loss(logprobs)
         terms = {"ratio": whole.ratio, "ref_kl": whole.kl}

@@ -130,7 +130,7 @@ def policy_loss(
     loss, logprobs, entropy, clipped = FusedPolicyLoss.apply(
         logits, tokens, batch.row_inputs(), *settings
     )
-    metrics = batch.metrics(logprobs, entropy, clipped, backend=backends.load(backend))
+    metrics = batch.metrics(logprobs, entropy, clipped)
     return PolicyLoss(loss, logprobs.view(leading), entropy.view(leading), metrics)
 
 
