@@ -163,7 +163,7 @@ def _advantages(
     gamma: float,
     lam: float,
 ) -> Tensor:
-    """The recurrence on (N,) fp64 numbers, 0 in masked slots: the specification, or in C++."""
+    """The recurrence on (N,) fp64 numbers, 0 in masked slots: in C++, or as specified."""
     if rewards.device.type == "cpu" and "cpu" in _extension.devices():
         offsets = segments.offsets
         if offsets is None:
@@ -181,7 +181,7 @@ def _specified(
     gamma: float,
     lam: float,
 ) -> Tensor:
-    """The recurrence in plain torch: a masked slot carries it on, unchanged."""
+    """The recurrence in plain torch; a masked slot holds what it carries on, not 0."""
     inside = (~segments.is_last).to(values.dtype)  # 0 where a sequence ends
     alive = torch.ones_like(values) if live is None else live.to(values.dtype)
     next_value = _times(inside, _shift(_reverse_scan((1 - alive) * inside, values)))
