@@ -189,15 +189,18 @@ def launches(vocab: int, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     token = torch.zeros(1, dtype=torch.int64)
     x = torch.zeros(1)
     live = torch.ones(1, dtype=torch.bool)
-    rule = Rule.from_objective(Objective(kl_coef=0.1, kl_ratio_weighted=True))._asdict()
+    clip = Objective(kl_coef=0.1, kl_ratio_weighted=True)
+    gate = Objective(surrogate="gate", gate="kl", kl_coef=0.1, old_kl_coef=0.1)
 
-    def policy_loss(out: Tensor):
+    def policy_loss(out: Tensor, objective: Objective = clip):
+        rule = Rule.from_objective(objective)._asdict()
         return lambda: row_policy_loss.row_policy_loss(logits, token, *[x] * 8, 1.0, x, out, **rule)
 
     calls = {
         "row_stats": lambda: row_stats.row_stats(logits, token, 1.0, x, live),
         "row_grad": lambda: row_grad.row_grad(logits, token, x, x, x, x, x, 1.0, x, logits),
         "row_policy_loss": policy_loss(logits),
+        "row_policy_loss gated": policy_loss(logits, gate),
         "scale": lambda: scale.scale_(logits, x[0]),
     }
     if dtype == torch.float32:
