@@ -28,10 +28,11 @@ def _row_stats_kernel(
     V,
     body,
     temperature,
-    BLOCK_V: tl.constexpr,
+    STEP: tl.constexpr,
     KEPT: tl.constexpr,
     LANES: tl.constexpr,
-    VECTOR: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ADJACENT: tl.constexpr,
 ):
     row = tl.program_id(0)
     logprob = 0.0
@@ -44,7 +45,7 @@ def _row_stats_kernel(
         inverse_temperature = load_inverse_temperature(temperature, temperatures_ptr)
         token_logit = load_token_logit(row_ptr, tl.load(tokens_ptr + row), V)
         row_max, log_sum, entropy, _ = sweep_row(
-            row_ptr, V, body, inverse_temperature, BLOCK_V, KEPT, LANES, VECTOR
+            row_ptr, V, body, inverse_temperature, STEP, KEPT, LANES, WIDTH, ADJACENT
         )
         logprob = token_logprob(token_logit, inverse_temperature, row_max, log_sum)
     tl.store(logprobs_ptr + row, logprob)

@@ -80,11 +80,17 @@ def triton_backend(device: torch.device):
 
 @pytest.fixture
 def small_layout(monkeypatch: pytest.MonkeyPatch, triton_backend) -> None:
-    """Blocks of 256 columns, two kept: short rows have a body and a tail as long ones do."""
+    """Steps of 256 columns, two kept: short rows have a body and a tail as long ones do.
+
+    64 lanes are the least that fill a warp of every GPU (AMD's CDNA has 64).
+    """
     from fastpo.kernels import _layout
 
-    layout = _layout.RowLayout(LANES=32, VECTOR=4, BLOCK_V=256, KEPT=2)
-    monkeypatch.setattr(_layout, "_layout", lambda *shape: layout)
+    def layout(V: int, itemsize: int, aligned: bool) -> _layout.RowLayout:
+        constants = _layout.RowLayout(LANES=64, WIDTH=2, ADJACENT=aligned, STEP=2, KEPT=1)
+        return constants.with_tail(V, most=4)
+
+    monkeypatch.setattr(_layout, "_layout", layout)
 
 
 class RayStub(importlib.abc.MetaPathFinder, importlib.abc.Loader):

@@ -180,30 +180,40 @@ def _from_amdgcn(compiled) -> dict[str, int]:
 
 
 def launches(vocab: int, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
-    """{label: launch} of every kernel on one row of `vocab` logits, with every optional input."""
+    """{label: launch} of every kernel on one row of `vocab` logits.
+
+    "all options" has KL, entropy bonus and a temperature per token; the others what DAPO needs.
+    """
     from fastpo.kernels import row_grad, row_policy_loss, row_stats, scale
 
     logits = torch.empty(1, vocab, dtype=dtype)
     token = torch.zeros(1, dtype=torch.int64)
     x = torch.zeros(1)
     live = torch.ones(1, dtype=torch.bool)
-    rule = {"surrogate": 0, "kl": 3, "kl_ratio_weighted": True, "kl_coef": 0.1}
-    rule |= {"ratio_low": 0.8, "ratio_high": 1.2, "ratio_max": 5.0, "tau_pos": 1.0, "tau_neg": 1.0}
-
-    def policy_loss(out: Tensor):
-        return lambda: row_policy_loss.row_policy_loss(
-            logits, token, x, x, x, x, x, 1.0, x, out, **rule
-        )
-
+    numbers = {"ratio_low": 0.8, "ratio_high": 1.2, "ratio_max": 5.0, "tau_pos": 1.0}
+    dapo = {"surrogate": 0, "kl": 0, "kl_ratio_weighted": False, "kl_coef": 0.0, "tau_neg": 1.0}
+    everything = dapo | {"kl": 3, "kl_ratio_weighted": True, "kl_coef": 0.1}
+    in_place = logits
     calls = {
-        "row_stats": lambda: row_stats.row_stats(logits, token, 1.0, x, live),
-        "row_grad": lambda: row_grad.row_grad(logits, token, x, x, x, x, x, 1.0, x, logits),
-        "row_policy_loss": policy_loss(logits),
+        "row_stats": lambda: row_stats.row_stats(logits, token, 1.0, None, live),
+        "row_grad": lambda: row_grad.row_grad(logits, token, x, x, x, x, None, 1.0, None, in_place),
+        "row_grad, all options": lambda: row_grad.row_grad(
+            logits, token, x, x, x, x, x, 1.0, x, in_place
+        ),
         "scale": lambda: scale.scale_(logits, x[0]),
     }
+
+    def policy_losses(out: Tensor, suffix: str) -> None:
+        calls[f"row_policy_loss{suffix}"] = lambda: row_policy_loss.row_policy_loss(
+            logits, token, x, x, x, None, None, 1.0, None, out, **numbers, **dapo
+        )
+        calls[f"row_policy_loss{suffix}, all options"] = lambda: row_policy_loss.row_policy_loss(
+            logits, token, x, x, x, x, x, 1.0, x, out, **numbers, **everything
+        )
+
+    policy_losses(in_place, "")
     if dtype == torch.float32:
-        upper_half = logits.view(torch.bfloat16)[:, vocab:]
-        calls["row_policy_loss fp32 -> bf16"] = policy_loss(upper_half)
+        policy_losses(logits.view(torch.bfloat16)[:, vocab:], " fp32 -> bf16")
     return calls
 
 
