@@ -1,8 +1,8 @@
 // The row primitives as torch operators, through libtorch's stable ABI: one build serves torch >= 2.10.
 //
-// Operators that write a gradient come in two forms, because torch.compile must know what is mutated:
-// `*_out` fills a separate matrix; `*_` overwrites the logits' own rows with a gradient of the logits'
-// dtype, or of a 2-byte dtype in the upper half of each fp32 row (fastpo.backends.base.alias_rows).
+// One operator per primitive. Its `out` may share the rows of the logits, in the ways that
+// fastpo.backends.base.overwrites allows; a compiler, which must know what is mutated, is only ever shown
+// the primitives with an `out` of its own.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -75,18 +75,6 @@ fastpo::Matrix gradient(const Tensor& out, const Tensor& logits) {
   return matrix(out, "out");
 }
 
-// The gradient's place in the rows of `logits` themselves: the last bytes of each row.
-fastpo::Matrix gradient_in_place(const Tensor& logits, ScalarType type) {
-  fastpo::Matrix own = matrix(logits, "logits");
-  const int64_t ratio = fastpo::item_size(own.dtype) / fastpo::item_size(dtype_of(type));
-  STD_TORCH_CHECK(type == logits.scalar_type() || ratio == 2,
-                  "an in-place gradient has the dtype of logits, or a 2-byte dtype under float32 logits");
-  own.dtype = dtype_of(type);
-  own.row_stride *= ratio;
-  own.data = static_cast<char*>(own.data) + (ratio - 1) * logits.size(1) * fastpo::item_size(own.dtype);
-  return own;
-}
-
 Tensor new_vector(const Tensor& like, ScalarType type) {
   return torch::stable::new_empty(like, {like.size(0)}, type);
 }
@@ -128,40 +116,22 @@ Four row_stats(const Tensor& logits, const Tensor& tokens, double temperature,
   return {logprobs, entropy, row_max, log_sum};
 }
 
-struct Stats {
-  const Tensor &logprobs, &entropy, &row_max, &log_sum;
-};
-
-void fill_grad(fastpo::GradParams& p, int64_t rows, const Stats& stats, const Tensor& logprob_grad,
-               const MaybeTensor& entropy_grad) {
-  p.logprobs = floats(stats.logprobs, rows, "logprobs");
-  p.entropy = floats(stats.entropy, rows, "entropy");
-  p.row_max = floats(stats.row_max, rows, "row_max");
-  p.log_sum = floats(stats.log_sum, rows, "log_sum");
+void row_grad(const Tensor& logits, const Tensor& tokens, const Tensor& logprobs, const Tensor& entropy,
+              const Tensor& row_max, const Tensor& log_sum, const Tensor& logprob_grad,
+              const MaybeTensor& entropy_grad, double temperature, const MaybeTensor& temperatures,
+              const Tensor& out) {
+  const int64_t rows = logits.size(0);
+  fastpo::GradParams p;
+  p.in = rows_in(logits, tokens, temperature, temperatures);
+  p.out = gradient(out, logits);
+  p.logprobs = floats(logprobs, rows, "logprobs");
+  p.entropy = floats(entropy, rows, "entropy");
+  p.row_max = floats(row_max, rows, "row_max");
+  p.log_sum = floats(log_sum, rows, "log_sum");
   p.logprob_grad = floats(logprob_grad, rows, "logprob_grad");
   p.entropy_grad = floats(entropy_grad, rows, "entropy_grad");
   const auto& kernels = fastpo::row_kernels();
   over_rows(rows, p.in.columns, [&](int64_t begin, int64_t end) { kernels.row_grad(p, begin, end); });
-}
-
-void row_grad_out(const Tensor& logits, const Tensor& tokens, const Tensor& logprobs,
-                  const Tensor& entropy, const Tensor& row_max, const Tensor& log_sum,
-                  const Tensor& logprob_grad, const MaybeTensor& entropy_grad, double temperature,
-                  const MaybeTensor& temperatures, const Tensor& out) {
-  fastpo::GradParams p;
-  p.in = rows_in(logits, tokens, temperature, temperatures);
-  p.out = gradient(out, logits);
-  fill_grad(p, logits.size(0), {logprobs, entropy, row_max, log_sum}, logprob_grad, entropy_grad);
-}
-
-void row_grad_in_place(const Tensor& logits, const Tensor& tokens, const Tensor& logprobs,
-                       const Tensor& entropy, const Tensor& row_max, const Tensor& log_sum,
-                       const Tensor& logprob_grad, const MaybeTensor& entropy_grad, double temperature,
-                       const MaybeTensor& temperatures, ScalarType out_dtype) {
-  fastpo::GradParams p;
-  p.in = rows_in(logits, tokens, temperature, temperatures);
-  p.out = gradient_in_place(logits, out_dtype);
-  fill_grad(p, logits.size(0), {logprobs, entropy, row_max, log_sum}, logprob_grad, entropy_grad);
 }
 
 // `rule` lists the fields of fastpo.backends.base.Rule in order.
@@ -180,21 +150,22 @@ fastpo::Rule rule_of(const std::vector<double>& rule) {
   return out;
 }
 
-struct Inputs {
-  const Tensor &weight, &advantages;
-  const MaybeTensor &old_logprobs, &ref_logprobs, &entropy_weight;
-};
-
-Four policy_loss(fastpo::LossParams& p, const Tensor& logits, const Inputs& inputs,
-                 const std::vector<double>& rule) {
+Four row_policy_loss(const Tensor& logits, const Tensor& tokens, const Tensor& weight,
+                     const Tensor& advantages, const MaybeTensor& old_logprobs,
+                     const MaybeTensor& ref_logprobs, const MaybeTensor& entropy_weight,
+                     const std::vector<double>& rule, double temperature, const MaybeTensor& temperatures,
+                     const MaybeTensor& out) {
   const int64_t rows = logits.size(0);
-  p.weight = floats(inputs.weight, rows, "weight");
-  p.advantages = floats(inputs.advantages, rows, "advantages");
-  p.old_logprobs = floats(inputs.old_logprobs, rows, "old_logprobs");
-  p.ref_logprobs = floats(inputs.ref_logprobs, rows, "ref_logprobs");
-  p.entropy_weight = floats(inputs.entropy_weight, rows, "entropy_weight");
+  fastpo::LossParams p;
+  p.in = rows_in(logits, tokens, temperature, temperatures);
+  if (out) p.out = gradient(*out, logits);
+  p.weight = floats(weight, rows, "weight");
+  p.advantages = floats(advantages, rows, "advantages");
+  p.old_logprobs = floats(old_logprobs, rows, "old_logprobs");
+  p.ref_logprobs = floats(ref_logprobs, rows, "ref_logprobs");
+  p.entropy_weight = floats(entropy_weight, rows, "entropy_weight");
   p.rule = rule_of(rule);
-  STD_TORCH_CHECK(p.rule.kl == fastpo::Kl::kNone || p.ref_logprobs, "a KL penalty needs ref_logprobs");
+  STD_TORCH_CHECK(p.rule.kl == fastpo::Kl::kNone || ref_logprobs, "a KL penalty needs ref_logprobs");
   Tensor loss = new_vector(logits, ScalarType::Float), logprobs = new_vector(logits, ScalarType::Float);
   Tensor entropy = new_vector(logits, ScalarType::Float), clipped = new_vector(logits, ScalarType::Byte);
   p.loss = floats(loss, rows, "loss");
@@ -206,38 +177,6 @@ Four policy_loss(fastpo::LossParams& p, const Tensor& logits, const Inputs& inpu
     kernels.row_policy_loss(p, begin, end, p.out.data ? scratch_row(p.in.columns) : nullptr);
   });
   return {loss, logprobs, entropy, clipped};
-}
-
-Four row_policy_loss(const Tensor& logits, const Tensor& tokens, const Tensor& weight,
-                     const Tensor& advantages, const MaybeTensor& old_logprobs,
-                     const MaybeTensor& ref_logprobs, const MaybeTensor& entropy_weight,
-                     const std::vector<double>& rule, double temperature,
-                     const MaybeTensor& temperatures) {
-  fastpo::LossParams p;
-  p.in = rows_in(logits, tokens, temperature, temperatures);
-  return policy_loss(p, logits, {weight, advantages, old_logprobs, ref_logprobs, entropy_weight}, rule);
-}
-
-Four row_policy_loss_out(const Tensor& logits, const Tensor& tokens, const Tensor& weight,
-                         const Tensor& advantages, const MaybeTensor& old_logprobs,
-                         const MaybeTensor& ref_logprobs, const MaybeTensor& entropy_weight,
-                         const std::vector<double>& rule, double temperature,
-                         const MaybeTensor& temperatures, const Tensor& out) {
-  fastpo::LossParams p;
-  p.in = rows_in(logits, tokens, temperature, temperatures);
-  p.out = gradient(out, logits);
-  return policy_loss(p, logits, {weight, advantages, old_logprobs, ref_logprobs, entropy_weight}, rule);
-}
-
-Four row_policy_loss_in_place(const Tensor& logits, const Tensor& tokens, const Tensor& weight,
-                              const Tensor& advantages, const MaybeTensor& old_logprobs,
-                              const MaybeTensor& ref_logprobs, const MaybeTensor& entropy_weight,
-                              const std::vector<double>& rule, double temperature,
-                              const MaybeTensor& temperatures, ScalarType out_dtype) {
-  fastpo::LossParams p;
-  p.in = rows_in(logits, tokens, temperature, temperatures);
-  p.out = gradient_in_place(logits, out_dtype);
-  return policy_loss(p, logits, {weight, advantages, old_logprobs, ref_logprobs, entropy_weight}, rule);
 }
 
 void scale_(const Tensor& grad, const Tensor& factor) {
@@ -260,20 +199,14 @@ void scale_(const Tensor& grad, const Tensor& factor) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastpo, m) {
   m.def("cpp_row_stats(Tensor logits, Tensor tokens, " FASTPO_TEMPERATURE ", Tensor? live" FASTPO_FOUR);
-  m.def("cpp_row_grad_out(Tensor logits, " FASTPO_GRAD_ARGS ", Tensor(a!) out) -> ()");
-  m.def("cpp_row_grad_(Tensor(a!) logits, " FASTPO_GRAD_ARGS ", ScalarType out_dtype) -> ()");
-  m.def("cpp_row_policy_loss(Tensor logits, " FASTPO_LOSS_ARGS FASTPO_FOUR);
-  m.def("cpp_row_policy_loss_out(Tensor logits, " FASTPO_LOSS_ARGS ", Tensor(a!) out" FASTPO_FOUR);
-  m.def("cpp_row_policy_loss_(Tensor(a!) logits, " FASTPO_LOSS_ARGS ", ScalarType out_dtype" FASTPO_FOUR);
+  m.def("cpp_row_grad(Tensor logits, " FASTPO_GRAD_ARGS ", Tensor(a!) out) -> ()");
+  m.def("cpp_row_policy_loss(Tensor logits, " FASTPO_LOSS_ARGS ", Tensor(a!)? out" FASTPO_FOUR);
   m.def("cpp_scale_(Tensor(a!) grad, Tensor factor) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastpo, CPU, m) {
   m.impl("cpp_row_stats", TORCH_BOX(&row_stats));
-  m.impl("cpp_row_grad_out", TORCH_BOX(&row_grad_out));
-  m.impl("cpp_row_grad_", TORCH_BOX(&row_grad_in_place));
+  m.impl("cpp_row_grad", TORCH_BOX(&row_grad));
   m.impl("cpp_row_policy_loss", TORCH_BOX(&row_policy_loss));
-  m.impl("cpp_row_policy_loss_out", TORCH_BOX(&row_policy_loss_out));
-  m.impl("cpp_row_policy_loss_", TORCH_BOX(&row_policy_loss_in_place));
   m.impl("cpp_scale_", TORCH_BOX(&scale_));
 }

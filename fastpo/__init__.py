@@ -1,6 +1,7 @@
 """fastpo: fused policy-optimization losses for LLM reinforcement learning."""
 
 from fastpo.advantages import GroupAdvantages, group_advantages
+from fastpo.critic import Gae, ValueLoss, gae, value_loss
 from fastpo.objective import Objective
 from fastpo.ops._checks import set_debug
 from fastpo.ops.from_logprobs import policy_loss_from_logprobs
@@ -27,14 +28,17 @@ from fastpo.rewards import overlong_penalty
 __version__ = "0.1.0"
 
 __all__ = [
+    "Gae",
     "GroupAdvantages",
     "Objective",
     "PolicyLoss",
     "TokenLogprobs",
+    "ValueLoss",
     "bnpo",
     "cispo",
     "dapo",
     "dr_grpo",
+    "gae",
     "gmpo",
     "gpg",
     "group_advantages",
@@ -51,5 +55,6 @@ __all__ = [
     "sapo",
     "set_debug",
     "token_logprobs",
+    "value_loss",
     "vespo",
 ]

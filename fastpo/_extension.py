@@ -62,10 +62,7 @@ def _register_fakes() -> None:
     for name, fake in {
         "cpp_row_stats": row_stats,
         "cpp_row_policy_loss": row_policy_loss,
-        "cpp_row_policy_loss_out": row_policy_loss,
-        "cpp_row_policy_loss_": row_policy_loss,
-        "cpp_row_grad_out": nothing,
-        "cpp_row_grad_": nothing,
+        "cpp_row_grad": nothing,
         "cpp_scale_": nothing,
         "group_advantages": group_advantages,
     }.items():

@@ -430,8 +430,8 @@ def token_weights(
     """
     live = _live(mask, segments).to(dtype)
     if objective.aggregation == "token_mean":
-        return live / _positive(live.sum() if normalizer is None else normalizer, live)
-    sequences = _positive(segments.count if normalizer is None else normalizer, live)
+        return live / count_or_one(live.sum() if normalizer is None else normalizer, live)
+    sequences = count_or_one(segments.count if normalizer is None else normalizer, live)
     if objective.aggregation == "sequence_mean":
         return live / (segments.spread(segments.sum(live).clamp(min=1)) * sequences)
     if objective.aggregation == "sequence_sum":
@@ -463,7 +463,7 @@ def entropy_weights(
         )
     live = _live(mask, segments).to(dtype)
     total = live.sum() if normalizer is None else normalizer
-    return live * objective.entropy_coef / _positive(total, live)
+    return live * objective.entropy_coef / count_or_one(total, live)
 
 
 def _live(mask: Tensor | None, segments: Segments) -> Tensor:
@@ -481,7 +481,7 @@ def _max_length(objective: Objective, segments: Segments) -> int:
     return segments.width
 
 
-def _positive(count: Tensor | float, like: Tensor) -> Tensor | float:
+def count_or_one(count: Tensor | float, like: Tensor) -> Tensor | float:
     """A count safe to divide by: 0 becomes 1, so that an empty batch gives 0 and not NaN."""
     if isinstance(count, Tensor):
         count = count.to(like.dtype)  # a 0-d CPU tensor combines with any device, without a copy

@@ -50,6 +50,12 @@ class Segments:
                 self._ids = torch.searchsorted(self.offsets[1:].contiguous(), rows, right=True)
         return self._ids
 
+    @property
+    def is_last(self) -> Tensor:
+        """(N,) bool: the row is the last of its sequence."""
+        ids = self.ids
+        return torch.cat([ids[1:] != ids[:-1], torch.ones_like(ids[:1], dtype=torch.bool)])
+
     def sum(self, values: Tensor, mask: Tensor | None = None) -> Tensor:
         """(N,) -> (B,) sums over each sequence's rows where the mask is True.
 

@@ -93,7 +93,7 @@ def token_grid() -> tuple[list[tuple[float, float, float]], dict[str, torch.Tens
 def check_closed_form(objective: Objective) -> None:
     """token_loss and its gradient equal the table of `Rule` on the whole grid."""
     _, t = token_grid()
-    rule = Rule.of(objective)
+    rule = Rule.from_objective(objective)
     logp = t["logp"].clone().requires_grad_()
     ref = t["ref"] if objective.kl_coef else None
     terms = token_loss(objective, logp, t["a"], old_logprobs=t["old"], ref_logprobs=ref)
@@ -185,7 +185,7 @@ def by_hand(objective, d, logp, a, w, iw, sw):
         mean = math.fsum(d) / n
         s = math.exp(min(max(mean, -20), 20))
         ds = s / n if abs(mean) <= 20 else 0.0
-        rule = Rule.of(objective)
+        rule = Rule.from_objective(objective)
         losses, total = [], 0.0
         for t in range(n):
             loss, c = surrogate_by_rule(rule, 0.0, math.log(s), a[t] * iw[t] * sw)

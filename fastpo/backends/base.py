@@ -1,4 +1,4 @@
-"""The contract of a backend: three row primitives and one scaling, and the numbers they exchange.
+"""The contract of a backend: the row primitives and one scaling, and the numbers they exchange.
 
 A row is one token position's logits z, (V,). With u = z / temperature, m = max_j u_j,
 s = sum_j exp(u_j - m) and p = softmax(u):
@@ -10,8 +10,10 @@ where c = dL/dlogprob and e = dL/dH. The maximum and the log of the sum are kept
 `lse` would round at the size of the logits (an offset of 1e4 costs 5e-4 instead of 1e-6).
 
 Every backend module exports `row_stats`, `row_grad`, `row_policy_loss`, `scale_` with the
-signatures of `Backend`, plus `unavailable()`. Callers have validated and flattened: logits (N, V)
-with unit stride in V and any row stride, the rest contiguous (N,). Rules all of them keep:
+signatures of `Backend`, plus `unavailable()`. Two of them are primitives: `row_policy_loss` is
+their composition, `two_step`, unless a backend fuses the three steps into one launch. Callers have
+validated and flattened: logits (N, V) with unit stride in V and any row stride, the rest contiguous
+(N,). Rules all of them keep:
 
 * A dead row is never read and its gradient and outputs are exactly 0, whatever NaN or inf stands
   there. Dead: `live` False (row_stats); c and e both 0 (row_grad); weight and entropy weight both 0
@@ -28,13 +30,15 @@ with unit stride in V and any row stride, the rest contiguous (N,). Rules all of
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from fastpo.objective import KL_ESTIMATORS, TOKEN_SURROGATES, Objective
+from fastpo.objective import KL_ESTIMATORS, TOKEN_SURROGATES, Objective, token_loss
 
 
 class RowStats(NamedTuple):
@@ -54,6 +58,13 @@ class RowInputs(NamedTuple):
     old_logprobs: Tensor | None  # None = on-policy, r = 1
     ref_logprobs: Tensor | None  # given iff kl_coef != 0
     entropy_weight: Tensor | None  # given iff entropy_coef != 0; e = -entropy_weight
+
+    @property
+    def live(self) -> Tensor:
+        """(N,) bool: rows that are read."""
+        if self.entropy_weight is None:
+            return self.weight != 0
+        return (self.weight != 0) | (self.entropy_weight != 0)
 
 
 class RowLosses(NamedTuple):
@@ -94,7 +105,8 @@ class Rule(NamedTuple):
     tau_neg: float
 
     @classmethod
-    def of(cls, objective: Objective) -> Rule:
+    @functools.cache
+    def from_objective(cls, objective: Objective) -> Rule:
         """Encode a token-level objective; bounds are computed in float64, as torch does."""
         return cls(
             surrogate=TOKEN_SURROGATES.index(objective.surrogate),
@@ -147,7 +159,7 @@ class Backend(Protocol):
     ) -> RowLosses:
         """Statistics, loss and, where `out` (N, V) is given, the gradient, in one launch.
 
-        `objective` is token-level; a kernel takes its numbers from `Rule.of(objective)`.
+        `objective` is token-level; a kernel takes its numbers from `Rule.from_objective`.
         `out` has the logits' dtype, or a 2-byte dtype under fp32 logits. It may be `logits` itself,
         or `alias_rows(logits, dtype)`: the *upper* half of each fp32 row, so that a sweep from the
         last column to the first never overwrites a logit it has yet to read.
@@ -155,6 +167,66 @@ class Backend(Protocol):
 
     def scale_(self, grad: Tensor, factor: Tensor) -> None:
         """grad *= factor (0-d, on device); reads and writes nothing when the factor is 1."""
+
+
+def two_step(
+    backend: Backend,
+    logits: Tensor,
+    tokens: Tensor,
+    temperature: float | Tensor,
+    out: Tensor | None,
+    *,
+    live: Tensor | None,
+    loss_of: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+) -> RowLosses:
+    """Statistics, any loss on (N,) numbers by autograd, then the gradient: what `row_policy_loss`
+    does in one launch for the losses that a kernel knows.
+
+    `loss_of` takes log-probs and entropies (N,), and returns the weighted loss of every row,
+    differentiable in them, and its clip flags.
+    """
+    gradient = out is not None
+    stats = backend.row_stats(logits, tokens, temperature, live)
+    with torch.set_grad_enabled(gradient):  # inference mode knows no requires_grad_
+        outputs = [x.detach().requires_grad_(gradient) for x in (stats.logprobs, stats.entropy)]
+        loss, clipped = loss_of(*outputs)
+        if gradient:
+            grads = torch.autograd.grad(loss.sum(), outputs, allow_unused=True)
+    if gradient:
+        logprob_grad, entropy_grad = (None if x is None else x.contiguous() for x in grads)
+        if logprob_grad is None:
+            logprob_grad = torch.zeros_like(stats.logprobs)
+        backend.row_grad(logits, tokens, stats, logprob_grad, entropy_grad, temperature, out)
+    return RowLosses(loss.detach(), stats.logprobs, stats.entropy, clipped)
+
+
+def token_level_loss(
+    inputs: RowInputs, objective: Objective, live: Tensor
+) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """A token-level objective as the `loss_of` of `two_step`: the specification, weighted."""
+
+    def loss_of(logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor]:
+        terms = token_loss(
+            objective,
+            logprobs,
+            inputs.advantages,
+            old_logprobs=inputs.old_logprobs,
+            ref_logprobs=inputs.ref_logprobs,
+            mask=live,
+        )
+        loss = inputs.weight * terms.loss
+        if inputs.entropy_weight is not None:
+            loss = loss - inputs.entropy_weight * entropy
+        return loss, terms.clipped
+
+    return loss_of
+
+
+def written(tensor: Tensor) -> None:
+    """Tell autograd that a kernel wrote into `tensor`, as torch's in-place operators do: who saved
+    the old values for a backward pass must hear that they are gone."""
+    if not (torch.compiler.is_compiling() or tensor.is_inference()):
+        torch.autograd.graph.increment_version(tensor)
 
 
 def alias_rows(logits: Tensor, dtype: torch.dtype) -> Tensor:
@@ -167,7 +239,8 @@ def alias_rows(logits: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def overwrites(logits: Tensor, out: Tensor) -> bool:
-    """Whether `out` shares the storage of `logits`, as `logits` itself or as `alias_rows` of it.
+    """Whether `out` lies in the rows of `logits`, where a sweep from the last column to the first
+    may write it: in the logits' own place, or, narrower, in the upper part of every row's bytes.
 
     Raises:
         ValueError: it shares the storage in another way, so that a logit would be overwritten
@@ -177,9 +250,13 @@ def overwrites(logits: Tensor, out: Tensor) -> bool:
         return out is logits
     if not torch._C._is_alias_of(out, logits):
         return False
-    own = alias_rows(logits, out.dtype)
-    if out.storage_offset() == own.storage_offset() and out.stride() == own.stride():
-        return True
+    wide, narrow, columns = logits.element_size(), out.element_size(), logits.shape[1]
+    same_rows = out.stride(0) * narrow == logits.stride(0) * wide or logits.shape[0] <= 1
+    ahead = out.storage_offset() * narrow - logits.storage_offset() * wide  # bytes
+    if same_rows and ahead >= (wide - narrow) * columns:
+        row_bytes = max(logits.stride(0), columns) * wide
+        if ahead == 0 if wide == narrow else ahead + columns * narrow <= row_bytes:
+            return True
     raise ValueError(
         "out shares the storage of logits but is neither logits nor alias_rows(logits, dtype): it "
         "would overwrite logits that have yet to be read; pass one of those, or its own tensor"

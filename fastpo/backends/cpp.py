@@ -1,7 +1,6 @@
 """The CPU backend: the row primitives in C++ (csrc/), vectorised and threaded over rows.
 
-A thin layer over `torch.ops.fastpo.cpp_*`. A gradient that shares the logits' storage goes through
-the operators whose schema says that the logits are overwritten: torch.compile must know.
+A thin layer over `torch.ops.fastpo.cpp_*`.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastpo import _extension
-from fastpo.backends.base import RowInputs, RowLosses, RowStats, Rule, overwrites
+from fastpo.backends.base import RowInputs, RowLosses, RowStats, Rule, overwrites, written
 from fastpo.objective import Objective
 
 ops = torch.ops.fastpo
@@ -40,12 +39,10 @@ def row_grad(
     out: Tensor,
 ) -> None:
     """See `fastpo.backends.base.Backend`."""
-    arguments = (logits, tokens, *stats, logprob_grad, entropy_grad, *_temperature(temperature))
-    if overwrites(logits, out):
-        ops.cpp_row_grad_(*arguments, out.dtype)
-    else:
-        ops.cpp_row_grad_out(*arguments, out)
-    _written(out)
+    overwrites(logits, out)
+    rows = (*stats, logprob_grad, entropy_grad)
+    ops.cpp_row_grad(logits, tokens, *rows, *_temperature(temperature), out)
+    written(out)
 
 
 def row_policy_loss(
@@ -57,31 +54,23 @@ def row_policy_loss(
     out: Tensor | None,
 ) -> RowLosses:
     """See `fastpo.backends.base.Backend`."""
-    rule = [float(number) for number in Rule.of(objective)]
-    arguments = (logits, tokens, *inputs, rule, *_temperature(temperature))
-    if out is None:
-        return RowLosses(*ops.cpp_row_policy_loss(*arguments))
-    if overwrites(logits, out):
-        losses = ops.cpp_row_policy_loss_(*arguments, out.dtype)
-    else:
-        losses = ops.cpp_row_policy_loss_out(*arguments, out)
-    _written(out)
-    return RowLosses(*losses)
+    if out is not None:
+        overwrites(logits, out)
+    rule = Rule.from_objective(objective)
+    arguments = (logits, tokens, *inputs, rule, *_temperature(temperature), out)
+    losses = RowLosses(*ops.cpp_row_policy_loss(*arguments))
+    if out is not None:
+        written(out)
+    return losses
 
 
 def scale_(grad: Tensor, factor: Tensor) -> None:
     """See `fastpo.backends.base.Backend`."""
     ops.cpp_scale_(grad, factor.float())
-    _written(grad)
+    written(grad)
 
 
 def _temperature(temperature: float | Tensor) -> tuple[float, Tensor | None]:
     if isinstance(temperature, Tensor):
         return 1.0, temperature
     return float(temperature), None
-
-
-def _written(tensor: Tensor) -> None:
-    """Tell autograd, as torch's own in-place operators do: saved old values are gone."""
-    if not (torch.compiler.is_compiling() or tensor.is_inference()):
-        torch.autograd.graph.increment_version(tensor)

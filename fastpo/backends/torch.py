@@ -6,11 +6,13 @@ from autograd through the specification, `fastpo.objective.token_loss`, not from
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
 
-from fastpo.backends.base import RowInputs, RowLosses, RowStats
-from fastpo.objective import Objective, token_loss
+from fastpo.backends.base import RowInputs, RowLosses, RowStats, token_level_loss, two_step
+from fastpo.objective import Objective
 
 
 def unavailable(device: torch.device | None = None) -> str | None:
@@ -69,29 +71,10 @@ def row_policy_loss(
     out: Tensor | None,
 ) -> RowLosses:
     """See `fastpo.backends.base.Backend`."""
-    weight, entropy_weight = inputs.weight, inputs.entropy_weight
-    live = weight != 0 if entropy_weight is None else (weight != 0) | (entropy_weight != 0)
-    stats = row_stats(logits, tokens, temperature, live)
-    with torch.set_grad_enabled(out is not None):  # inference mode knows no requires_grad_
-        logprobs = stats.logprobs.detach().requires_grad_(out is not None)
-        terms = token_loss(
-            objective,
-            logprobs,
-            inputs.advantages,
-            old_logprobs=inputs.old_logprobs,
-            ref_logprobs=inputs.ref_logprobs,
-            mask=live,
-        )
-        loss = weight * terms.loss
-        if out is not None:
-            (logprob_grad,) = torch.autograd.grad(loss.sum(), logprobs)
-    if out is not None:
-        entropy_grad = None if entropy_weight is None else -entropy_weight
-        row_grad(logits, tokens, stats, logprob_grad, entropy_grad, temperature, out)
-    loss = loss.detach()
-    if entropy_weight is not None:
-        loss = loss - entropy_weight * stats.entropy
-    return RowLosses(loss, stats.logprobs, stats.entropy, terms.clipped)
+    live = inputs.live
+    loss_of = token_level_loss(inputs, objective, live)
+    this = sys.modules[__name__]
+    return two_step(this, logits, tokens, temperature, out, live=live, loss_of=loss_of)
 
 
 def scale_(grad: Tensor, factor: Tensor) -> None:

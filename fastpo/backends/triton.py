@@ -1,8 +1,7 @@
 """The Triton backend: the row primitives on CUDA and ROCm, and on CPU under Triton's interpreter.
 
-A thin layer over `torch.ops.fastpo.triton_*`, which launch the kernels in kernels/. A gradient that
-shares the logits' storage goes through the operators whose schema says that the logits are
-overwritten.
+A thin layer over the launchers in kernels/. Only a compiler is shown operators, those of
+`_triton_ops`; an eager call launches.
 """
 
 from __future__ import annotations
@@ -12,7 +11,8 @@ import importlib
 import torch
 from torch import Tensor
 
-from fastpo.backends.base import RowInputs, RowLosses, RowStats, Rule, overwrites
+from fastpo import kernels  # a package: its modules, which need triton, come with _triton_ops
+from fastpo.backends.base import RowInputs, RowLosses, RowStats, Rule, overwrites, written
 from fastpo.objective import Objective
 
 ops = torch.ops.fastpo
@@ -41,7 +41,10 @@ def row_stats(
 ) -> RowStats:
     """See `fastpo.backends.base.Backend`."""
     tokens, live = _contiguous(tokens, live)
-    return RowStats(*ops.triton_row_stats(logits, tokens, *_temperature(temperature), live))
+    arguments = (logits, tokens, *_temperature(temperature), live)
+    if torch.compiler.is_compiling():
+        return RowStats(*ops.triton_row_stats(*arguments))
+    return RowStats(*kernels.row_stats.row_stats(*arguments))
 
 
 def row_grad(
@@ -55,11 +58,13 @@ def row_grad(
 ) -> None:
     """See `fastpo.backends.base.Backend`."""
     rows = (tokens, stats.row_max, stats.log_sum, stats.entropy, logprob_grad, entropy_grad)
-    arguments = (logits, *_contiguous(*rows), *_temperature(temperature))
-    if overwrites(logits, out):
-        ops.triton_row_grad_(*arguments, out.dtype)
+    arguments = (logits, *_contiguous(*rows), *_temperature(temperature), out)
+    overwrites(logits, out)
+    if torch.compiler.is_compiling():
+        ops.triton_row_grad_out(*arguments)
     else:
-        ops.triton_row_grad_out(*arguments, out)
+        kernels.row_grad.row_grad(*arguments)
+        written(out)
 
 
 def row_policy_loss(
@@ -71,18 +76,20 @@ def row_policy_loss(
     out: Tensor | None,
 ) -> RowLosses:
     """See `fastpo.backends.base.Backend`."""
-    rule = [float(number) for number in Rule.of(objective)]
-    arguments = (logits, *_contiguous(tokens, *inputs), rule, *_temperature(temperature))
-    if out is None:
-        return RowLosses(*ops.triton_row_policy_loss(*arguments))
-    if overwrites(logits, out):
-        return RowLosses(*ops.triton_row_policy_loss_(*arguments, out.dtype))
-    return RowLosses(*ops.triton_row_policy_loss_out(*arguments, out))
+    if out is not None:
+        overwrites(logits, out)
+    arguments = (logits, *_contiguous(tokens, *inputs), *_temperature(temperature), out)
+    rule = Rule.from_objective(objective)._asdict()
+    losses = RowLosses(*kernels.row_policy_loss.row_policy_loss(*arguments, **rule))
+    if out is not None:
+        written(out)
+    return losses
 
 
 def scale_(grad: Tensor, factor: Tensor) -> None:
     """See `fastpo.backends.base.Backend`."""
-    ops.triton_scale_(grad, factor)
+    kernels.scale.scale_(grad, factor)
+    written(grad)
 
 
 def _contiguous(*rows: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -164,8 +164,18 @@ def check_objective(objective: object) -> None:
         )
 
 
+def sequences_of(leading: torch.Size, cu_seqlens: Tensor | None, like: Tensor) -> Segments:
+    """The sequences of a batch; a packed one must say where they begin."""
+    if len(leading) == 1 and cu_seqlens is None:
+        raise ValueError(
+            f"a packed [N] batch, {list(leading)}, needs cu_seqlens (B + 1,) int32, the offsets of "
+            "its sequences; or pass a [B, T] batch"
+        )
+    return segments_of(leading, cu_seqlens, None, like)
+
+
 def segments_of(
-    leading: torch.Size, cu_seqlens: Tensor | None, objective: Objective, like: Tensor
+    leading: torch.Size, cu_seqlens: Tensor | None, objective: Objective | None, like: Tensor
 ) -> Segments:
     """The sequences of a batch, from its leading shape or from cu_seqlens."""
     if len(leading) == 2:

@@ -1,0 +1,247 @@
+"""`gae` and `value_loss` against loops written by hand, verl, and hostile slots."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastpo
+
+FP64 = torch.float64
+LENGTHS = [4, 1, 0, 7, 3]
+B, T = len(LENGTHS), 9
+
+
+def batch(seed=0, dtype=FP64) -> dict[str, torch.Tensor]:
+    """[B, T] numbers with holes in the mask; sequence 2 has no live token."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal():
+        return torch.randn(B, T, generator=generator, dtype=FP64).to(dtype)
+
+    mask = torch.arange(T) < torch.tensor(LENGTHS)[:, None]
+    mask[3, 2:4] = False  # what a tool said
+    return {
+        "rewards": normal(),
+        "values": normal(),
+        "old": normal(),
+        "returns": normal(),
+        "mask": mask,
+    }
+
+
+def by_hand(rewards, values, mask, gamma, lam) -> tuple[list[float], list[float]]:
+    """One sequence, from its last token to its first."""
+    advantages, returns = [0.0] * len(rewards), [0.0] * len(rewards)
+    value, advantage = 0.0, 0.0
+    for t in reversed(range(len(rewards))):
+        if not mask[t]:
+            continue
+        advantage = rewards[t] + gamma * value - values[t] + gamma * lam * advantage
+        value = values[t]
+        advantages[t], returns[t] = advantage, advantage + values[t]
+    return advantages, returns
+
+
+@pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.9, 0.7), (1.0, 1.0), (0.9, 0.0), (0, 0.5)])
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_gae_by_hand(layout, gamma, lam):
+    """REGRESSIONS 17: NaN and inf in masked slots change nothing."""
+    t = batch()
+    rows = [
+        by_hand(*(x.tolist() for x in row), gamma, lam)
+        for row in zip(t["rewards"], t["values"], t["mask"], strict=True)
+    ]
+    expected = torch.tensor(rows, dtype=FP64).transpose(0, 1)  # (2, B, T)
+    rewards, values = (t[key].masked_fill(~t["mask"], torch.nan) for key in ("rewards", "values"))
+    values[1, 5] = torch.inf
+    options = {"gamma": gamma, "lam": lam}
+    if layout == "padded":
+        got = fastpo.gae(rewards, values, mask=t["mask"], **options)
+    else:
+        cut = torch.tensor([4, 1, 0, 9, 3])  # holes of sequence 3 stay in; sequence 2 has no row
+        keep = torch.arange(T) < cut[:, None]
+        expected = expected[:, keep]
+        offsets = torch.tensor([0, *cut]).cumsum(0).int()
+        got = fastpo.gae(
+            rewards[keep], values[keep], mask=t["mask"][keep], cu_seqlens=offsets, **options
+        )
+    for x, y in zip(got, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
+
+
+def test_a_nan_stays_in_its_own_sequence():
+    t = batch()
+    t["rewards"][3, 5] = torch.nan
+    clean = fastpo.gae(batch()["rewards"], t["values"], mask=t["mask"], gamma=0.9, lam=0.8)
+    got = fastpo.gae(t["rewards"], t["values"], mask=t["mask"], gamma=0.9, lam=0.8)
+    assert got.advantages[3, :2].isnan().all() and got.advantages[3, 6] == clean.advantages[3, 6]
+    others = [0, 1, 2, 4]
+    assert torch.equal(got.advantages[others], clean.advantages[others])
+
+
+def test_gae_of_low_precision_is_computed_in_fp64():
+    t = batch(dtype=torch.bfloat16)
+    got = fastpo.gae(t["rewards"], t["values"], mask=t["mask"], gamma=0.99, lam=0.9)
+    exact = fastpo.gae(
+        t["rewards"].double(), t["values"].double(), mask=t["mask"], gamma=0.99, lam=0.9
+    )
+    assert got.advantages.dtype == torch.float32
+    assert torch.equal(got.advantages, exact.advantages.float())
+
+
+def test_a_long_constant_sequence_has_the_closed_form():
+    """Rewards 1, values 0: the discounted return is a geometric series."""
+    n, gamma = 70_001, 0.999
+    ones = torch.ones(n, dtype=FP64)
+    offsets = torch.tensor([0, n], dtype=torch.int32)
+    got = fastpo.gae(ones, 0 * ones, gamma=gamma, lam=1.0, cu_seqlens=offsets).returns
+    left = torch.arange(n, 0, -1, dtype=FP64)
+    torch.testing.assert_close(got, (1 - gamma**left) / (1 - gamma), rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (2, 0)])
+def test_empty(shape):
+    """REGRESSIONS 43."""
+    empty = torch.zeros(shape)
+    offsets = torch.zeros(1, dtype=torch.int32) if len(shape) == 1 else None
+    got = fastpo.gae(empty, empty, gamma=1.0, lam=1.0, cu_seqlens=offsets, whiten=True)
+    assert got.advantages.shape == got.returns.shape == shape
+    values = empty.clone().requires_grad_()
+    loss = fastpo.value_loss(values, empty).loss
+    loss.backward()
+    assert loss.item() == 0 and values.grad.shape == shape
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.9, 0.7)])
+def test_gae_as_verl(verl, gamma, lam):
+    core, _ = verl
+    t = batch()
+    live = t["mask"].double()
+    advantages, returns = core.compute_gae_advantage_return(
+        t["rewards"], t["values"], live, gamma, lam
+    )
+    got = fastpo.gae(t["rewards"], t["values"], mask=t["mask"], gamma=gamma, lam=lam, whiten=True)
+    torch.testing.assert_close(got.advantages, advantages * live, rtol=1e-7, atol=1e-8)
+    torch.testing.assert_close(got.returns, returns * live, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.peer
+def test_reinforce_plus_plus_as_verl(verl):
+    """Values 0 and lam 1: whitened discounted returns."""
+    core, _ = verl
+    t = batch()
+    live = t["mask"].double()
+
+    class Config:
+        gamma = 0.97
+
+    expected, _ = core.compute_reinforce_plus_plus_outcome_advantage(
+        t["rewards"], live, config=Config
+    )
+    zero = torch.zeros_like(t["values"])
+    got = fastpo.gae(t["rewards"], zero, mask=t["mask"], gamma=0.97, lam=1.0, whiten=True)
+    torch.testing.assert_close(got.advantages, expected, rtol=1e-7, atol=1e-8)
+
+
+def value_loss_by_hand(t: dict, clip: float | None, count: float) -> float:
+    total = 0.0
+    for v, r, old, live in zip(
+        *(t[k].flatten().tolist() for k in ("values", "returns", "old", "mask")),
+        strict=True,
+    ):
+        if live:
+            near = v if clip is None else min(max(v, old - clip), old + clip)
+            total += 0.5 * max((v - r) ** 2, (near - r) ** 2)
+    return total / count
+
+
+@pytest.mark.parametrize("clip", [None, 0.2, 1.5])
+@pytest.mark.parametrize("normalizer", [None, 100, torch.tensor(0.5)])
+def test_value_loss_by_hand(clip, normalizer):
+    """Its value, its gradient by finite differences, and NaN in masked slots (REGRESSIONS 17)."""
+    t = batch()
+    count = int(t["mask"].sum()) if normalizer is None else float(normalizer)
+    hostile = {k: t[k].masked_fill(~t["mask"], torch.nan) for k in ("values", "returns", "old")}
+    options = {"clip": clip, "old_values": None if clip is None else hostile["old"]}
+
+    def loss(values):
+        return fastpo.value_loss(
+            values, hostile["returns"], mask=t["mask"], normalizer=normalizer, **options
+        ).loss
+
+    values = hostile["values"].requires_grad_()
+    got = loss(values)
+    torch.testing.assert_close(got.item(), value_loss_by_hand(t, clip, count), rtol=1e-12, atol=0)
+    (grad,) = torch.autograd.grad(got, values)
+    assert not grad[~t["mask"]].any()
+    for where in t["mask"].nonzero().tolist():
+        ends = []
+        for step in (1e-6, -1e-6):
+            moved = {**t, "values": t["values"].clone()}
+            moved["values"][tuple(where)] += step
+            ends.append(value_loss_by_hand(moved, clip, count))
+        slope = (ends[0] - ends[1]) / 2e-6
+        assert grad[tuple(where)].item() == pytest.approx(slope, rel=1e-6, abs=1e-8)
+
+
+@pytest.mark.peer
+def test_value_loss_as_verl(verl):
+    core, _ = verl
+    t = batch()
+    values = t["values"].clone().requires_grad_()
+    theirs, fraction = core.compute_value_loss(
+        values, t["returns"], t["old"], t["mask"].double(), 0.5
+    )
+    (slope,) = torch.autograd.grad(theirs, values)
+    got = fastpo.value_loss(values, t["returns"], old_values=t["old"], clip=0.5, mask=t["mask"])
+    (grad,) = torch.autograd.grad(got.loss, values)
+    torch.testing.assert_close(got.loss, theirs, rtol=1e-7, atol=0)
+    torch.testing.assert_close(grad, slope, rtol=1e-7, atol=1e-12)
+    assert 0 < fraction.item() < 1
+    torch.testing.assert_close(
+        got.metrics["clipped"] / got.metrics["tokens"], fraction, rtol=1e-6, atol=0
+    )
+
+
+def test_all_masked_is_a_differentiable_zero():
+    """REGRESSIONS 8, 15."""
+    t = batch(dtype=torch.float32)
+    values = t["values"].requires_grad_()
+    result = fastpo.value_loss(values, t["returns"], mask=torch.zeros_like(t["mask"]))
+    result.loss.backward()
+    assert result.loss.item() == 0 and not values.grad.any()
+    assert result.metrics["tokens"].item() == 0
+
+
+ROW = torch.zeros(3)
+OFFSETS = torch.tensor([0, 3], dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    "call, error, words",
+    [
+        (lambda: fastpo.gae(ROW, ROW, gamma=1, lam=1), ValueError, "needs cu_seqlens"),
+        (lambda: fastpo.gae(ROW, ROW, gamma=1.5, lam=1, cu_seqlens=OFFSETS), ValueError, "gamma"),
+        (
+            lambda: fastpo.gae(ROW, ROW, gamma=1, lam="1", cu_seqlens=OFFSETS),
+            TypeError,
+            "lam is str",
+        ),
+        (
+            lambda: fastpo.gae(ROW, ROW[:2], gamma=1, lam=1, cu_seqlens=OFFSETS),
+            ValueError,
+            "values",
+        ),
+        (lambda: fastpo.gae([0.0], ROW, gamma=1, lam=1), TypeError, "rewards is list"),
+        (lambda: fastpo.gae(ROW.long(), ROW, gamma=1, lam=1), TypeError, "floating"),
+        (lambda: fastpo.value_loss(ROW, ROW, clip=0.2), ValueError, "together"),
+        (lambda: fastpo.value_loss(ROW, ROW, old_values=ROW), ValueError, "got old_values alone"),
+        (lambda: fastpo.value_loss(ROW, ROW, clip=-1.0, old_values=ROW), ValueError, "clip is -1"),
+        (lambda: fastpo.value_loss(ROW, ROW, mask=ROW), TypeError, "mask"),
+    ],
+)
+def test_refusals(call, error, words):
+    with pytest.raises(error, match=words):
+        call()
