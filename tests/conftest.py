@@ -26,7 +26,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Refuse to test on an interpreter that computes wrongly: such tests would prove nothing."""
     if HAS_GPU or not HAS_TRITON:
         return
-    from fastpo.testing.interpreter import fix_arithmetic
+    from triton_interpreter import fix_arithmetic
 
     try:
         fix_arithmetic()

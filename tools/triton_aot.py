@@ -1,9 +1,15 @@
 """Compile the Triton kernels for GPUs that are not here, and read what the compiler made of them.
 
-    python -m fastpo.testing.aot --targets sm_90 gfx942 --vocab 151936
+    python tools/triton_aot.py --targets sm_90 gfx942 --vocab 151936
 
-prints registers, stack, spills and the width of the memory accesses of every kernel. It goes
-through the launchers themselves, so the constants, flags and options are those of a real launch.
+prints registers, spills, instructions per logit, shuffles, barriers and the width of the memory
+accesses of every kernel. It goes through the launchers themselves, so the constants, flags and
+options are those of a real launch.
+
+    python tools/triton_aot.py --page benchmarks/results/aot.md --also .cache/triton-3.6.0
+
+writes the committed table, under this Triton and under another one unpacked into a folder
+(`make aot`).
 """
 
 from __future__ import annotations
@@ -11,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -25,6 +32,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+ROOT = Path(__file__).resolve().parents[1]
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -108,10 +116,15 @@ class Resources:
     target: str
     dtype: str
     vocab: int
+    triton: str  # the version that compiled it
     threads: int
     registers: int  # per thread
     stack: int  # bytes per thread
     spills: int  # loads and stores of local memory, or spilled vector registers
+    first_sweep: float | None  # instructions per logit of the loop that loads (None: no such loop)
+    second_sweep: float | None  # of the loop that loads and stores
+    loop_shuffles: int | None  # in any loop (None: not counted on this target)
+    barriers: int | None
     wide_loads: int  # 16 bytes
     narrow_loads: int
     wide_stores: int  # 16 bytes
@@ -119,38 +132,88 @@ class Resources:
     shared: int  # bytes of shared memory
 
 
-def read_resources(compiled, *, target: str, dtype: str, vocab: int, label: str) -> Resources:
-    """Inspect a compiled kernel: SASS for NVIDIA targets, the assembly's metadata for AMD."""
-    counts = _from_sass(compiled) if "cubin" in compiled.asm else _from_amdgcn(compiled)
+def read_resources(
+    compiled, *, target: str, dtype: str, vocab: int, label: str, columns: int
+) -> Resources:
+    """Inspect a compiled kernel: SASS for NVIDIA targets, the assembly's metadata for AMD.
+
+    `columns` is how many logits a thread takes in one iteration of its loops.
+    """
+    nvidia = "cubin" in compiled.asm
+    counts = _from_sass(compiled, columns) if nvidia else _from_amdgcn(compiled)
     return Resources(
         kernel=label,
         target=target,
         dtype=dtype,
         vocab=vocab,
+        triton=triton.__version__,
         threads=compiled.metadata.num_warps * TARGETS[target].warp_size,
         shared=compiled.metadata.shared,
         **counts,
     )
 
 
-def _from_sass(compiled) -> dict[str, int]:
+def _from_sass(compiled, columns: int) -> dict:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
         sass = _tool("nvdisasm", "-c", file.name)
-    loads, stores = len(re.findall(r"\bLDG", sass)), len(re.findall(r"\bSTG", sass))
-    wide_loads = len(re.findall(r"\bLDG\S*\.128", sass))
-    wide_stores = len(re.findall(r"\bSTG\S*\.128", sass))
+    instructions, loops = innermost_loops(sass)
+
+    def per_logit(loads: bool, stores: bool) -> float | None:
+        found = [
+            len(loop)
+            for loop in loops
+            if (count(loop, "LDG") > 0, count(loop, "STG") > 0) == (loads, stores)
+        ]
+        return round(sum(found) / columns, 1) if found else None
+
+    loads, stores = count(instructions, "LDG"), count(instructions, "STG")
+    wide_loads, wide_stores = (count(instructions, rf"{x}\S*\.128") for x in ("LDG", "STG"))
     return {
         "registers": int(re.search(r"REG:(\d+)", usage).group(1)),
         "stack": int(re.search(r"STACK:(\d+)", usage).group(1)),
-        "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        "spills": count(instructions, "LDL|STL"),
+        "first_sweep": per_logit(loads=True, stores=False),
+        "second_sweep": per_logit(loads=True, stores=True),
+        "loop_shuffles": sum(count(loop, "SHFL") for loop in loops),
+        "barriers": count(instructions, "BAR"),
         "wide_loads": wide_loads,
         "narrow_loads": loads - wide_loads,
         "wide_stores": wide_stores,
         "narrow_stores": stores - wide_stores,
     }
+
+
+def innermost_loops(sass: str) -> tuple[list[str], list[list[str]]]:
+    """(all instructions, those of every loop without another in it) of an nvdisasm listing.
+
+    An instruction is its opcode with modifiers and operands, without a predicate.
+    """
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    spans: list[tuple[int, int]] = []
+    for line in sass.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(instructions)
+        elif found := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(.*?);", line):
+            instructions.append(found[1])
+            target = re.match(r"BRA\b.*`\((\.L_x_\d+)\)", found[1])
+            start = labels.get(target[1]) if target else None
+            if start is not None and start < len(instructions) - 1:  # the last BRA jumps to itself
+                spans.append((start, len(instructions)))
+    inner = [
+        (start, end)
+        for start, end in spans
+        if not any(start <= s and e <= end and (s, e) != (start, end) for s, e in spans)
+    ]
+    return instructions, [instructions[start:end] for start, end in inner]
+
+
+def count(instructions: list[str], opcode: str) -> int:
+    """How many instructions have an opcode that begins with the regular expression `opcode`."""
+    return sum(re.match(opcode, instruction) is not None for instruction in instructions)
 
 
 def _tool(name: str, *arguments: str) -> str:
@@ -159,7 +222,7 @@ def _tool(name: str, *arguments: str) -> str:
     return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def _from_amdgcn(compiled) -> dict[str, int]:
+def _from_amdgcn(compiled) -> dict:
     text = compiled.asm["amdgcn"]
 
     def number(field: str) -> int:
@@ -172,6 +235,10 @@ def _from_amdgcn(compiled) -> dict[str, int]:
         "registers": number("vgpr_count"),
         "stack": number("private_segment_fixed_size"),
         "spills": number("vgpr_spill_count"),  # scalar registers spill into vector ones, not memory
+        "first_sweep": None,
+        "second_sweep": None,
+        "loop_shuffles": None,
+        "barriers": None,
         "wide_loads": wide_loads,
         "narrow_loads": len(loads) - wide_loads,
         "wide_stores": wide_stores,
@@ -219,14 +286,18 @@ def launches(vocab: int, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
 
 def inspect_kernels(targets, dtypes, vocabularies) -> list[Resources]:
     """Compile every kernel for every combination; what one binary serves is compiled once."""
+    from fastpo.kernels._layout import row_layout
+
     found = []
     for target in targets:
         for dtype in dtypes:
             for vocab in vocabularies:
+                layout = row_layout(torch.empty(1, vocab, dtype=DTYPES[dtype]))
                 for label, launch in launches(vocab, DTYPES[dtype]).items():
                     with compiling_for(target) as compiled:
                         launch()
                     context = {"target": target, "dtype": dtype, "vocab": vocab, "label": label}
+                    context["columns"] = layout.STEP * layout.WIDTH
                     found.append(read_resources(compiled[-1], **context))
     return found
 
@@ -234,9 +305,35 @@ def inspect_kernels(targets, dtypes, vocabularies) -> list[Resources]:
 def table(resources: list[Resources]) -> str:
     """The resources as a Markdown table."""
     names = list(asdict(resources[0]))
-    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
-    lines += ["| " + " | ".join(str(v) for v in asdict(r).values()) + " |" for r in resources]
+    lines = ["| " + " | ".join(n.replace("_", " ") for n in names) + " |"]
+    lines.append("|" + "---|" * len(names))
+    for resource in resources:
+        cells = ("" if v is None else str(v) for v in asdict(resource).values())
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def page(resources: list[Resources]) -> str:
+    """The committed page: the table and how to read it."""
+    return f"""# Machine code of the row kernels
+
+Compiled ahead of time, without a GPU, through the launchers themselves. Sweeps are instructions per
+logit in the kernel's loops: the first reads, the second reads and writes. The kept tail of a row is
+straight code and not in them.
+
+{table(resources)}
+
+`make aot` makes this page.
+"""
+
+
+def under(folder: Path, options: list[str]) -> list[Resources]:
+    """The same inspection by a fresh process whose Triton is the one unpacked in `folder`."""
+    path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    command = [sys.executable, __file__, "--json", *options]
+    environment = os.environ | {"PYTHONPATH": path}
+    found = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    return [Resources(**fields) for fields in json.loads(found.stdout)]
 
 
 def main() -> None:
@@ -246,9 +343,18 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--vocab", nargs="+", type=int, default=list(VOCABULARIES))
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--page", type=Path, help="write a Markdown page there")
+    parser.add_argument("--also", type=Path, help="a folder with another Triton")
     options = parser.parse_args()
-    resources = inspect_kernels(options.targets, options.dtypes, options.vocab)
-    if options.json:
+    chosen = (options.targets, options.dtypes, options.vocab)
+    resources = inspect_kernels(*chosen)
+    if options.also is not None:
+        targets, dtypes, vocab = (list(map(str, x)) for x in chosen)
+        arguments = ["--targets", *targets, "--dtypes", *dtypes, "--vocab", *vocab]
+        resources += under(options.also, arguments)
+    if options.page is not None:
+        options.page.write_text(page(resources))
+    elif options.json:
         json.dump([asdict(r) for r in resources], sys.stdout)
     else:
         print(table(resources))
