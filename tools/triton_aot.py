@@ -346,6 +346,7 @@ def main() -> None:
     parser.add_argument("--page", type=Path, help="write a Markdown page there")
     parser.add_argument("--also", type=Path, help="a folder with another Triton")
     options = parser.parse_args()
+    sys.path.insert(0, str(ROOT))  # this checkout, not another one that is installed
     chosen = (options.targets, options.dtypes, options.vocab)
     resources = inspect_kernels(*chosen)
     if options.also is not None:
