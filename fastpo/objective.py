@@ -9,6 +9,7 @@ Shapes: N token positions ("rows"), B sequences. Units: log-probabilities and en
 
 from __future__ import annotations
 
+import difflib
 import math
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
@@ -87,6 +88,12 @@ class Objective:
     """VESPO's gamma shape where A < 0."""
     vespo_lambda_neg: float = 2.0
     """VESPO's gamma rate where A < 0."""
+
+    def __new__(cls, **options: object) -> Objective:
+        for name in options:
+            if name not in cls.__dataclass_fields__:
+                raise unknown_option("Objective", name)
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -221,12 +228,17 @@ def token_loss(
     loss, ratio, clipped = _SURROGATES[objective.surrogate](objective, tokens)
     kl = None
     if ref_logprobs is not None:
-        kl = _kl(objective.kl_estimator, logprobs - _constant(ref_logprobs, mask, 0))
-        if objective.kl_ratio_weighted:
-            kl = kl * _ratio(objective, tokens)
+        weighting = _ratio(objective, tokens) if objective.kl_ratio_weighted else None
+        kl = kl_term(objective, logprobs - _constant(ref_logprobs, mask, 0), weighting)
         loss = loss + objective.kl_coef * kl
         kl = kl.detach()
     return TokenLoss(loss, ratio.detach(), kl, clipped)
+
+
+def kl_term(objective: Objective, log_ratio: Tensor, ratio: Tensor | None) -> Tensor:
+    """The KL penalty of every token before kl_coef, from k = logp - ref (N,) and the ratio r."""
+    kl = _kl(objective.kl_estimator, log_ratio)
+    return kl * ratio if objective.kl_ratio_weighted else kl
 
 
 class _Tokens(NamedTuple):
@@ -269,6 +281,8 @@ def _clamp(x: Tensor, low: float, high: float) -> Tensor:
     That is torch.clamp up to 2.13. From 2.14 on its gradient at a bound is 0, so that PPO's min
     would halve the gradient of a token whose ratio has just reached the bound.
     """
+    if not x.requires_grad:
+        return x.clamp(low, high)
     return torch.where((x >= low) & (x <= high), x, x.detach().clamp(low, high))
 
 
@@ -430,7 +444,8 @@ def token_weights(
     """
     live = _live(mask, segments).to(dtype)
     if objective.aggregation == "token_mean":
-        return live / count_or_one(live.sum() if normalizer is None else normalizer, live)
+        total = live.sum().clamp(min=1) if normalizer is None else count_or_one(normalizer, live)
+        return live / total
     sequences = count_or_one(segments.count if normalizer is None else normalizer, live)
     if objective.aggregation == "sequence_mean":
         return live / (segments.spread(segments.sum(live).clamp(min=1)) * sequences)
@@ -462,8 +477,8 @@ def entropy_weights(
             f"aggregation={objective.aggregation!r}: use aggregation='token_mean', or no normalizer"
         )
     live = _live(mask, segments).to(dtype)
-    total = live.sum() if normalizer is None else normalizer
-    return live * objective.entropy_coef / count_or_one(total, live)
+    total = live.sum().clamp(min=1) if normalizer is None else count_or_one(normalizer, live)
+    return live * objective.entropy_coef / total
 
 
 def _live(mask: Tensor | None, segments: Segments) -> Tensor:
@@ -487,3 +502,32 @@ def count_or_one(count: Tensor | float, like: Tensor) -> Tensor | float:
         count = count.to(like.dtype)  # a 0-d CPU tensor combines with any device, without a copy
         return torch.where(count == 0, torch.ones_like(count), count)
     return 1.0 if count == 0 else count
+
+
+FOREIGN_NAMES = {  # what other libraries call our fields
+    "beta": "kl_coef",
+    "kl_loss_coef": "kl_coef",
+    "kl_loss_type": "kl_estimator",
+    "delta": "ratio_max",
+    "clip_ratio_c": "ratio_max",
+    "epsilon": "clip_low",
+    "clip_ratio": "clip_low",
+    "clip_ratio_low": "clip_low",
+    "epsilon_high": "clip_high",
+    "clip_ratio_high": "clip_high",
+    "loss_agg_mode": "aggregation",
+    "loss_type": "aggregation",
+    "importance_sampling_level": "ratio_level",
+    "entropy_coeff": "entropy_coef",
+    "use_bias_correction_kl": "kl_ratio_weighted",
+}
+
+
+def unknown_option(caller: str, name: str) -> TypeError:
+    """The error for an option that no field has, with the field that was likely meant."""
+    names = tuple(field.name for field in fields(Objective))
+    hint = FOREIGN_NAMES.get(name) or difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
+    return TypeError(
+        f"{caller}() got an unknown override {name!r}; did you mean {hint!r}? "
+        f"Fields: {', '.join(names)}"
+    )
