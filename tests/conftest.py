@@ -17,7 +17,7 @@ import torch
 HAS_GPU = torch.cuda.is_available()
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 if not HAS_TRITON:
-    collect_ignore_glob = ["test_triton_*.py", "test_traffic.py"]
+    collect_ignore_glob = ["test_triton_*.py", "test_traffic.py", "test_*aot.py"]
 if not HAS_GPU and "triton" not in sys.modules:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # decided once, when Triton is imported
 

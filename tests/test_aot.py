@@ -7,22 +7,13 @@ tensors out differently, so each claim about machine code is checked under both.
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from triton_aot import ROOT, innermost_loops
+from triton_aot import OTHER_TRITON, ROOT, innermost_loops, run_compiling
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="triton is not installed"
-)
-
-OTHER = ROOT / ".cache" / "triton-3.6.0"
-TRITONS = [None, pytest.param(OTHER, marks=pytest.mark.slow, id="3.6.0")]
+TRITONS = [None, pytest.param(OTHER_TRITON, marks=pytest.mark.slow, id="3.6.0")]
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 ALIGNED = (32000, 128256, 151936, 262144)
 SCALAR_LOADS = 8  # token, weight, advantage, ...: one each per row
@@ -35,13 +26,7 @@ def run_python(code: str, *arguments: str, triton: Path | None = None) -> str:
     """Output of a Python program in a process where Triton, the given one, compiles."""
     if triton is not None and not triton.is_dir():
         pytest.skip(f"{triton.relative_to(ROOT)} is missing: `make test-all` installs it")
-    folders = [*([] if triton is None else [triton]), ROOT, ROOT / "tools"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, folders))}
-    environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-c", code, *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout
+    return run_compiling(code, *arguments, triton=triton)
 
 
 def compile_kernels(targets, dtypes, vocabularies, triton: Path | None = None) -> list[dict]:

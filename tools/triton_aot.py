@@ -33,6 +33,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 ROOT = Path(__file__).resolve().parents[1]
+OTHER_TRITON = ROOT / ".cache" / "triton-3.6.0"  # `make test-all` installs it there
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -133,11 +134,12 @@ class Resources:
 
 
 def read_resources(
-    compiled, *, target: str, dtype: str, vocab: int, label: str, columns: int
+    compiled, *, target: str, dtype: str, vocab: int, label: str, columns: int | None = None
 ) -> Resources:
     """Inspect a compiled kernel: SASS for NVIDIA targets, the assembly's metadata for AMD.
 
-    `columns` is how many logits a thread takes in one iteration of its loops.
+    `columns` is how many logits a thread takes in one iteration of its loops; without it there are
+    no instructions per logit.
     """
     nvidia = "cubin" in compiled.asm
     counts = _from_sass(compiled, columns) if nvidia else _from_amdgcn(compiled)
@@ -153,7 +155,7 @@ def read_resources(
     )
 
 
-def _from_sass(compiled, columns: int) -> dict:
+def _from_sass(compiled, columns: int | None) -> dict:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -167,7 +169,7 @@ def _from_sass(compiled, columns: int) -> dict:
             for loop in loops
             if (count(loop, "LDG") > 0, count(loop, "STG") > 0) == (loads, stores)
         ]
-        return round(sum(found) / columns, 1) if found else None
+        return round(sum(found) / columns, 1) if found and columns else None
 
     loads, stores = count(instructions, "LDG"), count(instructions, "STG")
     wide_loads, wide_stores = (count(instructions, rf"{x}\S*\.128") for x in ("LDG", "STG"))
@@ -327,13 +329,28 @@ straight code and not in them.
 """
 
 
+def run_compiling(code: str, *arguments: str, triton: Path | None = None) -> str:
+    """Output of a Python program in a process whose Triton, that in the folder `triton`, compiles.
+
+    Raises:
+        RuntimeError: the program failed; the end of what it wrote to stderr.
+    """
+    folders = [*([] if triton is None else [triton]), ROOT, ROOT / "tools"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, folders))}
+    environment |= {"OMP_NUM_THREADS": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-c", code, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if result.returncode != 0:
+        raise RuntimeError(result.stderr[-3000:])
+    return result.stdout
+
+
 def under(folder: Path, options: list[str]) -> list[Resources]:
     """The same inspection by a fresh process whose Triton is the one unpacked in `folder`."""
-    path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    command = [sys.executable, __file__, "--json", *options]
-    environment = os.environ | {"PYTHONPATH": path}
-    found = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-    return [Resources(**fields) for fields in json.loads(found.stdout)]
+    code = "from triton_aot import main; main()"
+    found = json.loads(run_compiling(code, "--json", *options, triton=folder))
+    return [Resources(**fields) for fields in found]
 
 
 def main() -> None:
