@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastpo
+from fastpo import backends
 
 OBJECTIVE = fastpo.dapo()
 TRL_COLUMNS = 32768  # TRL 1.16's own choice of columns per tile
@@ -34,9 +35,17 @@ class Problem:
 
     @classmethod
     def random(
-        cls, batch: int, length: int, width: int, vocab: int, *, device="cpu", dtype=torch.float32
+        cls,
+        batch: int,
+        length: int,
+        width: int,
+        vocab: int,
+        *,
+        device="cpu",
+        dtype=torch.float32,
+        spread: float = 1.0,
     ) -> Problem:
-        """Logits of unit variance; old log-probs are the policy's own + N(0, 0.1)."""
+        """Logits of standard deviation `spread`; old log-probs are the policy's own + N(0, 0.1)."""
         generator = torch.Generator(device).manual_seed(0)
 
         def normal(*size: int) -> Tensor:
@@ -44,7 +53,7 @@ class Problem:
 
         hidden = normal(batch, length, width).to(dtype)
         weight = torch.empty(vocab, width, device=device, dtype=dtype)
-        weight.normal_(0, width**-0.5, generator=generator)
+        weight.normal_(0, spread * width**-0.5, generator=generator)
         tokens = torch.randint(vocab, (batch, length), generator=generator, device=device)
         own = fastpo.linear_token_logprobs(hidden, weight, tokens).logprobs
         return cls(
@@ -80,7 +89,12 @@ def bare_gemms(problem: Problem) -> Result:
         return logits[0, 0], logits @ problem.weight, logits.t() @ hidden
 
 
-def fastpo_linear(problem: Problem) -> Result:
+def fastpo_exp(problem: Problem) -> Result:
+    """The same with exponentials in the first GEMM, which no kernel sweeps over."""
+    return fastpo_linear(problem, backend="triton-exp")
+
+
+def fastpo_linear(problem: Problem, backend: str | None = None) -> Result:
     """fastpo.linear_policy_loss."""
     return problem.finish(
         fastpo.linear_policy_loss(
@@ -90,6 +104,7 @@ def fastpo_linear(problem: Problem) -> Result:
             problem.advantages,
             objective=OBJECTIVE,
             old_logprobs=problem.old_logprobs,
+            backend=backend,
         ).loss
     )
 
@@ -170,6 +185,7 @@ def cut_cross_entropy(problem: Problem) -> Result:
 
 METHODS: dict[str, Callable[[Problem], Result]] = {
     "fastpo": fastpo_linear,
+    "fastpo, triton-exp": fastpo_exp,
     "eager": eager,
     "torch.compile": compiled,
     "torch linear_cross_entropy": torch_linear_cross_entropy,
@@ -182,6 +198,8 @@ METHODS: dict[str, Callable[[Problem], Result]] = {
 def unavailable(name: str, device: torch.device | str) -> str | None:
     """Why a method cannot run here, or None."""
     packages = {"TRL": "trl", "Liger": "liger_kernel", "cut-cross-entropy": "cut_cross_entropy"}
+    if name == "fastpo, triton-exp":
+        return backends.unavailable("triton-exp", device)
     if name == "torch linear_cross_entropy" and not hasattr(F, "linear_cross_entropy"):
         return f"torch {torch.__version__} has none"
     if name == "cut-cross-entropy" and torch.device(device).type != "cuda":

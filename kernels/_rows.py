@@ -11,6 +11,7 @@ the lanes, 3.6 lanes and waves, which costs 24 shuffles and 8 rescales a step.
 
 import triton
 import triton.language as tl
+from triton.language.target_info import is_cuda
 
 # exp is 0 in fp32 below -104, so a centered logit may be raised to this without changing any sum;
 # it keeps 0 * -inf out of p * (u - m). NaN needs no care there: p itself is NaN then.
@@ -18,6 +19,7 @@ _LOWEST: tl.constexpr = tl.constexpr(-200.0)
 # Two of them in a 32-bit word.
 _MINUS_INF_BF16: tl.constexpr = tl.constexpr(-8323200)  # 0xFF80FF80
 _MINUS_INF_FP16: tl.constexpr = tl.constexpr(-67044352)  # 0xFC00FC00
+_SMALLEST_NORMAL: tl.constexpr = tl.constexpr(2.0**-126)
 _LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
@@ -240,6 +242,23 @@ def token_logprob(token_logit, inverse_temperature, row_max, log_sum):
 
 
 @triton.jit
+def without_subnormals(gradient):
+    """The same with 0 for numbers below 2^-126, as every backend writes them; NaN stays."""
+    return tl.where(tl.abs(gradient) < _SMALLEST_NORMAL, 0.0, gradient)
+
+
+@triton.jit
+def flushing_product(a, b):
+    """`without_subnormals(a * b)`; NVIDIA's multiplication can, other GPUs spend two operations."""
+    if is_cuda():
+        return tl.inline_asm_elementwise(
+            "mul.ftz.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return without_subnormals(a * b)
+
+
+@triton.jit
 def softmax_gradient(logits, row, inverse_temperature, c, e, HAS_ENTROPY_GRAD: tl.constexpr):
     """-c p_j + e p_j (E_p[u] - u_j), the gradient save for the token's own term c.
 
@@ -249,9 +268,9 @@ def softmax_gradient(logits, row, inverse_temperature, c, e, HAS_ENTROPY_GRAD: t
     centered = tl.fma(logits.to(tl.float32), inverse_temperature, -row_max)
     p = tl.exp2(tl.fma(centered, _LOG2_E, -log_sum * _LOG2_E))
     if HAS_ENTROPY_GRAD:
-        return p * tl.fma(-e, tl.maximum(centered, _LOWEST), e * mean - c)
+        return flushing_product(p, tl.fma(-e, tl.maximum(centered, _LOWEST), e * mean - c))
     else:
-        return p * -c
+        return flushing_product(p, -c)
 
 
 @triton.jit
@@ -342,6 +361,7 @@ def write_token_gradient(
     One store a row instead of a comparison, an addition and a selection a column.
     """
     gradient = c + softmax_gradient(token_logit, row, inverse_temperature, c, e, HAS_ENTROPY_GRAD)
+    gradient = without_subnormals(gradient)
     tl.debug_barrier()  # another thread has stored this column without the term
     inside = (token >= 0) & (token < V)
     tl.store(out_row_ptr + token, gradient.to(out_row_ptr.dtype.element_ty), mask=inside)

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._layout import launch_rows, row_layout, row_stride
-from ._rows import store_wave, wave_columns
+from ._rows import flushing_product, store_wave, wave_columns
 
 PROGRAMS_PER_SM = 4  # 512 threads each: as many as an SM of 2,048 holds at once
 
@@ -34,7 +34,8 @@ def _scale_kernel(
                 for i in tl.static_range(STEP):
                     columns = wave_columns(start + i * WAVE, LANES, WIDTH, ADJACENT)
                     wave = tl.load(row_ptr + columns, mask=columns < V, other=0.0)
-                    store_wave(row_ptr, columns, wave.to(tl.float32) * factor, V)
+                    scaled = flushing_product(wave.to(tl.float32), factor)
+                    store_wave(row_ptr, columns, scaled, V)
 
 
 def scale_(grad: Tensor, factor: Tensor) -> None:

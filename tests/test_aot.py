@@ -16,7 +16,7 @@ from triton_aot import OTHER_TRITON, ROOT, innermost_loops, run_compiling
 TRITONS = [None, pytest.param(OTHER_TRITON, marks=pytest.mark.slow, id="3.6.0")]
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 ALIGNED = (32000, 128256, 151936, 262144)
-SCALAR_LOADS = 8  # token, weight, advantage, ...: one each per row
+SCALAR_LOADS = 11  # token, weight, advantage, ...: one each per row
 SCALAR_STORES = 9  # loss, log-prob, ..., the token's gradient; zero-fill and sweeps are wide
 MOST_BARRIERS = 10  # three merges of at most three, one before the token's store; none in a loop
 MOST_INSTRUCTIONS = {"bf16": 17.5, "fp32": 16.5}  # per logit, both sweeps, DAPO, sm_80 and sm_90
@@ -104,7 +104,7 @@ def test_short_rows_take_fewer_threads_and_spill_nothing(triton):
 @pytest.mark.parametrize("target", TARGETS)
 def test_resources_everywhere(target, triton, capsys):
     kernels = compile_kernels([target], ["bf16", "fp32"], [50257, *ALIGNED], triton)
-    assert len(kernels) == 5 * (6 + 8)
+    assert len(kernels) == 5 * (7 + 9)
     check_resources(kernels)
     show(kernels, capsys)
 
@@ -132,16 +132,19 @@ def test_loops_of_a_listing():
 RECOMPILATION = """
 import json, torch
 from fastpo.kernels import row_grad, row_policy_loss, row_stats, scale
+from fastpo.backends.base import Rule
+from fastpo.objective import Objective
 from triton_aot import recording_keys
 
 def launch_all(rows, vocab, dtype, temperature, number):
     logits = torch.empty(rows + 1, vocab, dtype=dtype)[1:]
     x, y = torch.zeros(rows + 3)[3:], torch.zeros(rows + 1, dtype=torch.int64)[1:]
-    rule = dict(surrogate=0, kl=3, kl_ratio_weighted=False, ratio_low=1 - number, tau_pos=number,
-                ratio_high=1 + number, ratio_max=5 + number, kl_coef=number, tau_neg=number)
+    rule = Rule.from_objective(Objective(kl_coef=0.1, old_kl_coef=0.1))._asdict()
+    whole = ("surrogate", "kl", "kl_ratio_weighted", "old_kl", "gate", "two_sided")
+    rule |= {field: 1 + number for field in rule if field not in whole}
     row_stats.row_stats(logits, y, temperature, None, None)
     row_grad.row_grad(logits, y, x, x, x, x, x, temperature, None, logits)
-    row_policy_loss.row_policy_loss(logits, y, x, x, x, x, x, temperature, None, logits, **rule)
+    row_policy_loss.row_policy_loss(logits, y, *[x] * 8, temperature, None, logits, **rule)
     scale.scale_(logits, x[0])
 
 def keys(lengths, vocabularies, dtypes, temperatures):
@@ -192,7 +195,7 @@ for label, launch in launches(151936, torch.bfloat16).items():
 def test_row_offsets_are_computed_in_64_bits():
     """1: program id and stride are widened before they are multiplied, in every kernel."""
     lines = run_python(INT64_OFFSETS).splitlines()
-    assert len(lines) == 6
+    assert len(lines) == 7
     for line in lines:
         wide, narrow, extended = line.split()[-3:]
         assert int(wide) >= 1 and narrow == "0" and extended == "True", line

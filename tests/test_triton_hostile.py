@@ -138,7 +138,7 @@ def test_dead_rows_are_never_read(bad, device):
     case = RowCase.random(4, 300, EVERYTHING, device=device)
     expected_rows, expected_grad = run_policy_loss(triton_rows, case, EVERYTHING)
     dead = torch.tensor([False, True, False, True], device=device)
-    inputs = RowInputs(*(x.masked_fill(dead, bad) for x in case.inputs))
+    inputs = case.inputs.map(lambda x: x.masked_fill(dead, bad))
     inputs = inputs._replace(
         weight=case.inputs.weight.masked_fill(dead, 0),
         entropy_weight=case.inputs.entropy_weight.masked_fill(dead, 0),
@@ -198,7 +198,7 @@ def test_clip_bits(device):
     ratios = torch.tensor([0.25, 3.0, 8.0, 1.0, 2.0, 0.25])
     old = -ratios.log() - torch.tensor(4.0).log()
     advantages = [-1.0, 1.0, -1.0, -1.0, -1.0, 1.0]
-    inputs = RowInputs(*(None if x is None else x.to(device) for x in numbers(advantages)))
+    inputs = numbers(advantages).map(lambda x: x.to(device))
     inputs = inputs._replace(old_logprobs=old.to(device))
     tokens = torch.zeros(6, dtype=torch.int64, device=device)
     out = torch.empty_like(logits)
@@ -294,6 +294,18 @@ def test_strided_gradient_leaves_its_neighbours_alone(device):
     assert (buffer[:, :14] == 7).all() and (buffer[:, 114:] == 7).all()
 
 
+def test_the_ratio_moves_up_to_the_clamp_of_its_logarithm(device):
+    """At |log r| = 20 exactly the slope is r, as torch.clamp's gradient has it; 0 beyond."""
+    case = RowCase.random(4, 300, CLIP, device=device)
+    logprobs = triton_rows.row_stats(case.logits, case.tokens, case.temperature).logprobs
+    log_ratio = torch.tensor([20.0, -20.0, 20.00001, -20.00001], device=device)
+    old = logprobs - log_ratio
+    assert torch.equal((logprobs - old).abs() > 20, log_ratio.abs() > 20)
+    inputs = RowInputs(torch.ones_like(old), -log_ratio.sign(), old, None, None)  # never clipped
+    _, grad = run_policy_loss(triton_rows, dataclasses.replace(case, inputs=inputs), CLIP)
+    assert grad.ne(0).any(1).tolist() == [True, True, False, False]
+
+
 def test_bounds(device):
     """25: log p <= 0 and 0 <= H <= log V, from nearly uniform to nearly certain."""
     scale = torch.logspace(-4, 4, 12)[:, None]
@@ -342,7 +354,7 @@ def test_strides_of_the_numbers_per_token(view, device):
         case,
         tokens=restride(case.tokens),
         temperature=restride(case.temperature),
-        inputs=RowInputs(*map(restride, case.inputs)),
+        inputs=case.inputs.map(restride),
     )
     assert not strided.tokens.is_contiguous()
     check_policy_loss(triton_rows, strided, EVERYTHING)

@@ -251,20 +251,25 @@ def _from_amdgcn(compiled) -> dict:
 def launches(vocab: int, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     """{label: launch} of every kernel on one row of `vocab` logits.
 
-    "all options" has KL, entropy bonus and a temperature per token; the others what DAPO needs.
+    "all options" has KL, entropy bonus, bounds, NLL weights and temperatures per token; the others
+    what DAPO needs.
     """
+    from fastpo.backends.base import Rule
     from fastpo.kernels import row_grad, row_policy_loss, row_stats, scale
+    from fastpo.objective import Objective
 
     logits = torch.empty(1, vocab, dtype=dtype)
     token = torch.zeros(1, dtype=torch.int64)
     x = torch.zeros(1)
     live = torch.ones(1, dtype=torch.bool)
-    numbers = {"ratio_low": 0.8, "ratio_high": 1.2, "ratio_max": 5.0, "tau_pos": 1.0}
-    dapo = {"surrogate": 0, "kl": 0, "kl_ratio_weighted": False, "kl_coef": 0.0, "tau_neg": 1.0}
-    everything = dapo | {"kl": 3, "kl_ratio_weighted": True, "kl_coef": 0.1}
+    dapo = Rule.from_objective(Objective(clip_high=0.28))._asdict()
+    everything = Rule.from_objective(Objective(kl_coef=0.1, kl_ratio_weighted=True))._asdict()
     in_place = logits
     calls = {
         "row_stats": lambda: row_stats.row_stats(logits, token, 1.0, None, live),
+        "row_stats, details": lambda: row_stats.row_stats(
+            logits, token, 1.0, x, live, details=True
+        ),
         "row_grad": lambda: row_grad.row_grad(logits, token, x, x, x, x, None, 1.0, None, in_place),
         "row_grad, all options": lambda: row_grad.row_grad(
             logits, token, x, x, x, x, x, 1.0, x, in_place
@@ -273,11 +278,12 @@ def launches(vocab: int, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     }
 
     def policy_losses(out: Tensor, suffix: str) -> None:
+        inputs = [x, x, x, *[None] * 5]  # weight, advantages, old log-probs; nothing optional
         calls[f"row_policy_loss{suffix}"] = lambda: row_policy_loss.row_policy_loss(
-            logits, token, x, x, x, None, None, 1.0, None, out, **numbers, **dapo
+            logits, token, *inputs, 1.0, None, out, **dapo
         )
         calls[f"row_policy_loss{suffix}, all options"] = lambda: row_policy_loss.row_policy_loss(
-            logits, token, x, x, x, x, x, 1.0, x, out, **numbers, **everything
+            logits, token, *[x] * 8, 1.0, x, out, **everything
         )
 
     policy_losses(in_place, "")
