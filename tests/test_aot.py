@@ -19,6 +19,7 @@ ALIGNED = (32000, 128256, 151936, 262144)
 SCALAR_LOADS = 11  # token, weight, advantage, ...: one each per row
 SCALAR_STORES = 9  # loss, log-prob, ..., the token's gradient; zero-fill and sweeps are wide
 MOST_BARRIERS = 10  # three merges of at most three, one before the token's store; none in a loop
+DETAILS_BARRIERS = 12  # of four merges more
 MOST_INSTRUCTIONS = {"bf16": 17.5, "fp32": 16.5}  # per logit, both sweeps, DAPO, sm_80 and sm_90
 
 
@@ -59,7 +60,8 @@ def check_resources(kernels: list[dict]) -> None:
 def check_sweeps(kernel: dict) -> None:
     """Lanes are threads, so nothing crosses them in a loop; the loops are as short as they were."""
     assert kernel["loop_shuffles"] == 0, kernel
-    assert kernel["barriers"] <= MOST_BARRIERS, kernel
+    most = MOST_BARRIERS + DETAILS_BARRIERS * kernel["kernel"].endswith("details")
+    assert kernel["barriers"] <= most, kernel
     if kernel["kernel"] == "row_policy_loss" and kernel["vocab"] in ALIGNED:
         instructions = kernel["first_sweep"] + kernel["second_sweep"]
         assert instructions <= MOST_INSTRUCTIONS[kernel["dtype"]], kernel
