@@ -7,7 +7,7 @@ Nsight Compute, the full tables, memcheck. docs/gpu.md says what to read first.
 
 It takes the interpreter that runs it, installs nothing from a network, and keeps PYTHONPATH; wheels
 in .cache/wheels are unpacked beside it. A step that fails or reaches its limit stops no other, and
-what it printed until then is in gpu.log. Writes FILES to --out, else $OUT, else benchmarks/results.
+what it printed until then is in gpu.log. Writes 8 files to --out, else $OUT, else benchmarks/results.
 Exits with 1 when a step failed, with 2 without a GPU.
 """
 
@@ -36,10 +36,11 @@ PART_SECONDS = 280
 START_SECONDS = 15  # of it: imports before the first step, writing after the last
 GRACE_SECONDS = 15  # what a benchmark may run beyond its own limit: one measurement
 WHEELS, SITE = ROOT / ".cache" / "wheels", ROOT / ".cache" / "site"
-FILES = (
-    *("gpu.md", "gpu.json", "gpu.log", "dram_rows.csv"),
+FILES = (  # of either part; and one of each part's own
+    *("gpu.md", "gpu.json", "gpu.log"),
     *("logits_gpu.md", "logits_gpu.json", "linear_gpu.md", "linear_gpu.json"),
 )
+OWN_FILE = {1: "exp_logits_gpu.json", 2: "dram_rows.csv"}
 ON_DEVICE = re.compile(r"mark\.gpu|triton_backend|def \w+\([^)]*\bdevice\b")
 QUICK = "(gpu or device) and not slow and not peer"
 
@@ -92,21 +93,27 @@ def plans(part: int, out: Path) -> list[Plan]:
         pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "timeout=90"]
         first_look = ["--vocab", "151936", "32000"]
         return [
-            Plan(name="probes", limit=40, command=script("probes_gpu")),
+            Plan(name="probes", limit=30, command=script("probes_gpu")),
             Plan(
                 name="extension", limit=20, command=[]
             ),  # runs since the start: what is left of it
             Plan(name="tests", limit=100, command=[*pytest, *parallel, "-m", QUICK, *test_files()]),
             Plan(
                 name="logits",
-                limit=45,
+                limit=35,
                 command=script("bench_logits_gpu", *first_look, *to),
                 timed=True,
             ),
             Plan(
                 name="linear",
-                limit=60,
+                limit=45,
                 command=script("bench_linear_gpu", "--shapes", "TRL's own, Qwen3-8B", *to),
+                timed=True,
+            ),
+            Plan(
+                name="exponentials",
+                limit=35,
+                command=script("exp_logits_gpu", *to),
                 timed=True,
             ),
         ]

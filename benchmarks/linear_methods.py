@@ -89,9 +89,9 @@ def bare_gemms(problem: Problem) -> Result:
         return logits[0, 0], logits @ problem.weight, logits.t() @ hidden
 
 
-def fastpo_exp(problem: Problem) -> Result:
-    """The same with exponentials in the first GEMM, which no kernel sweeps over."""
-    return fastpo_linear(problem, backend="triton-exp")
+def fastpo_exponentials(problem: Problem) -> Result:
+    """fastpo.linear_policy_loss, with exponentials in place of logits."""
+    return fastpo_linear(problem, "triton-exp")
 
 
 def fastpo_linear(problem: Problem, backend: str | None = None) -> Result:
@@ -185,7 +185,7 @@ def cut_cross_entropy(problem: Problem) -> Result:
 
 METHODS: dict[str, Callable[[Problem], Result]] = {
     "fastpo": fastpo_linear,
-    "fastpo, triton-exp": fastpo_exp,
+    "fastpo, exponentials": fastpo_exponentials,
     "eager": eager,
     "torch.compile": compiled,
     "torch linear_cross_entropy": torch_linear_cross_entropy,
@@ -198,10 +198,12 @@ METHODS: dict[str, Callable[[Problem], Result]] = {
 def unavailable(name: str, device: torch.device | str) -> str | None:
     """Why a method cannot run here, or None."""
     packages = {"TRL": "trl", "Liger": "liger_kernel", "cut-cross-entropy": "cut_cross_entropy"}
-    if name == "fastpo, triton-exp":
-        return backends.unavailable("triton-exp", device)
     if name == "torch linear_cross_entropy" and not hasattr(F, "linear_cross_entropy"):
         return f"torch {torch.__version__} has none"
+    if name == "fastpo, exponentials":
+        on_gpu = torch.device(device).type == "cuda"
+        reason = backends.unavailable("triton-exp", device) if on_gpu else None
+        return reason if on_gpu else "it takes bf16 operands on a GPU"
     if name == "cut-cross-entropy" and torch.device(device).type != "cuda":
         return "its kernels need a GPU"
     try:
