@@ -7,8 +7,8 @@ Nsight Compute, the full tables, memcheck. docs/gpu.md says what to read first.
 
 It takes the interpreter that runs it, installs nothing from a network, and keeps PYTHONPATH; wheels
 in .cache/wheels are unpacked beside it. A step that fails or reaches its limit stops no other, and
-what it printed until then is in gpu.log. Writes 8 files to --out, else $OUT, else benchmarks/results.
-Exits with 1 when a step failed, with 2 without a GPU.
+what it printed until then is in gpu.log. Writes 8 files to --out, else $OUT, else
+benchmarks/results. Exits with 1 when a step failed, with 2 without a GPU.
 """
 
 from __future__ import annotations
