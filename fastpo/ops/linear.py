@@ -102,7 +102,10 @@ def linear_policy_loss(
     would wait for it; without it masked rows are computed and dropped.
 
     On CPU, log-probs and the hidden states' gradient do not depend on the chunking, bit for bit;
-    the weight's gradient is a sum over chunks in fp32. Put gradient-accumulation factors into
+    the weight's gradient is a sum over chunks in fp32. On CUDA cuBLAS chooses a kernel by the shape
+    of a chunk, and so may change the last bits of its logits; and a chunk is at most 1/8 of the
+    free memory, which under 10 GB makes its size, and those bits, differ from run to run: give
+    `chunk_tokens` where runs must be bit-equal. Put gradient-accumulation factors into
     `normalizer`, which is free, rather than on the loss, which rounds a bf16 gradient twice.
 
     Args:
