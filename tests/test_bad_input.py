@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import fastpo
+from fastpo import backends
 
 B, T, V = 2, 3, 11
 
@@ -256,6 +257,14 @@ def test_float64_is_for_the_reference_backend():
         fastpo.token_logprobs(
             torch.randn(2, V).double(), torch.zeros(2, dtype=torch.long), backend="cpp"
         )
+
+
+def test_the_fastest_backend_is_the_default():
+    cpu, meta = torch.device("cpu"), torch.device("meta")
+    fastest = "torch" if backends.unavailable("cpp") else "cpp"
+    assert backends.resolve(None, cpu, torch.bfloat16) == fastest
+    assert backends.resolve(None, cpu, torch.float64) == "torch"
+    assert backends.resolve(None, meta, torch.float32) == "torch"
 
 
 @pytest.mark.parametrize("strides", [(0, 1), (V - 1, 1)], ids=["expanded", "overlapping"])

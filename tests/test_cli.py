@@ -18,6 +18,7 @@ import transformers
 from fastpo.cli import main
 from fastpo.trainer import experience, tasks
 from fastpo.trainer.run import checkpoint
+from fastpo.trainer.run.signals import TERMINATION, StopRequest, terminable
 from fastpo.trainer.tasks import Problem
 from fastpo.trainer.update import Learner
 
@@ -528,6 +529,13 @@ def test_ignored_signals_stay_ignored(tiny, monkeypatch):
     finally:
         signal.signal(signal.SIGINT, before)
     assert (run / "summary.json").exists()
+
+
+def test_signal_handlers_are_put_back():
+    before = [signal.getsignal(number) for number in (signal.SIGINT, *TERMINATION)]
+    with terminable(), StopRequest(print):
+        assert signal.getsignal(signal.SIGTERM) != before[1]
+    assert [signal.getsignal(number) for number in (signal.SIGINT, *TERMINATION)] == before
 
 
 def test_a_reader_that_goes_away_costs_no_step(tiny, monkeypatch, capsys):

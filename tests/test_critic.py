@@ -82,6 +82,19 @@ def test_gae_by_hand(layout, gamma, lam):
         torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
 
 
+def test_whitened_by_hand():
+    """Mean 0 and unbiased variance 1 over the live tokens of the batch; the returns stay."""
+    t = batch()
+    options = {"mask": t["mask"], "gamma": 0.9, "lam": 0.7}
+    plain = fastpo.gae(t["rewards"], t["values"], **options)
+    got = fastpo.gae(t["rewards"], t["values"], whiten=True, **options)
+    live = plain.advantages[t["mask"]]
+    expected = torch.zeros(B, T, dtype=FP64)
+    expected[t["mask"]] = (live - live.mean()) / (live.var() + 1e-8).sqrt()
+    torch.testing.assert_close(got.advantages, expected, rtol=1e-12, atol=1e-12)
+    assert torch.equal(got.returns, plain.returns)
+
+
 def test_a_nan_stays_in_its_own_sequence():
     t = batch()
     t["rewards"][3, 5] = torch.nan
@@ -90,6 +103,14 @@ def test_a_nan_stays_in_its_own_sequence():
     assert got.advantages[3, :2].isnan().all() and got.advantages[3, 6] == clean.advantages[3, 6]
     others = [0, 1, 2, 4]
     assert torch.equal(got.advantages[others], clean.advantages[others])
+
+
+@pytest.mark.parametrize("gamma, lam", [(0.0, 0.5), (0.5, 0.0)])
+def test_a_decay_of_zero_looks_no_further(gamma, lam):
+    t = batch()
+    t["rewards"][3, 5] = torch.nan
+    got = fastpo.gae(t["rewards"], t["values"], mask=t["mask"], gamma=gamma, lam=lam)
+    assert got.advantages.isnan().nonzero().tolist() == [[3, 5]]
 
 
 def test_gae_of_low_precision_is_computed_in_fp64():
@@ -196,6 +217,27 @@ def test_value_loss_by_hand(clip, normalizer):
             ends.append(value_loss_by_hand(moved, clip, count))
         slope = (ends[0] - ends[1]) / 2e-6
         assert grad[tuple(where)].item() == pytest.approx(slope, rel=1e-6, abs=1e-8)
+
+
+def test_value_metrics_by_hand():
+    """Sums over live tokens; clipped is where the clipped error is the larger one."""
+    t = batch()
+    v, r, old = (t[key][t["mask"]] for key in ("values", "returns", "old"))
+    near = v.clamp(old - 0.2, old + 0.2)
+    options = {"old_values": t["old"], "clip": 0.2, "mask": t["mask"]}
+    got = fastpo.value_loss(t["values"], t["returns"], **options)
+    expected = {
+        "tokens": t["mask"].sum(),
+        "clipped": ((near - r).square() > (v - r).square()).sum(),
+        "value": v.sum(),
+        "return": r.sum(),
+        "squared_error": (v - r).square().sum(),
+        "squared_return": r.square().sum(),
+    }
+    assert expected.keys() == got.metrics.keys()
+    assert 0 < expected["clipped"] < (near != v).sum()
+    for key, value in expected.items():
+        torch.testing.assert_close(got.metrics[key], value.double(), rtol=1e-12, atol=0, msg=key)
 
 
 @pytest.mark.peer

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import fastpo
 from fastpo import backends
+from fastpo.ops import checks
 from fastpo.testing.budget import assert_within_budget
 from fastpo.testing.objectives import PRESETS
 from fastpo.testing.rows import LEAST_ERROR
@@ -275,3 +276,11 @@ def test_bad_input_is_refused_in_one_line(name):
     if name != "inplace":
         with pytest.raises(error, match=words):
             fastpo.linear_token_logprobs(torch.randn(3, 4), torch.randn(9, 4), **given)
+
+
+def test_a_token_that_was_not_kept_is_nan_where_nobody_checks(monkeypatch):
+    """As on a GPU, where reading values would wait for the device."""
+    monkeypatch.setattr(checks, "inspects_values", lambda tensor: False)
+    kept = {"kept_tokens": torch.tensor([1, 2, 3, 4]), "kept_offsets": torch.tensor([0, 2, 4])}
+    logprobs = fastpo.token_logprobs(torch.randn(2, 9), torch.tensor([1, 5]), **kept).logprobs
+    assert logprobs.isnan().tolist() == [False, True]

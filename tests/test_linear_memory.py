@@ -63,6 +63,8 @@ def test_chunk_and_bytes_of_every_path():
     assert longer.peak_bytes == sweep + 2 * states + 4 * head + 32 * 16384
     short = plan.plan(**(SHAPE | {"tokens": 2048}))
     assert short.peak_bytes == 2 * 4096 * 2048 + 4 * 2048 * 151936 + 2 * head + 32 * 2048
+    odd = plan.plan(**(SHAPE | {"tokens": 2048, "vocab": 50257}))
+    assert odd.buffers[2].bytes == 4 * 2048 * 50272  # whole tiles of 32 columns
     tile = 2 * 4096 * 32768
     assert plans["chunked_recompute"].peak_bytes == 6 * (states + head) + tile + 32 * 8192
     assert ours.peak_bytes < plans["chunked_recompute"].peak_bytes
@@ -85,7 +87,8 @@ def test_a_budget_sets_the_chunk():
 
 
 @pytest.mark.parametrize(
-    ("text", "count"), [("1280MiB", 1280 * 2**20), ("1.5GB", 15 * 10**8), (" 200 ", 200)]
+    ("text", "count"),
+    [("1280MiB", 1280 * 2**20), ("1.5GB", 15 * 10**8), ("3kib", 3072), (" 200 ", 200)],
 )
 def test_bytes_as_people_write_them(text, count):
     assert plan.parse_bytes(text) == count

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import fastpo
+from fastpo.mismatch import REJECTIONS
 
 FP64 = torch.float64
 LENGTHS = [6, 1, 0, 4, 5]
@@ -115,6 +116,41 @@ def test_metrics_by_hand():
     assert expected.keys() == got.metrics.keys()
     for key, value in expected.items():
         torch.testing.assert_close(got.metrics[key], value, rtol=1e-12, atol=0, msg=key)
+
+
+def statistic(d: list[float], name: str) -> list[float]:
+    """k1, k2 or k3 of every token of one sequence, or of the sequence for every token."""
+    scope, kind = name.rsplit("_", 1)
+    each = [{"k1": x, "k2": x * x / 2, "k3": math.exp(x) - 1 - x}[kind] for x in d]
+    reduce = {"seq_sum": math.fsum, "seq_max": max, "seq_mean": lambda x: math.fsum(x) / len(x)}
+    return each if scope == "token" else [reduce[scope](each)] * len(d)
+
+
+@pytest.mark.parametrize("name", REJECTIONS)
+def test_rejection_by_hand(name):
+    t = batch()
+    low, high = (0.5, 1.6) if name == "seq_sum_k1" else (0.7, 1.25)
+    bound = (low, high) if name.endswith("k1") else 0.2
+    expected = torch.zeros(B, T, dtype=torch.bool)
+    for b in range(B):
+        d = (t["old"] - t["rollout"])[b][t["mask"][b]].tolist()
+        values = statistic(d, name) if d else []
+        inside = [low <= math.exp(x) <= high if name.endswith("k1") else x <= 0.2 for x in values]
+        expected[b, t["mask"][b]] = torch.tensor(inside, dtype=torch.bool)
+    got = correct(t, mode="none", level="token", reject={name: bound})
+    assert torch.equal(got.mask, expected)
+    assert 0 < expected.sum() < t["mask"].sum()
+
+
+def test_off_policy_masking_by_hand():
+    """Out are tokens with A < 0 of sequences whose mean of -d is above the threshold."""
+    old = torch.full((4, 2), -1.0)
+    rollout = old + torch.tensor([[0.5], [0.5], [0.5], [-0.5]])  # -d
+    advantages = torch.tensor([-1.0, 0.0, 1.0, -1.0])
+    got = fastpo.rollout_correction(
+        old, rollout, mode="none", off_policy_threshold=0.2, advantages=advantages
+    )
+    assert got.mask.tolist() == [[False] * 2, [True] * 2, [True] * 2, [True] * 2]
 
 
 def test_a_perfect_match_changes_nothing():

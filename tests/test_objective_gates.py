@@ -170,6 +170,11 @@ def test_a_token_on_a_bound_is_inside():
     outside, grad = differentiate(presets.dppo(clip_high=math.nextafter(width, 0)), t)
     assert inside.clipped.item() == 0 and outside.clipped.item() == CLIPPED_HIGH
     assert grad.item() == 0
+    t = {"logp": t["old"], "old": t["logp"], "a": -t["a"]}
+    inside, _ = differentiate(presets.dppo(clip_low=width), t)
+    outside, grad = differentiate(presets.dppo(clip_low=math.nextafter(width, 0)), t)
+    assert inside.clipped.item() == 0 and outside.clipped.item() == CLIPPED_LOW
+    assert grad.item() == 0
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,15 @@ def test_masked_rows_are_not_used(layout, junk):
     assert values.grad.tolist() == [0.5, 0.0, 0.5, 0.0, 0.0, 0.0]
 
 
+def test_maxima_are_of_live_rows():
+    values = torch.tensor([3.0, 9.0, 1.0, 7.0, torch.nan, 2.0])
+    mask = torch.tensor([True, False, True, False, False, False])
+    padded = Segments.padded(2, 3, values.device)
+    packed = Segments.packed(torch.tensor([0, 3, 3, 6]), 6)
+    assert padded.max(values, mask).tolist() == [3, 0]
+    assert packed.max(values, mask).tolist() == [3, 0, 0]
+
+
 def test_padded_equals_packed():
     values = torch.randn(12, dtype=torch.float64)
     padded, equal = Segments.padded(3, 4, CPU), packed([4, 4, 4])

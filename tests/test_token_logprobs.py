@@ -171,6 +171,17 @@ def test_strided_upstream_gradients(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_bad_gradient_of_masked_rows_is_dropped(backend):
+    """A loss that divides by their zeros sends NaN; 0 * NaN must not reach the logits."""
+    logits = torch.randn(3, 33, requires_grad=True)
+    mask = torch.tensor([True, False, True])
+    out = fastpo.token_logprobs(logits, torch.arange(3), mask=mask, backend=backend)
+    bad = torch.tensor([1.0, torch.nan, 1.0])
+    torch.autograd.backward([out.logprobs, out.entropy], [bad, bad])
+    assert logits.grad.isfinite().all() and not logits.grad[1].any() and logits.grad[0].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_inplace_backward(backend):
     """REGRESSIONS 9: same bits, no second buffer, second use raises."""
     logits = torch.randn(6, 33, generator=torch.Generator().manual_seed(5))

@@ -183,6 +183,19 @@ def test_the_best_checkpoint_stays_when_later_ones_come(tmp_path):
     assert names(tmp_path) == ["best", "checkpoint", "checkpoint.previous"]
 
 
+def test_the_policy_before_training_is_not_the_best_checkpoint(tmp_path):
+    """There is none of it; a resumed run knows the best score of the steps that came after."""
+    lines = [(0, 0.9, 0.9), (1, 0.1, 0.2), (2, 0.1, 0.3), (3, 0.0, 0.9)]
+    log = RunLog(tmp_path, tensorboard=False)
+    for step, accuracy, reward in lines:
+        log.metrics(step, {"eval_accuracy": accuracy, "eval_reward": reward})
+    log.metrics(4, {"reward": 1.0})
+    log.close()
+    log = RunLog(tmp_path, tensorboard=False, resume_at=4)
+    log.close()
+    assert log.best == (0.1, 0.3)
+
+
 def test_a_config_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     write_config(tmp_path, Config(seed=1))
     before = (tmp_path / "config.toml").read_text()
