@@ -94,3 +94,17 @@ def test_inputs_made_under_inference_mode(op, level, backend, frozen):
         loss = getattr(fastpo, op)(*inputs, each.tokens, **options)[0].sum()
         grads.append(torch.autograd.grad(loss, needs, allow_unused=True))
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize(
+    "objective", [fastpo.dapo(), fastpo.gspo(), fastpo.gmpo()], ids=lambda x: x.name
+)
+def test_unmasked_numbers_made_under_inference_mode(objective):
+    """Without a mask nothing else copies them, and autograd would refuse to save them."""
+    with torch.inference_mode():
+        advantages, old_logprobs = torch.tensor([[1.0, -1.0]]), torch.tensor([[-1.2, -0.9]])
+    logprobs = torch.tensor([[-1.0, -1.1]], requires_grad=True)
+    fastpo.policy_loss_from_logprobs(
+        logprobs, advantages, objective=objective, old_logprobs=old_logprobs
+    ).loss.backward()
+    assert logprobs.grad.isfinite().all()

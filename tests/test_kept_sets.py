@@ -219,6 +219,29 @@ def test_masked_rows_are_never_read(backend):
         assert torch.equal(x, y) and x.isfinite().all()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_masked_rows_of_logits_are_never_read(backend):
+    """REGRESSIONS 17: those over the whole vocabulary as those over a few ids."""
+    batch, objective = KeptBatch(), PRESETS["dapo_all"]
+    clean = batch.logits(torch.float32)
+    dirty = clean.masked_fill(~batch.mask[..., None], math.nan)
+    found = []
+    for logits in (clean, dirty):
+        leaf = logits.requires_grad_()
+        result = fastpo.policy_loss(
+            leaf,
+            batch.tokens,
+            batch.advantages,
+            backend=backend,
+            **batch.options(objective),
+            **batch.kept,
+        )
+        result.loss.backward()
+        found.append((result.loss, leaf.grad, *result.metrics.values()))
+    for x, y in zip(*found, strict=True):
+        assert torch.equal(x, y) and x.isfinite().all()
+
+
 def test_a_frozen_head_and_missing_gradients():
     batch = KeptBatch(bias=torch.randn(V))
     arguments = {"tokens": batch.tokens, "temperature": 0.8} | batch.kept

@@ -124,6 +124,14 @@ def test_matmul_of_narrow_operands_is_not_rounded(shape, narrow, beta):
     assert (out - expected).norm() < 1e-6 * expected.norm()
 
 
+def test_a_narrow_bias_gradient_is_summed_wide():
+    """257 has no place in bf16, a count of 257 tokens must have one."""
+    head = head_module.Head(weight=torch.zeros(3, 2), bias=torch.zeros(3), logit_scale=0.5)
+    total = torch.zeros(3)
+    head.add_bias_grad_(total, torch.ones(257, 3, dtype=torch.bfloat16))
+    assert total.tolist() == [128.5] * 3
+
+
 @pytest.mark.parametrize("preset", ["dapo", "gspo"])
 @pytest.mark.parametrize("chunk_tokens", [16, 21, 50, 1000])
 def test_no_chunk_is_larger_than_asked(preset, chunk_tokens, monkeypatch):

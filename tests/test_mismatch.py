@@ -184,6 +184,10 @@ def test_nothing_live_and_nothing_at_all():
         t["old"], t["rollout"], mask=torch.zeros_like(t["mask"]), level="sequence", normalize=True
     )
     assert not dead.weights.any() and not dead.mask.any() and dead.metrics["ess"].isnan()
+    outside = fastpo.rollout_correction(
+        t["old"], t["old"] - 5, mask=t["mask"], mode="mask", normalize=True
+    )
+    assert not outside.weights.any() and torch.equal(outside.mask, t["mask"])
     for shape in ((0,), (0, 4), (3, 0)):
         cu_seqlens = torch.zeros(1, dtype=torch.int32) if len(shape) == 1 else None
         empty = fastpo.rollout_correction(

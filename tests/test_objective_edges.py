@@ -91,3 +91,17 @@ def test_old_kl_is_that_of_old_from_new():
         old + 1, torch.ones(4), objective=fastpo.ppo(), old_logprobs=old
     )
     torch.testing.assert_close(result.metrics["old_kl"], torch.tensor(4 * (math.e - 2)))
+
+
+def test_each_clip_has_a_count_of_its_own():
+    """One token below, two above, three beyond the two-sided bound, one inside."""
+    ratio = torch.tensor([0.5, 1.5, 1.5, 4, 4, 4, 1])
+    advantages = torch.tensor([-1.0, 1, 1, -1, -1, -1, 1])
+    result = fastpo.policy_loss_from_logprobs(
+        ratio.log() - 2,
+        advantages,
+        objective=fastpo.ppo(ratio_max=3.0),
+        old_logprobs=torch.full((7,), -2.0),
+    )
+    counts = [result.metrics[name].item() for name in ("clip_low", "clip_high", "clip_max")]
+    assert counts == [1, 2, 3]
