@@ -17,6 +17,7 @@ import functools
 import inspect
 import types
 import weakref
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -69,6 +70,7 @@ def attach(model: Model) -> Model:
     * `advantages`: [B] per sequence, or [B, T - 1] per predicted token, prompts included;
     * `completion_mask`: [B, T] bool or 0/1, the tokens that were sampled and count; its first
       column, which nothing predicts, is ignored;
+    * `fp32_head=True` for a product in fp32, outside autocast;
     * any other keyword of `linear_policy_loss` (objective, old_logprobs, temperature, normalizer,
       logits_dtype, ...), per-token ones [B, T - 1] fp32, that is, as `input_ids[:, 1:]`.
 
@@ -143,10 +145,11 @@ def innermost(model: nn.Module) -> nn.Module:
         inner = wrapped[0]
 
 
-class _Opaque:
-    """A request that FSDP's cast_forward_inputs cannot look into, and so not round to bf16."""
+class Request:
+    """`policy_loss` or `token_logprobs` as an object: FSDP2's cast_forward_inputs sees no tensors
+    in it, and so rounds no log-probs to bf16. `attach` makes it from the dict where it can."""
 
-    def __init__(self, options: dict[str, Any]):
+    def __init__(self, **options: Any):
         self.options = options
 
 
@@ -155,7 +158,7 @@ _KEYWORDS = ("policy_loss", "token_logprobs")
 
 def _keep_dtypes(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
     """Prepended forward pre-hook: runs before FSDP2's, if the model was sharded first."""
-    hidden = {k: _Opaque(kwargs[k]) for k in _KEYWORDS if isinstance(kwargs.get(k), dict)}
+    hidden = {k: Request(**kwargs[k]) for k in _KEYWORDS if isinstance(kwargs.get(k), dict)}
     return args, {**kwargs, **hidden}
 
 
@@ -197,8 +200,8 @@ def _scored(
         raise ValueError("policy_loss and token_logprobs are both given, expected one of them")
     kwargs = _model_inputs(model, args, kwargs)
     asked = token_logprobs if policy_loss is None else policy_loss
-    options = dict(asked.options if isinstance(asked, _Opaque) else asked)
-    request = _Request(type(model).__name__, options, kwargs["input_ids"])
+    options = dict(asked.options if isinstance(asked, Request) else asked)
+    request = _Scoring(type(model).__name__, options, kwargs["input_ids"])
     consume = request.logprobs if policy_loss is None else request.loss
     result, outputs = run(model, _own_forward(model), consume, **kwargs)
     aux_loss = getattr(outputs, "aux_loss", None)
@@ -208,7 +211,7 @@ def _scored(
     return CausalLMPolicyLoss(result, *request.made[1:], aux_loss)
 
 
-class _Request:
+class _Scoring:
     """What one call asks for, and what stands in the LM head's place for it."""
 
     def __init__(self, name: str, options: dict[str, Any], ids: Tensor):
@@ -222,6 +225,7 @@ class _Request:
                 "that were sampled and count"
             )
         self.mask = options.pop("completion_mask")
+        self.fp32_head = options.pop("fp32_head", False)
         if not isinstance(self.mask, Tensor) or self.mask.shape != ids.shape:
             found = list(self.mask.shape) if isinstance(self.mask, Tensor) else type(self.mask)
             raise ValueError(
@@ -231,13 +235,20 @@ class _Request:
 
     def loss(self, hidden: Tensor, head: dict[str, Any]) -> Tensor:
         """0-d loss of hidden states [B, K, D]."""
-        inputs = self._inputs(hidden, head)
-        self.made = linear_policy_loss(**inputs)
+        with self._precision(hidden):
+            self.made = linear_policy_loss(**self._inputs(hidden, head))
         return self.made.loss
 
     def logprobs(self, hidden: Tensor, head: dict[str, Any]) -> Tensor:
         """[B, K - 1, 2] log-probs and entropies of hidden states [B, K, D]."""
-        return torch.stack(linear_token_logprobs(**self._inputs(hidden, head)), -1)
+        with self._precision(hidden):
+            return torch.stack(linear_token_logprobs(**self._inputs(hidden, head)), -1)
+
+    def _precision(self, hidden: Tensor) -> AbstractContextManager:
+        """`fp32_head` takes the product out of autocast, as trainers that cast the head do."""
+        return (
+            torch.autocast(hidden.device.type, enabled=False) if self.fp32_head else nullcontext()
+        )
 
     def _inputs(self, hidden: Tensor, head: dict[str, Any]) -> dict[str, Any]:
         if hidden.ndim != 3 or hidden.shape[0] != self.ids.shape[0]:
@@ -257,7 +268,10 @@ class _Request:
         for name in _PER_TOKEN:
             if isinstance(options.get(name), Tensor):
                 options[name] = _per_token(name, options[name], tokens.shape)
-        hidden = _in_weights_dtype(hidden, head["weight"])
+        if self.fp32_head:
+            head = {k: v.float() if isinstance(v, Tensor) else v for k, v in head.items()}
+        if not torch.is_autocast_enabled(hidden.device.type):
+            hidden = hidden.to(head["weight"].dtype)  # a head that was cast to fp32
         return {"hidden": hidden[:, :-1], "tokens": tokens, "mask": mask, **head, **options}
 
 
@@ -285,11 +299,6 @@ def _per_token(name: str, value: Tensor, shape: torch.Size) -> Tensor:
             "[B, T - 1]: one per predicted token as input_ids[:, 1:], prompts included"
         )
     return value
-
-
-def _in_weights_dtype(hidden: Tensor, weight: Tensor) -> Tensor:
-    """Hidden states for a head that was cast to fp32 are cast, too, unless autocast decides."""
-    return hidden if torch.is_autocast_enabled(hidden.device.type) else hidden.to(weight.dtype)
 
 
 def _model_inputs(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -90,3 +90,11 @@ def uninstall() -> None:
     current = getattr(utils, _NAME, None)
     if isinstance(current, _FastpoLogProbs):
         setattr(utils, _NAME, current.original)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "GRPOTrainer":  # a subclass of TRL's: TRL is imported when it is asked for
+        from fastpo.integrations._trl_grpo import GRPOTrainer
+
+        return GRPOTrainer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
