@@ -4,60 +4,19 @@
 // fastpo.backends.base.overwrites allows; a compiler, which must know what is mutated, is only ever shown
 // the primitives with an `out` of its own.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <memory>
 #include <new>
-#include <optional>
 #include <tuple>
 #include <vector>
 
-#include "rows.h"
+#include "bind.h"
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
+using namespace fastpo::bind;
 using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
-
-constexpr int64_t kElementsPerTask = 32768;  // below this a row is not worth a thread of its own
-
-fastpo::DType dtype_of(ScalarType type) {
-  switch (type) {
-    case ScalarType::Float:
-      return fastpo::DType::kFloat32;
-    case ScalarType::BFloat16:
-      return fastpo::DType::kBFloat16;
-    case ScalarType::Half:
-      return fastpo::DType::kFloat16;
-    default:
-      STD_TORCH_CHECK(false, "the cpp backend takes float32, bfloat16 or float16 matrices; convert first");
-  }
-}
-
-fastpo::Matrix matrix(const Tensor& x, const char* name) {
-  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 2, name, " must be a 2-D CPU tensor (N, V), got ", x.dim(), "-D");
-  STD_TORCH_CHECK(x.size(1) <= 1 || x.stride(1) == 1, name, " must have unit stride along V");
-  return {x.data_ptr(), dtype_of(x.scalar_type()), x.stride(0)};
-}
-
-// The data of a contiguous (N,) vector.
-template <class T>
-T* vector(const Tensor& x, ScalarType type, int64_t rows, const char* name) {
-  STD_TORCH_CHECK(x.is_cpu() && x.scalar_type() == type && x.numel() == rows && x.is_contiguous(), name,
-                  " must be a contiguous CPU vector of the operator's dtype with ", rows, " elements");
-  return static_cast<T*>(x.data_ptr());
-}
-
-float* floats(const Tensor& x, int64_t rows, const char* name) {
-  return vector<float>(x, ScalarType::Float, rows, name);
-}
-
-const float* floats(const MaybeTensor& x, int64_t rows, const char* name) {
-  return x ? floats(*x, rows, name) : nullptr;
-}
+using Seven = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 fastpo::RowsIn rows_in(const Tensor& logits, const Tensor& tokens, double temperature,
                        const MaybeTensor& temperatures) {
@@ -73,10 +32,6 @@ fastpo::Matrix gradient(const Tensor& out, const Tensor& logits) {
   STD_TORCH_CHECK(out.scalar_type() == logits.scalar_type() || logits.scalar_type() == ScalarType::Float,
                   "out must have the dtype of logits, or a 2-byte dtype under float32 logits");
   return matrix(out, "out");
-}
-
-Tensor new_vector(const Tensor& like, ScalarType type) {
-  return torch::stable::new_empty(like, {like.size(0)}, type);
 }
 
 template <class F>
@@ -99,11 +54,8 @@ float* scratch_row(int64_t columns) {
   return row.get();
 }
 
-Four row_stats(const Tensor& logits, const Tensor& tokens, double temperature,
-               const MaybeTensor& temperatures, const MaybeTensor& live) {
+Four fill_stats(fastpo::StatsParams& p, const Tensor& logits, const MaybeTensor& live) {
   const int64_t rows = logits.size(0);
-  fastpo::StatsParams p;
-  p.in = rows_in(logits, tokens, temperature, temperatures);
   p.live = live ? vector<const bool>(*live, ScalarType::Bool, rows, "live") : nullptr;
   Tensor logprobs = new_vector(logits, ScalarType::Float), entropy = new_vector(logits, ScalarType::Float);
   Tensor row_max = new_vector(logits, ScalarType::Float), log_sum = new_vector(logits, ScalarType::Float);
@@ -114,6 +66,26 @@ Four row_stats(const Tensor& logits, const Tensor& tokens, double temperature,
   const auto& kernels = fastpo::row_kernels();
   over_rows(rows, p.in.columns, [&](int64_t begin, int64_t end) { kernels.row_stats(p, begin, end); });
   return {logprobs, entropy, row_max, log_sum};
+}
+
+Four row_stats(const Tensor& logits, const Tensor& tokens, double temperature,
+               const MaybeTensor& temperatures, const MaybeTensor& live) {
+  fastpo::StatsParams p;
+  p.in = rows_in(logits, tokens, temperature, temperatures);
+  return fill_stats(p, logits, live);
+}
+
+Seven row_details(const Tensor& logits, const Tensor& tokens, double temperature,
+                  const MaybeTensor& temperatures, const MaybeTensor& live) {
+  const int64_t rows = logits.size(0);
+  fastpo::StatsParams p;
+  p.in = rows_in(logits, tokens, temperature, temperatures);
+  Tensor squares = new_vector(logits, ScalarType::Float), mean = new_vector(logits, ScalarType::Float);
+  Tensor top1 = new_vector(logits, ScalarType::Bool);
+  p.log_sum_sq_probs = floats(squares, rows, "log_sum_sq_probs");
+  p.mean_logits = floats(mean, rows, "mean_logits");
+  p.is_top1 = vector<bool>(top1, ScalarType::Bool, rows, "is_top1");
+  return std::tuple_cat(fill_stats(p, logits, live), std::make_tuple(squares, mean, top1));
 }
 
 void row_grad(const Tensor& logits, const Tensor& tokens, const Tensor& logprobs, const Tensor& entropy,
@@ -199,6 +171,8 @@ void scale_(const Tensor& grad, const Tensor& factor) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastpo, m) {
   m.def("cpp_row_stats(Tensor logits, Tensor tokens, " FASTPO_TEMPERATURE ", Tensor? live" FASTPO_FOUR);
+  m.def("cpp_row_details(Tensor logits, Tensor tokens, " FASTPO_TEMPERATURE
+        ", Tensor? live) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("cpp_row_grad(Tensor logits, " FASTPO_GRAD_ARGS ", Tensor(a!) out) -> ()");
   m.def("cpp_row_policy_loss(Tensor logits, " FASTPO_LOSS_ARGS ", Tensor(a!)? out" FASTPO_FOUR);
   m.def("cpp_scale_(Tensor(a!) grad, Tensor factor) -> ()");
@@ -206,6 +180,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastpo, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fastpo, CPU, m) {
   m.impl("cpp_row_stats", TORCH_BOX(&row_stats));
+  m.impl("cpp_row_details", TORCH_BOX(&row_details));
   m.impl("cpp_row_grad", TORCH_BOX(&row_grad));
   m.impl("cpp_row_policy_loss", TORCH_BOX(&row_policy_loss));
   m.impl("cpp_scale_", TORCH_BOX(&scale_));

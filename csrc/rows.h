@@ -62,6 +62,9 @@ struct StatsParams {
   float* entropy = nullptr;
   float* row_max = nullptr;
   float* log_sum = nullptr;
+  float* log_sum_sq_probs = nullptr;  // this and the next two: null, or given all three
+  float* mean_logits = nullptr;
+  bool* is_top1 = nullptr;
 };
 
 struct GradParams {
@@ -107,6 +110,8 @@ struct Kept {
 // The scratch of a row: V exponentials, then the references.
 FASTPO_INLINE int64_t scratch_floats(int64_t columns) { return columns + columns / kBlock + 1; }
 
+struct KeptKernelTable;  // kept_rows.h
+
 // The primitives compiled for one instruction set, each over rows [begin, end).
 struct RowKernelTable {
   const char* simd;
@@ -115,6 +120,7 @@ struct RowKernelTable {
   // `scratch` holds scratch_floats(V); unused without a gradient.
   void (*row_policy_loss)(const LossParams&, int64_t begin, int64_t end, float* scratch);
   void (*scale)(const ScaleParams&, int64_t begin, int64_t end);
+  const KeptKernelTable* kept;
 };
 
 extern const RowKernelTable kPortableRows;

@@ -8,6 +8,8 @@ import importlib
 import torch
 from torch import Tensor
 
+from fastpo._compile import constant
+
 
 @functools.cache
 def load_error() -> str | None:
@@ -33,7 +35,7 @@ def build_info() -> dict[str, object]:
     return importlib.import_module("fastpo._C").build_info()
 
 
-@torch.compiler.assume_constant_result  # Dynamo cannot trace imports, and need not
+@constant  # Dynamo cannot trace imports, and need not
 def devices() -> tuple[str, ...]:
     """The device types that the compiled operators serve; () without the extension."""
     if load_error() is not None:
@@ -48,6 +50,12 @@ def _register_fakes() -> None:
     def row_stats(logits, *arguments):
         return vectors(logits, *[torch.float32] * 4)
 
+    def row_details(logits, *arguments):
+        return vectors(logits, *[torch.float32] * 6, torch.bool)
+
+    def kept_stats(hidden, weight, bias, tokens, ids, *arguments):
+        return *vectors(hidden, *[torch.float32] * 4), *vectors(ids, torch.float32)
+
     def row_policy_loss(logits, *arguments):
         return vectors(logits, *[torch.float32] * 3, torch.uint8)
 
@@ -61,6 +69,9 @@ def _register_fakes() -> None:
 
     for name, fake in {
         "cpp_row_stats": row_stats,
+        "cpp_row_details": row_details,
+        "cpp_kept_stats": kept_stats,
+        "cpp_kept_grad": nothing,
         "cpp_row_policy_loss": row_policy_loss,
         "cpp_row_grad": nothing,
         "cpp_scale_": nothing,

@@ -8,12 +8,13 @@ import torch
 
 from fastpo.trainer import experience
 from fastpo.trainer.algorithm import resolve
-from fastpo.trainer.config import AlgorithmConfig, RolloutConfig
-from fastpo.trainer.experience import collect
-from fastpo.trainer.metrics import rollout_metrics
-from fastpo.trainer.rollout import Completion
+from fastpo.trainer.config import AlgorithmConfig
+from fastpo.trainer.experience import assign_advantages, collect, mute_truncated
+from fastpo.trainer.metrics import rollout_metrics, update_metrics
+from fastpo.trainer.rollout import Completion, Sampling
 from fastpo.trainer.run.errors import RecipeError, TrainerError
 from fastpo.trainer.tasks import Problem, ProblemStream
+from fastpo.trainer.verifier import Verifier
 
 
 class Script:
@@ -34,15 +35,15 @@ class Script:
 class Scribe:
     """A policy that decodes a completion's last token into its index within the group."""
 
-    def encode(self, prompt):
-        return [1]
+    def encode_all(self, problems, new_tokens):
+        return [[1] for _ in problems]
 
     def decode(self, ids):
         return str(ids[-1])
 
 
 def gather(monkeypatch, task, *, lengths=None, prompts=2, group_size=4, **algorithm):
-    def sampler(policy, prompts, *, group_size, **_):
+    def sampler(policy, prompts, sampling, generator):
         sizes = lengths or [3] * group_size
         return [
             Completion(tokens=[index] * n, logprobs=[-1.0] * n, finished=n < 10)
@@ -51,15 +52,17 @@ def gather(monkeypatch, task, *, lengths=None, prompts=2, group_size=4, **algori
         ]
 
     monkeypatch.setattr(experience, "sample", sampler)
-    rollout = RolloutConfig(prompts=prompts, group_size=group_size, max_new_tokens=10)
-    return collect(
-        Scribe(),
-        task,
-        ProblemStream(task, "train"),
-        rollout,
-        resolve(AlgorithmConfig(**algorithm), 10),
-        torch.Generator(),
-    )
+    resolved = resolve(AlgorithmConfig(**algorithm), 10)
+    sampling = Sampling(group_size=group_size, max_new_tokens=10)
+    with Verifier(task, workers=1) as verifier:
+        problems = ProblemStream(verifier, "train")
+        batch = collect(
+            Scribe(), verifier, problems, prompts, sampling, resolved, torch.Generator()
+        )
+    assign_advantages(batch.groups, resolved.estimator)
+    if resolved.overlong_filter:
+        mute_truncated(batch.groups)
+    return batch
 
 
 RIGHT, WRONG, MIXED = [1.0] * 4, [0.0] * 4, [1.0, 0.0, 0.0, 1.0]
@@ -130,6 +133,98 @@ def test_a_nan_reward_leaves_its_group_and_is_counted(monkeypatch):
     assert metrics["reward"] == pytest.approx(1 / 3)
 
 
+def scored(*scores, parts=()):
+    made = []
+    for index, score in enumerate(scores):
+        completion = Completion(tokens=[1] * (index + 1), logprobs=[], finished=index > 0)
+        made.append(
+            experience.Sample(
+                problem=Problem("a"),
+                prompt=[1],
+                completion=completion,
+                text="",
+                score=score,
+                reward=score,
+                parts=dict(parts),
+            )
+        )
+    return made
+
+
+def test_a_group_teaches_by_its_verdicts_or_by_its_rewards():
+    """A reward that is no number neither makes a group informative nor counts as right or wrong."""
+    for scores, by_correct, by_reward in (
+        ([1.0, 0.0], True, True),
+        ([1.0, 1.0, math.nan], False, False),
+        ([math.inf, 1.0, 1.0], False, False),
+        ([0.2, 0.4], False, True),
+        ([0.3, 0.3], False, False),
+        ([-math.inf, 0.0], False, False),
+    ):
+        assert experience.is_informative(scored(*scores)) is by_correct
+        assert experience.is_informative(scored(*scores), "reward") is by_reward
+
+
+def test_continuous_rewards_are_learned_from_when_told_so(monkeypatch):
+    partial = [0.1, 0.9, 0.4, 0.4]
+    with pytest.raises(TrainerError, match="dynamic_sampling_by=reward"):
+        gather(monkeypatch, Script(partial), overlong_cache=0)
+    batch = gather(monkeypatch, Script(partial), overlong_cache=0, dynamic_sampling_by="reward")
+    assert batch.rounds == 1 and len(batch.groups) == 2
+    with pytest.raises(TrainerError, match="no group had different rewards"):
+        gather(monkeypatch, Script([0.4] * 4), overlong_cache=0, dynamic_sampling_by="reward")
+
+
+def test_surplus_groups_are_left_out(monkeypatch):
+    """The second round asks for a tenth more than is missing."""
+    batch = gather(monkeypatch, Script(MIXED, WRONG, MIXED, MIXED), prompts=3)
+    assert len(batch.groups) == 3
+    assert sum(experience.is_informative(group) for group in batch.sampled) > 3
+
+
+def test_metrics_are_these_numbers():
+    """REGRESSIONS 30, 41: of everything sampled; NaN and inf are neither right nor wrong."""
+    kept = scored(1.0, 0.0, math.nan, math.inf, parts={"format": 0.5})
+    lost = scored(0.0, 0.0, 0.0, 0.0)
+    lost[0].parts = {"format": 1.5}
+    batch = experience.Batch(groups=[kept], sampled=[kept, lost], rounds=2)
+    assert rollout_metrics(batch) == pytest.approx(
+        {
+            "reward": 1 / 6,
+            "reward_std": 0.5**0.5 / 2,
+            "frac_reward_zero_std": 0.5,
+            "accuracy": 1 / 6,
+            "completions/mean_length": 2.5,
+            "completions/min_length": 1,
+            "completions/max_length": 4,
+            "completions/clipped_ratio": 0.25,
+            "completions/mean_terminated_length": 3.0,
+            "groups_kept": 0.5,
+            "groups_trained": 1,
+            "gen_batches": 2,
+            "invalid_rewards": 2,
+            "rewards/format/mean": 0.7,
+            "rewards/format/std": 0.2**0.5,
+        }
+    )
+    sums = {"loss": 6.0, "grad_norm": 4.0, "updates": 2.0, "tokens": 10.0, "entropy": 5.0}
+    sums |= {"clip_low": 1.0, "clip_high": 2.0, "clip_max": 3.0, "old_kl": 0.5, "ref_kl": 2.5}
+    sums |= {"sampled_difference": 0.6, "sampled": 3.0}
+    assert update_metrics(sums) == pytest.approx(
+        {
+            "loss": 3.0,
+            "grad_norm": 2.0,
+            "entropy": 0.5,
+            "clip_ratio/low_mean": 0.1,
+            "clip_ratio/high_mean": 0.2,
+            "clip_ratio/region_mean": 0.6,
+            "old_kl": 0.05,
+            "sampling/sampling_logp_difference/mean": 0.2,
+            "kl": 0.25,
+        }
+    )
+
+
 def test_presets_set_the_techniques_and_each_can_be_switched():
     dapo, grpo = (resolve(AlgorithmConfig(preset=name), 20) for name in ("dapo", "grpo"))
     assert (dapo.objective.clip_high, grpo.objective.clip_high) == (0.28, 0.2)
@@ -140,24 +235,25 @@ def test_presets_set_the_techniques_and_each_can_be_switched():
     assert (dapo.dynamic_sampling, dapo.overlong_filter, dapo.overlong_cache) == (True, True, 4)
     assert (grpo.dynamic_sampling, grpo.overlong_filter, grpo.overlong_cache) == (False, False, 0)
     switched = {
-        "clip_high": 0.28,
-        "aggregation": "token_mean",
         "dynamic_sampling": True,
         "overlong_filter": True,
         "overlong_cache": 4,
     }
     for name, value in switched.items():
         algorithm = resolve(AlgorithmConfig(preset="grpo", **{name: value}), 20)
-        fields = algorithm.objective if hasattr(algorithm.objective, name) else algorithm
-        assert getattr(fields, name) == value != getattr(grpo, name, None)
+        assert getattr(algorithm, name) == value != getattr(grpo, name)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"preset": "dpo"}, "algorithm.preset is 'dpo', expected one of dapo"),
-        ({"aggregation": "mean"}, "aggregation is 'mean'"),
-        ({"entropy_coef": 0.1, "preset": "grpo"}, "needs algorithm.aggregation=token_mean"),
+        ({"objective": {"aggregation": "mean"}}, "aggregation is 'mean'"),
+        ({"objective": {"clip_hihg": 0.3}}, "did you mean 'clip_high'"),
+        (
+            {"objective": {"entropy_coef": 0.1}, "preset": "grpo"},
+            "needs algorithm.objective.aggregation=token_mean",
+        ),
         ({"estimator": "gae"}, "algorithm.estimator is 'gae', expected one of grpo"),
         ({"overlong_cache": 20}, "overlong_cache is 20, expected less than"),
     ],

@@ -1,16 +1,22 @@
 """What a run writes and shows: checkpoints whole or not at all, a bar that fits, curves."""
 
+import errno
 import io
 import json
+import os
 import resource
+import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from rich.console import Console
 
 from fastpo.trainer.config import Config
 from fastpo.trainer.run import checkpoint
 from fastpo.trainer.run.console import SHOWN, Display
-from fastpo.trainer.run.directory import RunLog, create, read_metrics
+from fastpo.trainer.run.directory import RunLog, create, read_metrics, write_config
 from fastpo.trainer.run.errors import RecipeError, TrainerError
 from fastpo.trainer.run.plot import plot, smooth
 
@@ -19,6 +25,10 @@ METRICS = dict.fromkeys(SHOWN, 0.5)
 
 def state(step):
     return dict.fromkeys(checkpoint.KEYS) | {"step": step}
+
+
+def names(directory):
+    return sorted(path.name for path in directory.iterdir())
 
 
 class Weights:
@@ -38,7 +48,162 @@ def test_a_checkpoint_replaces_the_last_one_as_a_whole(tmp_path):
     found = checkpoint.find(tmp_path)
     assert (found / "model").read_text() == "second"
     assert checkpoint.load_state(found) == state(2)
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+    assert (tmp_path / "checkpoint.previous" / "model").read_text() == "first"
+    checkpoint.save(tmp_path, Weights("third"), state(3))
+    assert (tmp_path / "checkpoint.previous" / "model").read_text() == "second"
+    assert names(tmp_path) == ["checkpoint", "checkpoint.previous"]
+
+
+@pytest.mark.parametrize("renames", [0, 1])
+def test_a_crash_at_either_rename_leaves_a_checkpoint(tmp_path, monkeypatch, renames):
+    checkpoint.save(tmp_path, Weights("first"), state(1))
+    checkpoint.save(tmp_path, Weights("second"), state(2))
+    done, rename = [], Path.rename
+
+    def crash(self, target):
+        if len(done) == renames:
+            raise KeyboardInterrupt
+        done.append(target)
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", crash)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(tmp_path, Weights("third"), state(3))
+    monkeypatch.undo()
+    assert checkpoint.load_state(checkpoint.find(tmp_path))["step"] == 2
+    checkpoint.save(tmp_path, Weights("fourth"), state(4))
+    assert checkpoint.load_state(checkpoint.find(tmp_path))["step"] == 4
+
+
+def test_what_a_crash_left_half_written_gets_into_no_checkpoint(tmp_path):
+    (tmp_path / "checkpoint.new").mkdir()
+    (tmp_path / "checkpoint.new" / "model.old-shard").write_text("junk")
+    checkpoint.save(tmp_path, Weights("whole"), state(1))
+    assert names(tmp_path / "checkpoint") == ["SHA256SUMS", "model", "trainer_state.pt"]
+    assert names(tmp_path) == ["checkpoint"]
+
+
+def test_files_reach_the_disk_before_they_take_their_name(tmp_path, monkeypatch):
+    order, fsync, rename = [], os.fsync, Path.rename
+
+    def synced(descriptor):
+        order.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "rename", lambda s, t: order.append("rename") or rename(s, t))
+    checkpoint.save(tmp_path, Weights("model"), state(1))
+    before = order[: order.index("rename")]
+    assert sorted(before) == ["SHA256SUMS", "checkpoint.new", "model", "trainer_state.pt"]
+    assert order[-1] == tmp_path.name
+
+
+def test_a_state_that_cannot_be_read_back_is_refused_when_it_is_first_saved(tmp_path):
+    """REGRESSIONS 40."""
+    keeper = checkpoint.Keeper(tmp_path, every=0, minutes=0)
+    bad = state(1) | {"before": np.float64(0.5)}
+    with pytest.raises(TrainerError, match="more than tensors and plain values") as caught:
+        keeper.save(Weights("model"), bad)
+    assert "weights_only" not in str(caught.value) and names(tmp_path) == []
+    keeper.save(Weights("model"), state(2))
+    loads = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "load", lambda *_, **__: loads.append(1))
+        keeper.save(Weights("model"), state(3))
+    assert loads == []
+
+
+class Malicious:
+    """A pickle that touches a file when it is read."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_code_in_a_state_is_never_run_nor_advised(tmp_path):
+    checkpoint.save(tmp_path, Weights("model"), state(1))
+    found, touched = checkpoint.find(tmp_path), tmp_path / "touched"
+    torch.save(state(1) | {"before": Malicious(touched)}, found / checkpoint.STATE)
+    checkpoint.write_manifest(found)
+    with pytest.raises(TrainerError, match="more than tensors and plain values") as caught:
+        checkpoint.load_state(found)
+    assert not touched.exists()
+    assert "weights_only" not in str(caught.value) and "add_safe" not in str(caught.value)
+    torch.load(found / checkpoint.STATE, weights_only=False)
+    assert touched.exists()  # it would have
+
+
+@pytest.mark.parametrize("name", ["model", checkpoint.STATE])
+def test_a_flipped_bit_is_found(tmp_path, name):
+    """REGRESSIONS 47."""
+    checkpoint.save(tmp_path, Weights("first"), state(1))
+    checkpoint.save(tmp_path, Weights("second"), state(2))
+    file = tmp_path / "checkpoint" / name
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(TrainerError, match=f"{name} is damaged .*SHA-256.*move .* away, and --res"):
+        checkpoint.load_state(checkpoint.find(tmp_path))
+    shutil.rmtree(tmp_path / "checkpoint")
+    assert checkpoint.load_state(checkpoint.find(tmp_path))["step"] == 1
+    (tmp_path / "checkpoint.previous" / "model").unlink()
+    with pytest.raises(TrainerError, match=r"model is damaged .it is missing.*restore it"):
+        checkpoint.load_state(checkpoint.find(tmp_path))
+
+
+def test_checkpoints_come_by_steps_and_by_the_clock(tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: clock[0])
+    keeper = checkpoint.Keeper(tmp_path, every=3, minutes=10)
+    assert [keeper.is_due(step) for step in (1, 2, 3)] == [False, False, True]
+    clock[0] = 601
+    assert keeper.is_due(4)
+    keeper.save(Weights("model"), state(4))
+    clock[0] = 1200
+    assert not keeper.is_due(5)
+    never = checkpoint.Keeper(tmp_path, every=0, minutes=0)
+    clock[0] = 1e9
+    assert not never.is_due(6)
+
+
+def test_the_best_checkpoint_stays_when_later_ones_come(tmp_path):
+    keeper = checkpoint.Keeper(tmp_path, every=0, minutes=0, best=(0.1, 0.0))
+    for step, score in ((1, (0.1, 0.0)), (2, (0.5, 0.1)), (3, (0.4, 0.9)), (4, (0.5, 0.2))):
+        keeper.save(Weights(f"step {step}"), state(step))
+        if keeper.is_best(score):
+            keeper.keep_best(score)
+        if step == 3:
+            assert checkpoint.load_state(tmp_path / "best")["step"] == 2
+    assert (tmp_path / "best" / "model").read_text() == "step 4"
+    keeper.save(Weights("step 5"), state(5))
+    assert (tmp_path / "best" / "model").read_text() == "step 4"
+    assert names(tmp_path) == ["best", "checkpoint", "checkpoint.previous"]
+
+
+def test_a_config_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    write_config(tmp_path, Config(seed=1))
+    before = (tmp_path / "config.toml").read_text()
+
+    def half(self, text, **_):
+        with self.open("w") as file:
+            file.write(text[:20])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(OSError, match="No space"):
+        write_config(tmp_path, Config(seed=2))
+    assert (tmp_path / "config.toml").read_text() == before
+
+
+def test_missing_lines_of_metrics_are_said(tmp_path):
+    lines = [json.dumps({"step": step, "reward": 0.5}) + "\n" for step in (1, 2, 5)]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
+    log = RunLog(tmp_path, tensorboard=False, resume_at=5)
+    log.close()
+    assert log.gaps == "2 of 5 steps, the first of them step 3"
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
@@ -52,7 +217,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "\n" not in str(caught.value)
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+    assert names(tmp_path) == ["checkpoint"]
     found = checkpoint.find(tmp_path)
     assert (found / "model").read_text() == "first" and checkpoint.load_state(found)["step"] == 1
     checkpoint.save(tmp_path, Weights("third"), state(3))
@@ -106,14 +271,19 @@ def test_a_line_cut_off_by_a_crash_is_dropped_on_resume(tmp_path):
 def test_a_run_that_is_being_written_is_left_to_its_writer(tmp_path):
     path = tmp_path / "run"
     config = Config(run_dir=str(path), existing="move_aside")
-    log = RunLog(create(config), tensorboard=False)
+    log = RunLog(create(config, print), tensorboard=False)
     log.metrics(1, {"reward": 1.0})
-    for second in (lambda: create(config), lambda: RunLog(path, tensorboard=False, resume_at=0)):
+    for second in (
+        lambda: create(config, print),
+        lambda: RunLog(path, tensorboard=False, resume_at=0),
+    ):
         with pytest.raises(RecipeError, match="run is being written by another fastpo"):
             second()
     assert read_metrics(path) == [{"step": 1, "reward": 1.0}]
     log.close()
-    assert create(config).exists() and (tmp_path / "run.1" / "metrics.jsonl").exists()
+    said = []
+    assert create(config, said.append).exists() and (tmp_path / "run.1" / "metrics.jsonl").exists()
+    assert said == [f"Moved the run that was in {path} to {path}.1"]
 
 
 def test_samples_may_hold_any_character(tmp_path):

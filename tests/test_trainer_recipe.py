@@ -30,9 +30,9 @@ def test_recipe_and_overrides_reach_every_kind_of_field(tmp_path):
 
 
 def test_none_overrides_a_value_of_the_recipe(tmp_path):
-    path = write(tmp_path, "[algorithm]\nclip_high = 0.3\n")
-    assert recipe.load(path).algorithm.clip_high == 0.3
-    assert recipe.load(path, ["algorithm.clip_high=none"]).algorithm.clip_high is None
+    path = write(tmp_path, "[algorithm]\noverlong_cache = 3\n")
+    assert recipe.load(path).algorithm.overlong_cache == 3
+    assert recipe.load(path, ["algorithm.overlong_cache=none"]).algorithm.overlong_cache is None
 
 
 def test_text_needs_no_quotes_and_numbers_may_name_a_directory(tmp_path):
@@ -53,6 +53,9 @@ def test_text_needs_no_quotes_and_numbers_may_name_a_directory(tmp_path):
         ("", ["rollout.group_size=1"], ["rollout.group_size", "1", "greater than or equal to 2"]),
         ("", ["optim.learning_rate=nan"], ["optim.learning_rate", "nan", "finite number"]),
         ("", ["model.dtype=int8"], ["model.dtype", "'int8'", "'float32'"]),
+        ("", ["model.dtype=float16"], ["model.dtype", "'float16'", "'bfloat16'"]),
+        ("", ["threads=100000"], ["threads", "100000", "1024"]),
+        ("", ["algorithm.kl_coef=0.1"], ["it is algorithm.objective.kl_coef"]),
         ("", ["optim=3"], ["optim", "table"]),
         ("seed = 1", ["seed.x=3"], ["seed.x", "seed is a value"]),
         ("", ["steps"], ["'steps'", "key=value"]),
@@ -75,8 +78,11 @@ def test_missing_recipe_is_named(tmp_path):
 
 
 def test_dump_reads_back_to_the_same_config(tmp_path):
-    config = Config(task='with "quotes" and ünicode', task_args={"digits": 3, "names": ["a", "b"]})
-    config = replace(config, algorithm=replace(config.algorithm, clip_high=0.31))
+    config = Config(
+        task='with "quotes" and ünicode',
+        task_args={"digits": 3, "names": ["a", "b"], "more": {"a b": 1, "deep": {"x": 2}}},
+    )
+    config = replace(config, algorithm=replace(config.algorithm, objective={"clip_high": 0.31}))
     assert recipe.load(write(tmp_path, recipe.dump(config))) == config
 
 

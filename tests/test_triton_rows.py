@@ -12,6 +12,9 @@ from fastpo.backends import triton as triton_rows
 from fastpo.objective import KL_ESTIMATORS, TOKEN_SURROGATES, Objective
 from fastpo.testing.rows import (
     RowCase,
+    check_details,
+    check_details_of_hostile_rows,
+    check_no_subnormal_leaves,
     check_policy_loss,
     check_stats_and_grad,
     run_policy_loss,
@@ -47,6 +50,27 @@ def test_surrogates(name, dtype, device):
 def test_kl_estimators(estimator, ratio_weighted, device):
     objective = Objective(kl_coef=0.3, kl_estimator=estimator, kl_ratio_weighted=ratio_weighted)
     check_policy_loss(triton_rows, RowCase.random(6, 307, objective, device=device), objective)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize("vocab", [1, 1025])
+def test_details(vocab, dtype, device):
+    """Sum of squared probabilities, mean logit and top-1 hit, as TRL's kernel defines them."""
+    case = RowCase.random(6, vocab, DAPO, dtype=dtype, temperature=torch.linspace(0.5, 2, 6))
+    case.tokens[::2] = case.logits[::2].argmax(1)
+    case = case.to(device)
+    check_details(triton_rows, case)
+    check_details(triton_rows, case.with_logits((case.logits.float() + 80).to(dtype)))
+
+
+def test_details_of_hostile_rows(device):
+    check_details_of_hostile_rows(triton_rows, device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_no_subnormal_leaves(dtype, device):
+    """REGRESSIONS 49: products over subnormal gradients take 12 to 15 times as long."""
+    check_no_subnormal_leaves(triton_rows, dtype, device)
 
 
 @pytest.mark.slow

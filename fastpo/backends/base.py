@@ -25,6 +25,10 @@ validated and flattened: logits (N, V) with unit stride in V and any row stride,
 * NaN is never swallowed on a live row (mind min/max instructions).
 * Rows are independent and sums have a fixed order: same bits for any N, any chunking, in place or
   not, and `row_stats` and `row_policy_loss` agree bit by bit on logprob and entropy.
+* No subnormal leaves `row_grad`, `row_policy_loss` or `scale_`: |g| < 2^-126 becomes 0 before g is
+  rounded to the gradient's dtype (fp64: 2^-1022), since some CPUs multiply subnormals 12 to 15
+  times slower and peaked logits make most columns such. So bf16, which has the range of fp32, holds
+  none either; the subnormals of fp16, from 2^-14 down, are normal numbers in fp32 and stay.
 * Accumulation is fp32 for fp32 / bf16 / fp16 logits (the torch backend: fp64 for fp64).
 """
 
@@ -48,6 +52,41 @@ class RowStats(NamedTuple):
     entropy: Tensor  # entropy of the row, nats
     row_max: Tensor  # m, in units of u
     log_sum: Tensor  # log s
+
+
+class RowDetails(NamedTuple):
+    """Statistics that some trainers log or weight by, without a gradient. All (N,)."""
+
+    log_sum_sq_probs: Tensor  # log sum_j p_j^2, fp32 (fp64 for fp64 logits)
+    mean_logits: Tensor  # mean of u over the vocabulary, likewise; -inf if a logit is
+    is_top1: Tensor  # bool: the token's logit is the row's largest, and the first of several such
+
+
+class KeptSets(NamedTuple):
+    """The token ids that each row's softmax is over, where it is not the whole vocabulary.
+
+    Row i has ids[offsets[i] : offsets[i + 1]], all different; none means that it is not such a row.
+    """
+
+    ids: Tensor  # (M,) int64
+    offsets: Tensor  # (N + 1,) int64, rising from 0 to M
+
+
+class KeptHead(NamedTuple):
+    """An LM head as kept rows see it: z = gain * (hidden . weight[id] + bias[id]), or its tanh."""
+
+    weight: Tensor  # (V, D), of the dtype of the hidden states, unit stride in D
+    bias: Tensor | None  # (V,)
+    gain: float
+    capped: bool  # tanh follows; the outer softcap rides in the temperature
+
+
+class KeptGrads(NamedTuple):
+    """Where `kept_grad` leaves its gradients: of the operands' dtype or fp32; None = not wanted."""
+
+    hidden: Tensor | None  # (N, D)
+    weight: Tensor | None  # (V, D)
+    bias: Tensor | None  # (V,)
 
 
 class RowInputs(NamedTuple):
@@ -136,6 +175,18 @@ class Backend(Protocol):
     ) -> RowStats:
         """One read of the logits. tokens int64 (N,); temperature float or (N,) fp32; live bool."""
 
+    def row_details(
+        self,
+        logits: Tensor,
+        tokens: Tensor,
+        temperature: float | Tensor,
+        live: Tensor | None = None,
+    ) -> tuple[RowStats, RowDetails]:
+        """`row_stats`, bit by bit, and more from the same launch. Dead rows: 0 and False.
+
+        A row with NaN, or a token outside [0, V), is never top-1.
+        """
+
     def row_grad(
         self,
         logits: Tensor,
@@ -163,6 +214,44 @@ class Backend(Protocol):
         `out` has the logits' dtype, or a 2-byte dtype under fp32 logits. It may be `logits` itself,
         or `alias_rows(logits, dtype)`: the *upper* half of each fp32 row, so that a sweep from the
         last column to the first never overwrites a logit it has yet to read.
+        """
+
+    def kept_stats(
+        self,
+        hidden: Tensor,
+        head: KeptHead,
+        tokens: Tensor,
+        kept: KeptSets,
+        temperature: float | Tensor,
+        live: Tensor | None = None,
+    ) -> tuple[RowStats, Tensor]:
+        """Statistics of the rows (N, D) with ids, by gathered dot products; z of every id, (M,).
+
+        u = z / temperature, and everything is as in `row_stats` with -inf at the other columns.
+        A row with one id has log-prob and entropy 0 and is never read, nor is a dead row or one
+        without ids, whose statistics are 0. A token that is not among its row's ids gives NaN.
+        """
+
+    def kept_grad(
+        self,
+        hidden: Tensor,
+        head: KeptHead,
+        tokens: Tensor,
+        kept: KeptSets,
+        temperature: float | Tensor,
+        stats: RowStats,
+        logits: Tensor,
+        logprob_grad: Tensor,
+        entropy_grad: Tensor | None,
+        grads: KeptGrads,
+        add: bool = False,
+    ) -> None:
+        """Fill `grads` from what `kept_stats` returned and the row gradients c and e.
+
+        Hidden states: rows with ids are written, others left alone; those with one id or
+        c = e = 0 get zeros. Weight and bias: every row is written once, zeros included, or, with
+        `add`, the rows of ids that occur are added to. The sum of an id runs over its rows in
+        order: same bits for any number of threads.
         """
 
     def scale_(self, grad: Tensor, factor: Tensor) -> None:

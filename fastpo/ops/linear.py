@@ -13,6 +13,8 @@ a training step. Here they exist for one chunk of tokens at a time. Which way a 
     loss, sequence-level, else        c is known when the logits are gone:  8    LinearTokenLogprobs
                                       backward computes them again               and loss_of_batch
     log-probs                         any loss may follow                   8    LinearTokenLogprobs
+    rows with kept_tokens             a few dot products each, no GEMM      0    LinearKeptLogprobs
+                                      (dense rows beside them: 8)                and loss_of_batch
 
 The first two are `FusedLinearLoss`. A frozen head or frozen hidden states save their GEMM; without
 any gradient one GEMM is left. `tp_group` changes none of this: `VocabularyShard` is a backend.
@@ -25,22 +27,31 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from fastpo import backends
+from fastpo._compile import untraced
 from fastpo.objective import Objective
 from fastpo.ops import checks
 from fastpo.ops.batch import LossBatch, flat_mask, flat_rows, flat_temperature
 from fastpo.ops.checks import LossInputs
 from fastpo.ops.from_logprobs import loss_of_batch
+from fastpo.ops.kept import Kept, check_kept
 from fastpo.ops.linear_autograd import FusedLinearLoss, LinearTokenLogprobs, TokenLevelLoss
-from fastpo.ops.linear_checks import autocasts, check_linear_op, operand_dtype
+from fastpo.ops.linear_checks import (
+    autocasts,
+    check_exponentials,
+    check_linear_op,
+    operand_dtype,
+)
 from fastpo.ops.linear_chunks import LinearCall
+from fastpo.ops.linear_exp import ExpShard
+from fastpo.ops.linear_kept import LinearKeptLogprobs
 from fastpo.ops.linear_sequences import SequenceLevelLoss
 from fastpo.ops.results import PolicyLoss, TokenLogprobs
 from fastpo.ops.tensor_parallel import VocabularyShard
 
-_UNTRACED = "its loop over chunks runs GEMMs and one kernel each: nothing there to compile"
+_untraced = untraced("its loop over chunks runs GEMMs and one kernel each: nothing to compile")
 
 
-@torch.compiler.disable(reason=_UNTRACED)
+@_untraced
 def linear_policy_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -63,6 +74,8 @@ def linear_policy_loss(
     chunk_tokens: int | None = None,
     tp_group: ProcessGroup | None = None,
     live_rows: int | None = None,
+    kept_tokens: Tensor | None = None,
+    kept_offsets: Tensor | None = None,
 ) -> PolicyLoss:
     """Policy loss from hidden states and the LM head; no [N, V] tensor is ever made.
 
@@ -102,7 +115,10 @@ def linear_policy_loss(
         normalizer: global token count (token_mean) or sequence count (other aggregations), for
             gradient accumulation and data parallelism; None = this batch's own.
         backend: "torch", "cpp" or "triton"; None = the best available. An explicit request never
-            falls back.
+            falls back. "triton-exp", for bf16 operands on GPUs from compute capability 8.0: the
+            first GEMM stores exponentials in place of logits, which no kernel then sweeps over
+            (docs/gpu.md); "triton-exp-kept" keeps them for the backward of `linear_token_logprobs`,
+            2 bytes times N V for 6 N D V in place of 8.
         logit_scale: factor on the logits (Cohere's logit_scale, 1 / Granite's logits_scaling).
         softcap: Gemma's final_logit_softcapping; None = none.
         logits_dtype: None = float32, which keeps the GEMM's fp32 sums; torch.bfloat16 (for bf16
@@ -113,6 +129,11 @@ def linear_policy_loss(
             loss, the whole gradient of the hidden states and their own shard's of the weight.
         live_rows: the number of True in `mask`, which a trainer knows on the host when it builds
             the batch. A wrong one raises on CPU and gives NaN on GPU.
+        kept_tokens: [M] int64 or int32: the ids that each token was sampled from (top-k, top-p), as
+            vLLM and SGLang return them; log-probs, entropies and gradients are those of the softmax
+            over them. Such rows never enter a GEMM. Not with tp_group, nor on backend "triton".
+        kept_offsets: [N + 1] int64 or int32, rows in flattened order: row i has
+            kept_tokens[kept_offsets[i] : kept_offsets[i + 1]]; none = the whole vocabulary.
 
     Raises:
         ValueError, TypeError: see the message: what was got, what is expected, what to do.
@@ -139,15 +160,20 @@ def linear_policy_loss(
     check_linear_op(hidden, weight, bias, tokens, mask, temperature, **options)
     leading = hidden.shape[:-1]
     checks.check_loss(given, leading, hidden)
+    check_kept(kept_tokens, kept_offsets, tokens, mask, weight.shape[0])
     call = _linear_call(hidden, weight, tokens, mask, temperature, backend, **options)
+    kept = _kept_sets(call, kept_tokens, kept_offsets)
     hidden, weight, bias = _operands(hidden, weight, bias)
     batch = LossBatch.from_inputs(given, leading, hidden)
+    if kept is not None:
+        logprobs, entropy = _logprobs(hidden, weight, bias, call, kept)
+        return loss_of_batch(batch, logprobs, entropy, leading=leading)
     if objective.is_token_level:
         chunk_loss = TokenLevelLoss(inputs=batch.row_inputs(), objective=objective)
     else:
         chunk_loss = SequenceLevelLoss.from_batch(batch, call, weight)
     if chunk_loss is None:
-        logprobs, entropy = call.checked(*LinearTokenLogprobs.apply(hidden, weight, bias, call))
+        logprobs, entropy = _logprobs(hidden, weight, bias, call, None)
         return loss_of_batch(batch, logprobs, entropy, leading=leading)
     needs = tuple(
         torch.is_grad_enabled() and x is not None and x.requires_grad
@@ -166,7 +192,7 @@ def linear_policy_loss(
     return PolicyLoss(loss, logprobs.view(leading), entropy.view(leading), metrics)
 
 
-@torch.compiler.disable(reason=_UNTRACED)
+@_untraced
 def linear_token_logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -182,6 +208,8 @@ def linear_token_logprobs(
     tp_group: ProcessGroup | None = None,
     backend: str | None = None,
     live_rows: int | None = None,
+    kept_tokens: Tensor | None = None,
+    kept_offsets: Tensor | None = None,
 ) -> TokenLogprobs:
     """Log-prob and entropy of every token from hidden states, both differentiable.
 
@@ -202,10 +230,36 @@ def linear_token_logprobs(
     }
     check_linear_op(hidden, weight, bias, tokens, mask, temperature, **options)
     leading = hidden.shape[:-1]
+    check_kept(kept_tokens, kept_offsets, tokens, mask, weight.shape[0])
     call = _linear_call(hidden, weight, tokens, mask, temperature, backend, **options)
-    operands = _operands(hidden, weight, bias)
-    logprobs, entropy = call.checked(*LinearTokenLogprobs.apply(*operands, call))
+    kept = _kept_sets(call, kept_tokens, kept_offsets)
+    logprobs, entropy = _logprobs(*_operands(hidden, weight, bias), call, kept)
     return TokenLogprobs(logprobs.view(leading), entropy.view(leading))
+
+
+def _logprobs(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, call: LinearCall, kept: Kept | None
+) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies (N,), differentiable."""
+    if kept is None:
+        outputs = LinearTokenLogprobs.apply(hidden, weight, bias, call)
+    else:
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        outputs = LinearKeptLogprobs.apply(rows, weight, bias, call, kept)
+    return call.checked(*outputs)
+
+
+def _kept_sets(
+    call: LinearCall, kept_tokens: Tensor | None, kept_offsets: Tensor | None
+) -> Kept | None:
+    """What `check_kept` has checked, if the backend knows what to do with it."""
+    if kept_tokens is not None and not hasattr(call.backend, "kept_stats"):
+        what = "tp_group" if isinstance(call.backend, VocabularyShard) else call.backend.__name__
+        raise ValueError(
+            f"kept_tokens with {what}, which has no gathered rows of a head: expected one of the "
+            "backends 'cpp' (CPU) and 'torch', and a whole head"
+        )
+    return Kept.from_inputs(kept_tokens, kept_offsets, call.mask)
 
 
 def _linear_call(
@@ -224,10 +278,14 @@ def _linear_call(
     live_rows: int | None,
 ) -> LinearCall:
     """What `check_linear_op` has checked, as rows."""
+    exponentials = backend in backends.LINEAR_BACKENDS
+    if exponentials:
+        check_exponentials(backend, operand_dtype(hidden), logits_dtype)
     logits_dtype = logits_dtype or checks.wide_dtype(operand_dtype(hidden))
-    rows = backends.load(backends.resolve(backend, hidden.device, logits_dtype))
+    rows = backends.load(backends.resolve(backend, hidden.device, logits_dtype, linear=True))
     if tp_group is not None:
-        rows = VocabularyShard(rows, tp_group, weight)
+        shard = ExpShard if exponentials else VocabularyShard
+        rows = shard(rows, tp_group, weight)
         if checks.inspects_values(hidden):
             checks.check_token_range(tokens, int(rows.vocabulary), mask)
     mask = flat_mask(mask)
@@ -243,6 +301,8 @@ def _linear_call(
         mask=mask,
         index=index,
         wrong_count=wrong_count,
+        exponentials=exponentials,
+        keeps_exponentials=backend == "triton-exp-kept" and torch.is_grad_enabled(),
     )
 
 

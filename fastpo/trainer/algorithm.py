@@ -21,6 +21,7 @@ class Algorithm:
 
     objective: fastpo.Objective
     dynamic_sampling: bool
+    dynamic_sampling_by: str
     overlong_cache: int  # tokens; 0 = no soft penalty
     overlong_filter: bool
     estimator: str
@@ -41,22 +42,17 @@ def resolve(config: AlgorithmConfig, max_new_tokens: int) -> Algorithm:
         raise RecipeError(
             f"algorithm.estimator is {config.estimator!r}, expected one of {', '.join(ESTIMATORS)}"
         )
-    chosen = {
-        name: value
-        for name in ("clip_low", "clip_high", "aggregation")
-        if (value := getattr(config, name)) is not None
-    }
-    chosen |= {"kl_coef": config.kl_coef, "entropy_coef": config.entropy_coef}
+    chosen = {name: value for name, value in config.objective.items() if value is not None}
     try:
         objective = getattr(fastpo, config.preset)(**chosen)
         if objective.aggregation == "constant" and objective.max_length is None:
             objective = getattr(fastpo, config.preset)(**chosen, max_length=max_new_tokens)
     except (TypeError, ValueError) as error:
-        raise RecipeError(f"algorithm: {error}") from None
+        raise RecipeError(f"algorithm.objective: {error}") from None
     if objective.entropy_coef and objective.aggregation != "token_mean":
         raise RecipeError(
-            "algorithm.entropy_coef is a token mean: it needs algorithm.aggregation=token_mean, "
-            f"got {objective.aggregation}"
+            "algorithm.objective.entropy_coef is a token mean: it needs "
+            f"algorithm.objective.aggregation=token_mean, got {objective.aggregation}"
         )
     dapo = config.preset == "dapo"
     cache = config.overlong_cache
@@ -69,6 +65,7 @@ def resolve(config: AlgorithmConfig, max_new_tokens: int) -> Algorithm:
         )
     return Algorithm(
         objective=objective,
+        dynamic_sampling_by=config.dynamic_sampling_by,
         dynamic_sampling=dapo if config.dynamic_sampling is None else config.dynamic_sampling,
         overlong_cache=cache,
         overlong_filter=dapo if config.overlong_filter is None else config.overlong_filter,

@@ -30,8 +30,8 @@ class ModelConfig:
 
     path: str | None = None
     """Directory or hub id for `from_pretrained`; none = build a Llama with the sizes below."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Type of the weights."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the products (autocast); weights and optimizer are float32 either way."""
     attention: str | None = None
     """HF `attn_implementation`; none = flash_attention_2 on GPU if installed, else sdpa."""
     hidden_size: Count = 128
@@ -40,6 +40,12 @@ class ModelConfig:
     """Decoder layers of the built model."""
     heads: Count = 4
     """Attention heads of the built model."""
+    chat: bool = False
+    """Prompts go into the tokenizer's chat template as a user's message, else after BOS."""
+    system_prompt: str | None = None
+    """With `chat`: the system's message before every prompt that has none."""
+    special_tokens: bool = False
+    """Special tokens stay in the text that verifiers and samples.jsonl see, but for the last."""
 
 
 @section()
@@ -68,6 +74,8 @@ class RolloutConfig:
     """Completions per prompt."""
     max_new_tokens: Count = 16
     """Longest completion, end token included."""
+    max_prompt_tokens: Count | None = None
+    """Problems with a longer prompt are skipped; none = every prompt must fit the context."""
     temperature: Positive = 1.0
     """Sampling temperature; log-probs of old and new policy are taken under it, too."""
     batch_size: Count = 1024
@@ -80,24 +88,18 @@ class AlgorithmConfig:
 
     preset: str = "dapo"
     """dapo, grpo, dr_grpo, gspo, cispo, ...: only dapo switches its techniques on by itself."""
-    clip_low: NonNegative | None = None
-    """The ratio is clipped from below at 1 - clip_low."""
-    clip_high: NonNegative | None = None
-    """Clip-higher: the ratio is clipped from above at 1 + clip_high (dapo 0.28, grpo 0.2)."""
-    aggregation: str | None = None
-    """Token-level loss: token_mean (dapo) or sequence_mean (grpo), sequence_sum, constant."""
+    objective: dict[str, Any] = field(default_factory=dict)
+    """Fields of fastpo.Objective in place of the preset's: clip_high, kl_coef, aggregation, ..."""
     dynamic_sampling: bool | None = None
-    """Refill the batch until every group has some answers right and some wrong."""
+    """Refill the batch until every group can teach something."""
+    dynamic_sampling_by: Literal["correct", "reward"] = "correct"
+    """A group can if some answers are right and some wrong, or if its rewards differ at all."""
     overlong_cache: Index | None = None
     """Soft overlong penalty over the last so many tokens before max_new_tokens (dapo: a fifth)."""
     overlong_filter: bool | None = None
     """Completions cut off by max_new_tokens carry no loss."""
     max_gen_batches: Count = 8
     """Dynamic sampling gives up after so many rounds of sampling in one step."""
-    kl_coef: NonNegative = 0.0
-    """Weight of the KL penalty to the policy the run started from; 0 = no reference policy."""
-    entropy_coef: float = 0.0
-    """Weight of the entropy bonus."""
     estimator: str = "grpo"
     """Of the advantages: grpo, dr_grpo, rloo, opo, passk, reinforce_pp."""
 
@@ -125,13 +127,23 @@ class OptimConfig:
     epochs: Count = 1
     """Passes over every batch."""
     old_logprobs: Literal["sampler", "recompute"] = "sampler"
-    """Of off-policy updates: as sampled, or as the update computes them (better under bf16)."""
+    """Of off-policy updates: as sampled, or as the update computes them (better in bf16)."""
     token_budget: Count = 16384
     """Tokens per micro-batch, with padding: bounds the memory of the forward and backward pass."""
     packing: bool | None = None
     """A micro-batch is one row without padding; none = with flash attention only."""
     share_prompts: bool = False
     """Run a prompt once for all its completions: pays where these are short; not with packing."""
+
+
+@section()
+class VerifierConfig:
+    """The task's code, which runs in processes of its own."""
+
+    workers: Index = 0
+    """Processes that judge completions side by side; 0 = one per core, at most 8."""
+    seconds: Positive = 10.0
+    """Longest call of the task's `reward` or `problem`; a longer one ends the run and is named."""
 
 
 @section()
@@ -145,7 +157,7 @@ class EvalConfig:
     temperature: NonNegative = 0.0
     """0 = greedy."""
     samples: Count = 1
-    """Completions per problem, averaged."""
+    """Completions per problem, averaged; greedy ones are all the same, so one is drawn."""
 
 
 @section()
@@ -178,14 +190,17 @@ class Config:
     """Rollout batches to train on."""
     device: str | None = None
     """none = cuda where there is one, else cpu."""
-    threads: Index = 0
+    threads: Annotated[int, Ge(0), Le(1024)] = 0
     """Torch threads; 0 = leave as is. 1 is fastest for tiny models."""
     checkpoint_every: Index = 0
-    """Steps between checkpoints; 0 = only at the end and on Ctrl-C."""
+    """Steps between checkpoints; 0 = by the clock, at the end and on Ctrl-C."""
+    checkpoint_minutes: NonNegative = 10.0
+    """Minutes between checkpoints, whatever the steps; 0 = never by the clock."""
     model: ModelConfig = field(default_factory=ModelConfig)
     warmup: WarmupConfig = field(default_factory=WarmupConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    verifier: VerifierConfig = field(default_factory=VerifierConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)

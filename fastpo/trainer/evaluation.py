@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from fastpo.trainer.config import Config, RolloutConfig
+from fastpo.trainer.config import Config
+from fastpo.trainer.experience import Sample, roll_out
 from fastpo.trainer.policy import (
     Policy,
     default_device,
@@ -17,23 +18,11 @@ from fastpo.trainer.policy import (
     make_policy,
     quiet_transformers,
 )
-from fastpo.trainer.rollout import sample
+from fastpo.trainer.rollout import Sampling
 from fastpo.trainer.run import checkpoint, directory, recipe
 from fastpo.trainer.run.errors import TrainerError
-from fastpo.trainer.tasks import Problem, Task, held_out, judge, load_task
-
-
-class Answer(NamedTuple):
-    """One judged completion of an evaluation."""
-
-    problem: Problem
-    text: str
-    reward: float
-
-    @property
-    def correct(self) -> bool:
-        """Right by the verifier."""
-        return self.reward >= 1.0
+from fastpo.trainer.tasks import Problem, held_out, load_task
+from fastpo.trainer.verifier import Verifier
 
 
 class Evaluation(NamedTuple):
@@ -42,63 +31,44 @@ class Evaluation(NamedTuple):
     accuracy: float  # share with reward 1
     reward: float  # the task's own, without length penalty
     mean_length: float  # tokens
-    answers: list[Answer]
+    answers: list[Sample]  # a problem's side by side
+    per_problem: int  # answers
     greedy_accuracy: float | None = None  # of greedy decoding, whatever the temperature
 
 
 def evaluate(
     policy: Policy,
-    task: Task,
+    verifier: Verifier,
     problems: list[Problem],
-    rollout: RolloutConfig,
-    temperature: float,
+    sampling: Sampling,
     generator: torch.Generator,
-    samples: int = 1,
 ) -> Evaluation:
-    """Answer every problem `samples` times; temperature 0 = greedy, which draws nothing random."""
-    completions = sample(
-        policy,
-        [policy.encode(problem.prompt) for problem in problems],
-        group_size=samples,
-        max_new_tokens=rollout.max_new_tokens,
-        temperature=temperature,
-        generator=generator,
-        batch_size=rollout.batch_size,
-    )
-    answers = []
-    for index, completion in enumerate(completions):
-        problem = problems[index // samples]
-        text = policy.decode(completion.tokens)
-        answers.append(Answer(problem, text, judge(task, problem, text)))
-    judged = [answer for answer in answers if math.isfinite(answer.reward)]
+    """Answer every problem `sampling.group_size` times."""
+    groups = roll_out(policy, verifier, problems, sampling, generator)
+    answers = [answer for group in groups for answer in group]
+    judged = [answer for answer in answers if answer.judged]
     if not judged:
         raise TrainerError("no reward of an evaluation is a finite number: check the task's reward")
     return Evaluation(
         accuracy=sum(answer.correct for answer in judged) / len(judged),
-        reward=sum(answer.reward for answer in judged) / len(judged),
-        mean_length=sum(len(completion.tokens) for completion in completions) / len(completions),
+        reward=sum(answer.score for answer in judged) / len(judged),
+        mean_length=sum(answer.length for answer in answers) / len(answers),
         answers=answers,
+        per_problem=sampling.group_size,
     )
 
 
 def evaluate_held_out(
-    policy: Policy, task: Task, problems: list[Problem], config: Config
+    policy: Policy, verifier: Verifier, problems: list[Problem], config: Config
 ) -> Evaluation:
     """`evaluate` as a recipe says, and greedily; its own generator leaves training undisturbed."""
-    generator = torch.Generator(policy.device).manual_seed(0)
-    greedy = evaluate(policy, task, problems, config.rollout, 0.0, generator)
-    result = greedy
-    if config.eval.temperature or config.eval.samples > 1:
-        result = evaluate(
-            policy,
-            task,
-            problems,
-            config.rollout,
-            config.eval.temperature,
-            generator,
-            config.eval.samples,
-        )
-    return result._replace(greedy_accuracy=greedy.accuracy)
+    generator = torch.Generator().manual_seed(0)
+    samplings = [Sampling.of(config.rollout, group_size=1, temperature=0.0)]
+    if config.eval.temperature:
+        samples, temperature = config.eval.samples, config.eval.temperature
+        samplings += [Sampling.of(config.rollout, group_size=samples, temperature=temperature)]
+    found = [evaluate(policy, verifier, problems, s, generator) for s in samplings]
+    return found[-1]._replace(greedy_accuracy=found[0].accuracy)
 
 
 def evaluate_saved(path: Path, overrides: Sequence[str]) -> Evaluation:
@@ -113,10 +83,13 @@ def evaluate_saved(path: Path, overrides: Sequence[str]) -> Evaluation:
         torch.set_num_threads(config.threads)
     quiet_transformers()
     task = load_task(config.task, config.task_args)
-    device = default_device(config.device)
-    if saved:
-        policy = load_policy(checkpoint.find(path), config.model, device, stop=task.stop)
-    else:
-        torch.manual_seed(config.seed)
-        policy = make_policy(config.model, device, alphabet=task.alphabet, stop=task.stop)
-    return evaluate_held_out(policy, task, held_out(task, config.eval.problems), config)
+    with Verifier(task, **asdict(config.verifier)) as verifier:
+        device = default_device(config.device)
+        if saved:
+            policy = load_policy(checkpoint.find(path), config.model, device, stop=task.stop)
+        else:
+            torch.manual_seed(config.seed)
+            policy = make_policy(config.model, device, alphabet=task.alphabet, stop=task.stop)
+        fits = policy.fits(config.rollout.max_prompt_tokens)
+        problems = held_out(verifier, config.eval.problems, fits)
+        return evaluate_held_out(policy, verifier, problems, config)

@@ -9,11 +9,11 @@ import torch
 
 import fastpo
 from fastpo.trainer.algorithm import Algorithm
-from fastpo.trainer.config import RolloutConfig
 from fastpo.trainer.policy import Policy
-from fastpo.trainer.rollout import Completion, sample
+from fastpo.trainer.rollout import Completion, Sampling, sample
 from fastpo.trainer.run.errors import TrainerError
-from fastpo.trainer.tasks import Problem, ProblemStream, Task, judge
+from fastpo.trainer.tasks import Problem, ProblemStream
+from fastpo.trainer.verifier import Verifier
 
 
 @dataclass(kw_only=True)
@@ -26,13 +26,23 @@ class Sample:
     text: str
     score: float  # what the task said; 1.0 = right
     reward: float  # score + overlong penalty
+    parts: dict[str, float] = field(default_factory=dict)  # of the score, by name
     advantage: float = 0.0
     live: bool = True  # False: carries no loss
+    old_logprobs: list[float] = field(default_factory=list)  # of the policy before the updates
+
+    def __post_init__(self) -> None:
+        self.old_logprobs = self.old_logprobs or self.completion.logprobs
+
+    @property
+    def judged(self) -> bool:
+        """Whether the task gave a number: NaN or inf take a sample out of everything."""
+        return math.isfinite(self.score)
 
     @property
     def correct(self) -> bool:
         """Right by the verifier, whatever the length penalty."""
-        return self.score >= 1.0
+        return self.judged and self.score >= 1.0
 
     @property
     def length(self) -> int:
@@ -54,86 +64,97 @@ class Batch:
         return [sample for group in self.groups for sample in group]
 
 
+def roll_out(
+    policy: Policy,
+    verifier: Verifier,
+    problems: list[Problem],
+    sampling: Sampling,
+    generator: torch.Generator,
+) -> list[list[Sample]]:
+    """One group of judged completions per problem: for training and for evaluation.
+
+    Raises:
+        TrainerError: a prompt leaves no room for a completion; or the task's verifier raised.
+    """
+    prompts = policy.encode_all(problems, sampling.max_new_tokens)
+    completions = sample(policy, prompts, sampling, generator)
+    asked = [
+        (problems[index // sampling.group_size], policy.decode(completion.tokens))
+        for index, completion in enumerate(completions)
+    ]
+    samples = [
+        Sample(
+            problem=problem,
+            prompt=prompts[index // sampling.group_size],
+            completion=completions[index],
+            text=text,
+            score=verdict.reward,
+            reward=verdict.reward,
+            parts=verdict.parts,
+        )
+        for index, ((problem, text), verdict) in enumerate(
+            zip(asked, verifier.judge(asked), strict=True)
+        )
+    ]
+    return [
+        samples[start : start + sampling.group_size]
+        for start in range(0, len(samples), sampling.group_size)
+    ]
+
+
 def collect(
     policy: Policy,
-    task: Task,
+    verifier: Verifier,
     problems: ProblemStream,
-    config: RolloutConfig,
+    prompts: int,
+    sampling: Sampling,
     algorithm: Algorithm,
     generator: torch.Generator,
 ) -> Batch:
-    """Sample groups until `config.prompts` of them can teach something (dynamic sampling).
+    """Sample groups until `prompts` of them can teach something (dynamic sampling).
 
     A group where all answers are right, or all wrong, has advantages of 0: with dynamic sampling on
     it is replaced by fresh problems, for at most `max_gen_batches` rounds.
 
     Raises:
-        TrainerError: not a single informative group in all rounds; or the task's verifier raised.
+        TrainerError: not a single informative group in all rounds; or what `roll_out` raises.
     """
     sampled: list[list[Sample]] = []
     kept: list[list[Sample]] = []
-    rounds = 0
-    while len(kept) < config.prompts and rounds < algorithm.max_gen_batches:
-        count = _groups_to_sample(
-            config.prompts - len(kept), len(kept), len(sampled), config.prompts
-        )
-        groups = roll_out(policy, task, problems.take(count), config, algorithm, generator)
+    rounds, by = 0, algorithm.dynamic_sampling_by
+    while len(kept) < prompts and rounds < algorithm.max_gen_batches:
+        count = _groups_to_sample(prompts - len(kept), len(kept), len(sampled), prompts)
+        groups = roll_out(policy, verifier, problems.take(count), sampling, generator)
+        punish_overlong(groups, sampling.max_new_tokens, algorithm.overlong_cache)
         sampled += groups
-        kept += [g for g in groups if not algorithm.dynamic_sampling or is_informative(g)]
+        kept += [g for g in groups if not algorithm.dynamic_sampling or is_informative(g, by)]
         rounds += 1
     if not kept:
-        raise TrainerError(_nothing_to_learn(sampled, rounds))
-    kept = kept[: config.prompts]
-    assign_advantages(kept, algorithm.estimator)
-    if algorithm.overlong_filter:
-        for group in kept:
-            for member in group:
-                member.live = member.live and member.completion.finished
-    return Batch(groups=kept, sampled=sampled, rounds=rounds)
+        raise TrainerError(_nothing_to_learn(sampled, rounds, by))
+    return Batch(groups=kept[:prompts], sampled=sampled, rounds=rounds)
 
 
-def roll_out(
-    policy: Policy,
-    task: Task,
-    problems: list[Problem],
-    config: RolloutConfig,
-    algorithm: Algorithm,
-    generator: torch.Generator,
-) -> list[list[Sample]]:
-    """One group of judged completions per problem."""
-    prompts = [policy.encode(problem.prompt) for problem in problems]
-    completions = sample(
-        policy,
-        prompts,
-        group_size=config.group_size,
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        generator=generator,
-        batch_size=config.batch_size,
-    )
-    penalties = _overlong_penalties(completions, config.max_new_tokens, algorithm.overlong_cache)
-    groups: list[list[Sample]] = [[] for _ in problems]
-    for index, (completion, penalty) in enumerate(zip(completions, penalties, strict=True)):
-        which = index // config.group_size
-        text = policy.decode(completion.tokens)
-        score = judge(task, problems[which], text)
-        groups[which].append(
-            Sample(
-                problem=problems[which],
-                prompt=prompts[which],
-                completion=completion,
-                text=text,
-                score=score,
-                reward=score + penalty,
-            )
-        )
-    return groups
+def punish_overlong(groups: list[list[Sample]], max_length: int, cache_length: int) -> None:
+    """DAPO's soft punishment, 0 to -1, over the last `cache_length` tokens; 0 = none."""
+    if not cache_length:
+        return
+    samples = [member for group in groups for member in group]
+    lengths = torch.tensor([member.length for member in samples])
+    penalties = fastpo.overlong_penalty(lengths, max_length=max_length, cache_length=cache_length)
+    for member, penalty in zip(samples, penalties.tolist(), strict=True):
+        member.reward = member.score + penalty
 
 
-def is_informative(group: list[Sample]) -> bool:
-    """0 < correct < G: some answers right, some wrong (DAPO, arXiv 2503.14476, eq. 11)."""
-    judged = [member.correct for member in group if math.isfinite(member.score)]
-    return 0 < sum(judged) < len(judged)
+def is_informative(group: list[Sample], by: str = "correct") -> bool:
+    """Whether a group's advantages are not all 0.
+
+    By "correct": 0 < correct < G, some answers right and some wrong (DAPO, arXiv 2503.14476,
+    eq. 11). By "reward": its rewards differ, for rewards that are no verdicts.
+    """
+    judged = [member for member in group if member.judged]
+    if by == "reward":
+        return len({member.reward for member in judged}) > 1
+    return 0 < sum(member.correct for member in judged) < len(judged)
 
 
 def assign_advantages(groups: list[list[Sample]], estimator: str) -> None:
@@ -151,16 +172,11 @@ def assign_advantages(groups: list[list[Sample]], estimator: str) -> None:
         member.advantage, member.live = advantage, kept
 
 
-def _overlong_penalties(
-    completions: list[Completion], max_length: int, cache_length: int
-) -> list[float]:
-    """DAPO's soft punishment, 0 to -1; none without a cache."""
-    if not cache_length:
-        return [0.0] * len(completions)
-    lengths = torch.tensor([len(completion.tokens) for completion in completions])
-    return fastpo.overlong_penalty(
-        lengths, max_length=max_length, cache_length=cache_length
-    ).tolist()
+def mute_truncated(groups: list[list[Sample]]) -> None:
+    """Overlong filtering: completions cut off carry no loss."""
+    for group in groups:
+        for member in group:
+            member.live = member.live and member.completion.finished
 
 
 def _groups_to_sample(missing: int, kept: int, sampled: int, most: int) -> int:
@@ -168,17 +184,19 @@ def _groups_to_sample(missing: int, kept: int, sampled: int, most: int) -> int:
     return min(most, math.ceil(1.1 * missing * sampled / kept)) if kept else most
 
 
-def _nothing_to_learn(sampled: list[list[Sample]], rounds: int) -> str:
-    scores = [member.correct for group in sampled for member in group]
-    accuracy = sum(scores) / len(scores)
+def _nothing_to_learn(sampled: list[list[Sample]], rounds: int, by: str) -> str:
+    samples = [member for group in sampled for member in group]
+    accuracy = sum(member.correct for member in samples) / len(samples)
     hint = (
         "the task is solved for this policy: make it harder or stop here"
         if accuracy > 0.5
         else "the task is too hard for this policy: make it easier, or start from a better one "
         "(warmup.max_steps, model.path)"
     )
+    if by == "correct" and any(is_informative(group, "reward") for group in sampled):
+        hint = "but their rewards differ: set algorithm.dynamic_sampling_by=reward to learn from it"
+    what = "right and wrong answers" if by == "correct" else "different rewards"
     return (
-        f"no group had right and wrong answers in {rounds} rounds of sampling ({len(scores)} "
-        f"completions, accuracy {accuracy:.2f}): {hint}; or raise rollout.group_size or "
-        "algorithm.max_gen_batches"
+        f"no group had {what} in {rounds} rounds of sampling ({len(samples)} completions, accuracy "
+        f"{accuracy:.2f}): {hint}; or raise rollout.group_size or algorithm.max_gen_batches"
     )

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from fastpo.trainer.algorithm import resolve
+from fastpo.trainer import selfcheck
+from fastpo.trainer.algorithm import Algorithm, resolve
 from fastpo.trainer.config import Config
 from fastpo.trainer.evaluation import evaluate_held_out
-from fastpo.trainer.experience import Batch, collect
+from fastpo.trainer.experience import Batch, assign_advantages, collect, mute_truncated
 from fastpo.trainer.metrics import rollout_metrics, update_metrics
 from fastpo.trainer.policy import (
     Policy,
@@ -21,13 +23,15 @@ from fastpo.trainer.policy import (
     make_policy,
     quiet_transformers,
 )
+from fastpo.trainer.rollout import Sampling
 from fastpo.trainer.run import checkpoint, console, directory, report
 from fastpo.trainer.run.errors import Interrupted, RecipeError, TrainerError
 from fastpo.trainer.run.plot import plot
 from fastpo.trainer.run.signals import StopRequest, terminable
 from fastpo.trainer.tasks import ProblemStream, held_out, load_task
 from fastpo.trainer.update import Learner
-from fastpo.trainer.warmup import warm_up
+from fastpo.trainer.verifier import Verifier
+from fastpo.trainer.warmup import reference_answers, warm_up
 
 REFERENCE = "reference"  # the frozen policy of the KL penalty, saved so that a resumed run has it
 
@@ -44,8 +48,16 @@ def train(
     Raises:
         TrainerError: see its subclasses; what was written so far stays.
     """
-    with terminable():
-        trainer = Trainer(config, resume=resume, out=out or console.Output(highlight=False))
+    out = out or console.Output(highlight=False)
+    if resume and (done := report.lacks_curves(directory.path_of(config), config.steps)):
+        out.print(f"Curves:  {plot(directory.path_of(config))}", soft_wrap=True, markup=False)
+        return done
+    with (
+        terminable(),
+        # Its processes fork off first, before there are threads or a CUDA context.
+        Verifier(load_task(config.task, config.task_args), **asdict(config.verifier)) as verifier,
+    ):
+        trainer = Trainer(config, verifier, resume=resume, out=out)
         try:
             trainer.run()
             return trainer.finish(command)
@@ -53,39 +65,81 @@ def train(
             trainer.log.close()
 
 
+def train_step(
+    policy: Policy,
+    verifier: Verifier,
+    problems: ProblemStream,
+    learner: Learner,
+    algorithm: Algorithm,
+    config: Config,
+    generator: torch.Generator,
+    order: torch.Generator,
+) -> tuple[Batch, dict[str, float]]:
+    """One iteration of reinforcement learning: the batch it learned from, and its numbers."""
+    started = time.monotonic()
+    sampling = Sampling.of(config.rollout)
+    # Prompts, rollouts, rewards and overlong punishment, refilled until every group can teach.
+    batch = collect(
+        policy, verifier, problems, config.rollout.prompts, sampling, algorithm, generator
+    )
+    sampled = time.monotonic()
+    assign_advantages(batch.groups, algorithm.estimator)
+    if algorithm.overlong_filter:
+        mute_truncated(batch.groups)
+    learning_rate = learner.learning_rate
+    sums = learner.learn(batch.samples, order).read()
+    return batch, {
+        **rollout_metrics(batch, algorithm.dynamic_sampling_by),
+        **update_metrics(sums),
+        "learning_rate": learning_rate,
+        "rollout_time": sampled - started,
+        "step_time": time.monotonic() - started,
+    }
+
+
 class Trainer:
     """One run: what it is made of, and the state that a checkpoint keeps."""
 
-    def __init__(self, config: Config, *, resume: bool, out: Console):
+    def __init__(self, config: Config, verifier: Verifier, *, resume: bool, out: Console):
         self.config = config
+        self.verifier = verifier
         self.out = out
         if config.threads:
             torch.set_num_threads(config.threads)
         quiet_transformers()
         self.device = default_device(config.device)
         self.algorithm = resolve(config.algorithm, config.rollout.max_new_tokens)
-        self.task = load_task(config.task, config.task_args)
-        self.held_out = held_out(self.task, config.eval.problems)
-        exclude = [problem.prompt for problem in self.held_out]
-        self.problems = ProblemStream(self.task, f"train-{config.seed}", exclude)
-        self.generator = torch.Generator(self.device).manual_seed(config.seed)
+        # On the CPU whatever the device: draws depend neither on it nor on the batch size.
+        self.generator = torch.Generator().manual_seed(config.seed)
         self.order = torch.Generator().manual_seed(config.seed)  # which samples share an update
         self.step, self.num_tokens, self.seconds = 0, 0, 0.0
         self.before: dict[str, Any] | None = None
+        # Born in one of these two: policy, held_out and problems; dir and log; learner.
         if resume:
             self._resume()
         else:
             self._start()
+        self.keeper = checkpoint.Keeper(
+            self.dir,
+            every=config.checkpoint_every,
+            minutes=config.checkpoint_minutes,
+            best=self.log.best,
+        )
         self._clock = time.monotonic() - self.seconds
 
     def _start(self) -> None:
         torch.manual_seed(self.config.seed)
-        self.policy = make_policy(
-            self.config.model, self.device, alphabet=self.task.alphabet, stop=self.task.stop
+        self._take_policy(
+            make_policy(
+                self.config.model,
+                self.device,
+                alphabet=self.verifier.alphabet,
+                stop=self.verifier.stop,
+            )
         )
-        self.dir = directory.create(self.config)
+        self.dir = directory.create(self.config, self._say)
         self.log = directory.RunLog(self.dir, tensorboard=self.config.log.tensorboard)
-        self.learner = None
+        self.learner = None  # made after the warm-up, from whose end the reference policy is taken
 
     def _resume(self) -> None:
         self.dir = directory.path_of(self.config)
@@ -93,30 +147,47 @@ class Trainer:
         changed = directory.check_resumable(self.dir, self.config)
         state = checkpoint.load_state(saved)
         left = self.config.steps - state["step"]
-        if left < 0 or (left == 0 and report.is_complete(self.dir, self.config.steps)):
+        if left < 0 or (left == 0 and report.completed(self.dir, self.config.steps)):
             raise TrainerError(
                 f"{self.dir} is at step {state['step']} of {self.config.steps}: nothing to do, "
                 "raise steps to train longer"
             )
         if changed:
-            self.out.print(f"Changed since the run began: {', '.join(changed)}", markup=False)
-        self.policy = load_policy(saved, self.config.model, self.device, stop=self.task.stop)
+            self._say(f"Changed since the run began: {', '.join(changed)}")
+        self._take_policy(
+            load_policy(saved, self.config.model, self.device, stop=self.verifier.stop)
+        )
         self.step = state["step"]
         self.learner = self._make_learner()
         self._load(state)
         self.log = directory.RunLog(
             self.dir, tensorboard=self.config.log.tensorboard, resume_at=self.step
         )
+        if self.log.gaps:
+            self._say(f"{directory.METRICS} lacks {self.log.gaps}: the curves have a gap there")
         directory.write_config(self.dir, self.config)
+
+    def _take_policy(self, policy: Policy) -> None:
+        """Refuse what cannot be trained, before anything is written, and draw the problems."""
+        config = self.config
+        selfcheck.check(policy, config.optim)
+        self.policy = policy
+        fits = policy.fits(config.rollout.max_prompt_tokens)
+        self.held_out = held_out(self.verifier, config.eval.problems, fits)
+        policy.encode_all(self.held_out, config.rollout.max_new_tokens)
+        if config.warmup.max_steps:
+            reference_answers(self.held_out)
+        exclude = [problem.prompt for problem in self.held_out]
+        self.problems = ProblemStream(self.verifier, f"train-{config.seed}", exclude, fits)
 
     def run(self) -> None:
         """Warm up if asked to, evaluate, then train to the last step."""
-        self.out.print(self._headline(), markup=False, soft_wrap=True)
+        self._say(self._headline())
         if self.learner is None:
             self._warm_up()
             self.learner = self._make_learner()
             self.before = self._evaluate()
-            self.out.print(f"Held-out accuracy before: {self.before['accuracy']:.3f}")
+            self._say(f"Held-out accuracy before: {self.before['accuracy']:.3f}")
         with (
             console.Display(
                 self.config.steps, self.step, self.config.log.print_every, self.out
@@ -125,7 +196,7 @@ class Trainer:
         ):
             while self.step < self.config.steps and stop.signal_number is None:
                 self._advance(display)
-                if self._is_due(self.config.checkpoint_every) or self.step == self.config.steps:
+                if self.keeper.is_due(self.step) or self.step == self.config.steps:
                     self.save()
             if self.step < self.config.steps:
                 raise Interrupted(
@@ -133,6 +204,9 @@ class Trainer:
                     "command with --resume goes on from there",
                     stop.signal_number,
                 )
+
+    def _say(self, text: str) -> None:
+        self.out.print(text, markup=False, soft_wrap=True)
 
     def _headline(self) -> str:
         rollout, model = self.config.rollout, self.policy.model
@@ -146,10 +220,28 @@ class Trainer:
     def _advance(self, display: console.Display) -> None:
         """One step and the evaluation that may be due; whatever fails, steps done are kept."""
         try:
-            self._train_step(display)
+            batch, metrics = train_step(
+                self.policy,
+                self.verifier,
+                self.problems,
+                self.learner,
+                self.algorithm,
+                self.config,
+                self.generator,
+                self.order,
+            )
+            self.step += 1
+            self.num_tokens += sum(len(s.prompt) + s.length for g in batch.sampled for s in g)
+            metrics["num_tokens"] = self.num_tokens
+            self.log.metrics(self.step, metrics)
+            self._log_samples(batch)
+            display.step(self.step, metrics)
             if self._is_due(self.config.eval.every) and self.step < self.config.steps:
-                accuracy = self._evaluate()["accuracy"]
-                display.say(f"step {self.step}: held-out accuracy {accuracy:.3f}")
+                found = self._evaluate()
+                display.say(f"step {self.step}: held-out accuracy {found['accuracy']:.3f}")
+                if self.keeper.is_best(score := report.score(found)):
+                    self.save()
+                    self.keeper.keep_best(score)
         except Exception:
             if self.step:
                 self.save()
@@ -158,33 +250,11 @@ class Trainer:
     def _is_due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
 
-    def _train_step(self, display: console.Display) -> None:
-        started = time.monotonic()
-        batch = collect(
-            self.policy,
-            self.task,
-            self.problems,
-            self.config.rollout,
-            self.algorithm,
-            self.generator,
-        )
-        learning_rate = self.learner.learning_rate
-        sums = self.learner.learn(batch.samples, self.order).read()
-        self.step += 1
-        self.num_tokens += sum(len(s.prompt) + s.length for g in batch.sampled for s in g)
-        metrics = rollout_metrics(batch) | update_metrics(sums)
-        metrics |= {
-            "learning_rate": learning_rate,
-            "num_tokens": self.num_tokens,
-            "step_time": time.monotonic() - started,
-        }
-        self.log.metrics(self.step, metrics)
-        self._log_samples(batch)
-        display.step(self.step, metrics)
-
     def finish(self, command: str) -> dict[str, Any]:
         """Evaluate, write summary.json and curves.png, and report."""
         after = self._evaluate()
+        if self.keeper.is_best(score := report.score(after)):
+            self.keeper.keep_best(score)
         command = command or f"fastpo train {self.dir / directory.CONFIG}"
         summary = report.write_summary(
             self.dir,
@@ -218,11 +288,11 @@ class Trainer:
             "seconds": time.monotonic() - self._clock,
             "before": self.before,
             "learner": self.learner.state_dict(),
-            "problems": self.problems.rng.getstate(),
+            "problems": self.problems.state(),
             "generator": self.generator.get_state(),
             "order": self.order.get_state(),
         }
-        return checkpoint.save(self.dir, self.policy, state)
+        return self.keeper.save(self.policy, state)
 
     def _load(self, state: dict[str, Any]) -> None:
         self.num_tokens, self.seconds, self.before = (
@@ -230,7 +300,7 @@ class Trainer:
         )
         try:
             self.learner.load_state_dict(state["learner"])
-            self.problems.rng.setstate(state["problems"])
+            self.problems.load_state(state["problems"])
             self.generator.set_state(state["generator"])
             self.order.set_state(state["order"])
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -240,15 +310,16 @@ class Trainer:
         config = self.config.warmup
         if not config.max_steps:
             return
-        self.out.print("Supervised warm-up: it stands in for a pretrained checkpoint.")
+        self._say("Supervised warm-up: it stands in for a pretrained checkpoint.")
+        stream, exclude = f"warmup-{self.config.seed}", self.problems.exclude
         warm_up(
             self.policy,
-            self.task,
-            ProblemStream(self.task, f"warmup-{self.config.seed}", self.problems.exclude),
+            self.verifier,
+            ProblemStream(self.verifier, stream, exclude, self.problems.fits),
             config,
             self.config.rollout,
             self.generator,
-            lambda step, accuracy: self.out.print(f"warm-up step {step}: accuracy {accuracy:.2f}"),
+            lambda step, accuracy: self._say(f"warm-up step {step}: accuracy {accuracy:.2f}"),
         )
 
     def _make_learner(self) -> Learner:
@@ -263,21 +334,22 @@ class Trainer:
         )
 
     def _reference(self) -> Policy | None:
-        if self.algorithm.objective.kl_coef == 0:
+        kl_coef = self.algorithm.objective.kl_coef
+        if kl_coef == 0:
             return None
         directory = self.dir / REFERENCE
         if self.step == 0:
             self.policy.save(directory)
         if not directory.exists():
             raise RecipeError(
-                f"algorithm.kl_coef is {self.config.algorithm.kl_coef}, but the run began without "
-                "a KL penalty and kept no reference policy: set it to 0, or train anew"
+                f"algorithm.objective.kl_coef is {kl_coef}, but the run began without a KL penalty "
+                "and kept no reference policy: set it to 0, or train anew"
             )
-        return load_policy(directory, self.config.model, self.device, stop=self.task.stop)
+        return load_policy(directory, self.config.model, self.device, stop=self.verifier.stop)
 
     def _evaluate(self) -> dict[str, Any]:
-        result = evaluate_held_out(self.policy, self.task, self.held_out, self.config)
-        found = report.digest(result, self.config.eval.samples)
+        result = evaluate_held_out(self.policy, self.verifier, self.held_out, self.config)
+        found = report.digest(result, result.per_problem)
         numbers = {f"eval_{name}": value for name, value in found.items() if name != "answers"}
         self.log.metrics(self.step, numbers)
         return found
@@ -292,4 +364,5 @@ class Trainer:
                 reward=first.reward,
                 correct=first.correct,
                 advantage=first.advantage,
+                **({"parts": first.parts} if first.parts else {}),
             )

@@ -6,34 +6,47 @@ discarded included: they describe the policy. Entropy, clipping and KL are of th
 
 from __future__ import annotations
 
-import math
 import statistics
+from collections import defaultdict
 
 from fastpo.trainer.experience import Batch, Sample, is_informative
 
 
-def rollout_metrics(batch: Batch) -> dict[str, float]:
-    """Rewards, lengths and groups; lengths in tokens."""
+def rollout_metrics(batch: Batch, by: str = "correct") -> dict[str, float]:
+    """Rewards, lengths in tokens, and groups, which teach something `by` a metric."""
     samples = [sample for group in batch.sampled for sample in group]
     lengths = [sample.length for sample in samples]
     ended = [sample.length for sample in samples if sample.completion.finished]
     spreads = [_spread(group) for group in batch.sampled]
-    invalid = sum(not math.isfinite(sample.reward) for sample in samples)
     return {
-        "reward": _mean([s.reward for s in samples if math.isfinite(s.reward)]),
+        "reward": _mean([s.reward for s in samples if s.judged]),
         "reward_std": _mean(spreads),
         "frac_reward_zero_std": _mean([spread < 1e-8 for spread in spreads]),
-        "accuracy": _mean([s.correct for s in samples]),
+        "accuracy": _mean([s.correct for s in samples if s.judged]),
         "completions/mean_length": _mean(lengths),
         "completions/min_length": min(lengths),
         "completions/max_length": max(lengths),
         "completions/clipped_ratio": 1 - len(ended) / len(samples),
         "completions/mean_terminated_length": _mean(ended),
-        "groups_kept": _mean([is_informative(group) for group in batch.sampled]),
+        "groups_kept": _mean([is_informative(group, by) for group in batch.sampled]),
         "groups_trained": len(batch.groups),
         "gen_batches": batch.rounds,
-        "invalid_rewards": invalid,
+        "invalid_rewards": sum(not sample.judged for sample in samples),
+        **_part_metrics(samples),
     }
+
+
+def _part_metrics(samples: list[Sample]) -> dict[str, float]:
+    """Mean and standard deviation of every named component of the task's reward."""
+    parts = defaultdict(list)
+    for sample in samples:
+        for name, value in sample.parts.items():
+            parts[name].append(value)
+    found = {}
+    for name, values in sorted(parts.items()):
+        found[f"rewards/{name}/mean"] = _mean(values)
+        found[f"rewards/{name}/std"] = statistics.stdev(values) if len(values) > 1 else 0.0
+    return found
 
 
 def update_metrics(sums: dict[str, float]) -> dict[str, float]:
@@ -59,7 +72,7 @@ def update_metrics(sums: dict[str, float]) -> dict[str, float]:
 
 
 def _spread(group: list[Sample]) -> float:
-    rewards = [sample.reward for sample in group if math.isfinite(sample.reward)]
+    rewards = [sample.reward for sample in group if sample.judged]
     return statistics.stdev(rewards) if len(rewards) > 1 else 0.0
 
 

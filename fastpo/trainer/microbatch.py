@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from fastpo.trainer.config import OptimConfig
 from fastpo.trainer.experience import Sample
 from fastpo.trainer.policy import Policy
 from fastpo.trainer.rollout import left_pad
@@ -85,7 +86,11 @@ class SharedPrompts:
 
     def hidden(self, policy: Policy) -> Tensor:
         """Hidden states (N, D) that predict completion tokens."""
-        first = policy.model.base_model(
+        with policy.precision():
+            return self._hidden(policy.model.base_model)[self.rows, self.columns]
+
+    def _hidden(self, trunk: nn.Module) -> Tensor:
+        first = trunk(
             input_ids=self.prompts,
             attention_mask=self.mask.long(),
             position_ids=(self.mask.cumsum(1) - 1).clamp(min=0),
@@ -94,18 +99,18 @@ class SharedPrompts:
         states = first.last_hidden_state[self.owner, -1:]  # [B, 1, D]
         if self.ids.shape[1]:
             cache = first.past_key_values
-            cache.batch_select_indices(self.owner)
+            cache.reorder_cache(self.owner)
             mask = torch.cat([self.mask[self.owner], torch.ones_like(self.ids, dtype=bool)], 1)
             start = self.mask.sum(1)[self.owner, None]  # [B, 1]
-            rest = policy.model.base_model(
+            rest = trunk(
                 input_ids=self.ids,
                 attention_mask=mask.long(),
                 position_ids=start + torch.arange(self.ids.shape[1], device=start.device),
                 past_key_values=cache,
                 use_cache=True,
             )
-            states = torch.cat([states, rest.last_hidden_state], 1)  # [B, 1 + C, D]
-        return states[self.rows, self.columns]
+            states = torch.cat([states, rest.last_hidden_state], 1)
+        return states  # [B, 1 + C, D]
 
 
 @dataclass(kw_only=True)
@@ -116,6 +121,7 @@ class MicroBatch:
     tokens: Tensor  # (N,) what was sampled
     cu_seqlens: Tensor  # (B + 1,) int32: whose they are
     advantages: Tensor  # (B,)
+    sampled_logprobs: Tensor  # (N,) as the sampler computed them
     old_logprobs: Tensor  # (N,) of the policy that sampled
 
     @classmethod
@@ -131,19 +137,26 @@ class MicroBatch:
         lengths = torch.tensor([s.length for s in samples])
         return cls(
             layout=SharedPrompts.of(samples, device)
-            if share and not packed
+            if share
             else Rows.of(samples, device, packed=packed),
             tokens=torch.tensor([t for s in samples for t in s.completion.tokens], device=device),
             cu_seqlens=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int().to(device),
             advantages=torch.tensor([s.advantage for s in samples], device=device),
-            old_logprobs=torch.tensor(
+            sampled_logprobs=torch.tensor(
                 [p for s in samples for p in s.completion.logprobs], device=device
             ),
+            old_logprobs=torch.tensor([p for s in samples for p in s.old_logprobs], device=device),
         )
 
     def hidden(self, policy: Policy) -> Tensor:
         """Hidden states (N, D) that predict completion tokens: no other row meets the head."""
-        return self.layout.hidden(policy)
+        return self.layout.hidden(policy).to(policy.dtype)
+
+
+def layout_of(policy: Policy, config: OptimConfig) -> dict[str, bool]:
+    """How micro-batches are laid out, as `MicroBatch.of` takes it."""
+    packed = policy.packs if config.packing is None else config.packing
+    return {"packed": packed, "share": config.share_prompts and not packed}
 
 
 def _places(samples: list[Sample]) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,9 @@ so that logits of a whole batch never exist.
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,21 +16,39 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastpo.integrations.transformers import lm_head
 from fastpo.trainer.config import ModelConfig
 from fastpo.trainer.run.errors import RecipeError, TrainerError
+from fastpo.trainer.tasks import Problem
 
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 
 
 @dataclass(kw_only=True)
 class Policy:
-    """A causal LM in eval mode (dropout off, so that old and new log-probs are of one network)."""
+    """A causal LM in eval mode (dropout off, so that old and new log-probs are of one network).
+
+    Its weights are float32 whatever `config.dtype` says: a step of AdamW is about lr per weight,
+    far below half an ulp of a bfloat16 weight of 1 (4e-3), where it would be rounded away.
+    """
 
     model: nn.Module
     tokenizer: Any
     device: torch.device
+    config: ModelConfig
     stop: str | None  # completions end here, too
     stop_ids: Tensor  # (S,) every token id that ends a completion
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of hidden states and of the products of the model."""
+        return getattr(torch, self.config.dtype)
+
+    def precision(self) -> AbstractContextManager:
+        """The context of a forward pass; a weight is cast once in it, however often it is used."""
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
 
     def hidden_states(self, ids: Tensor, positions: Tensor | None = None) -> Tensor:
         """Last hidden states [B, T, D] of right-padded ids [B, T], or of one packed row [1, T].
@@ -35,46 +56,112 @@ class Policy:
         No attention mask: under causal attention, padding on the right changes nothing on its left,
         and transformers tells packed sequences apart by `positions` [1, T] that start anew from 0.
         """
-        output = self.model.base_model(input_ids=ids, position_ids=positions, use_cache=False)
+        with self.precision():
+            output = self.model.base_model(input_ids=ids, position_ids=positions, use_cache=False)
         return output.last_hidden_state
+
+    def head(self) -> dict[str, Any]:
+        """The LM head in `dtype`, as fastpo's linear ops take it."""
+        return {
+            name: value.to(self.dtype) if isinstance(value, Tensor) else value
+            for name, value in lm_head(self.model).items()
+        }
 
     @property
     def packs(self) -> bool:
         """Whether a packed row costs no attention between its sequences."""
         return self.model.config._attn_implementation == "flash_attention_2"
 
-    def head(self) -> dict[str, Any]:
-        """`weight`, `bias`, `logit_scale` and `softcap` for fastpo's linear ops."""
-        head = self.model.get_output_embeddings()
-        config = self.model.config.get_text_config()
-        scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
-        scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
-        return {
-            "weight": head.weight,
-            "bias": head.bias,
-            "logit_scale": scale,
-            "softcap": getattr(config, "final_logit_softcapping", None),  # Gemma
-        }
+    def encode(self, prompt: str | list[dict[str, str]]) -> list[int]:
+        """Token ids of a prompt: text, or messages for the tokenizer's chat template.
 
-    def encode(self, prompt: str) -> list[int]:
-        """Token ids of a prompt."""
-        ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        unknown = self.tokenizer.unk_token_id
-        if not ids or (unknown is not None and unknown in ids):
-            raise TrainerError(
-                f"prompt {prompt!r} is empty or has characters outside the tokenizer's vocabulary; "
-                "a task's `alphabet` must name every character of its prompts and answers"
-            )
-        return ids
+        Text is encoded as the tokenizer does it by itself, with its BOS token if it has that
+        habit, but without an end token: what comes next is to go on from here.
+        """
+        if self.config.chat or not isinstance(prompt, str):
+            ids = self._encode_chat(prompt)
+        else:
+            ids = self.tokenizer(prompt)["input_ids"]
+            ends = (self.tokenizer.eos_token_id, self.tokenizer.sep_token_id)
+            ids = ids[:-1] if len(ids) > 1 and ids[-1] in ends else ids
+        return self._known(ids, prompt)
 
     def encode_answer(self, answer: str) -> list[int]:
         """Token ids of a reference answer with the end token."""
-        return [*self.encode(answer), self.tokenizer.eos_token_id]
+        ids = self._known(self.tokenizer(answer, add_special_tokens=False)["input_ids"], answer)
+        end = self.tokenizer.eos_token_id
+        return ids if end is None else [*ids, end]
+
+    def _known(self, ids: list[int], text: Any) -> list[int]:
+        tokenizer, unknown = self.tokenizer, self.tokenizer.unk_token_id
+        others = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+        if ids and (unknown not in ids or unknown in others):  # GPT-2's is BOS and EOS, too
+            return ids
+        raise TrainerError(
+            f"prompt {text!r} is empty or has characters outside the tokenizer's vocabulary; "
+            "a task's `alphabet` must name every character of its prompts and answers"
+        )
+
+    def _encode_chat(self, prompt: str | list[dict[str, str]]) -> list[int]:
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        if self.config.system_prompt and messages[0].get("role") != "system":
+            messages = [{"role": "system", "content": self.config.system_prompt}, *messages]
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=False
+            )
+        except Exception as error:  # no template, or whatever a template raises
+            reason = str(error).strip().split("\n")[0]
+            raise RecipeError(f"the tokenizer's chat template cannot be used: {reason}") from None
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def encode_all(self, problems: list[Problem], new_tokens: int) -> list[list[int]]:
+        """Token ids of every problem's prompt.
+
+        Raises:
+            RecipeError: the model has no positions for one of them and `new_tokens` more.
+        """
+        prompts = [self.encode(problem.messages or problem.prompt) for problem in problems]
+        longest = max(map(len, prompts), default=0)
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if context is not None and longest + new_tokens > context:
+            raise RecipeError(
+                f"a prompt of {longest} tokens and rollout.max_new_tokens = {new_tokens} exceed "
+                f"the {context} positions of {type(self.model).__name__}: lower that, or skip long "
+                "prompts by rollout.max_prompt_tokens"
+            )
+        return prompts
+
+    def fits(self, max_tokens: int | None) -> Callable[[Problem], bool]:
+        """Whether a problem's prompt is of at most so many tokens; none = any is."""
+        if max_tokens is None:
+            return lambda problem: True
+        return lambda problem: len(self.encode(problem.messages or problem.prompt)) <= max_tokens
 
     def decode(self, ids: list[int]) -> str:
-        """The text of a completion, without special tokens, up to the stop string."""
-        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        """The text of a completion, up to the stop string and without its end token.
+
+        Other special tokens are in it with `config.special_tokens` only.
+        """
+        text = self._text(ids)
         return text.split(self.stop, 1)[0] if self.stop else text
+
+    def _text(self, ids: list[int]) -> str:
+        if ids and ids[-1] == self.tokenizer.eos_token_id:
+            ids = ids[:-1]
+        return self.tokenizer.decode(ids, skip_special_tokens=not self.config.special_tokens)
+
+    @property
+    def stop_spans_tokens(self) -> bool:
+        """Whether the stop string may be spread over tokens, so that text has to be searched."""
+        return self.stop is not None and (len(self.stop) > 1 or not self.stop.isascii())
+
+    def length_to_stop(self, ids: list[int]) -> int | None:
+        """How many tokens it takes until the text holds the stop string; None = it does not."""
+        if self.stop not in self._text(ids):
+            return None
+        prefixes = range(1, len(ids))
+        return 1 + bisect_left(prefixes, True, key=lambda n: self.stop in self._text(ids[:n]))
 
     def save(self, directory: Path) -> None:
         """Write a directory that `AutoModelForCausalLM.from_pretrained` loads."""
@@ -105,7 +192,7 @@ def make_policy(
     except Exception as error:  # transformers raises many kinds
         reason = str(error).strip().split("\n")[0]
         raise RecipeError(f"cannot build a model from these sizes: {reason}") from error
-    return _wrap(model, tokenizer, device, stop)
+    return _wrap(model, tokenizer, config, device, stop)
 
 
 def load_policy(
@@ -118,7 +205,7 @@ def load_policy(
         tokenizer = AutoTokenizer.from_pretrained(path)
         model, found = AutoModelForCausalLM.from_pretrained(
             path,
-            dtype=getattr(torch, config.dtype),
+            dtype=torch.float32,
             attn_implementation=config.attention or _default_attention(device),
             output_loading_info=True,
         )
@@ -132,7 +219,7 @@ def load_policy(
         # safetensors maps files at any offset, and CPU GEMMs round differently on memory that is
         # not 64-byte aligned (seen: 2e-8): a resumed run would not be bit-exact without a copy.
         parameter.data = parameter.data.clone()
-    return _wrap(model, tokenizer, device, stop)
+    return _wrap(model, tokenizer, config, device, stop)
 
 
 def character_tokenizer(alphabet: str) -> Any:
@@ -172,21 +259,22 @@ def _small_llama(config: ModelConfig, tokenizer: Any) -> nn.Module:
             eos_token_id=tokenizer.eos_token_id,
             attn_implementation=config.attention,
         )
-    ).to(getattr(torch, config.dtype))
+    )
 
 
-def _wrap(model: nn.Module, tokenizer: Any, device: torch.device, stop: str | None) -> Policy:
+def _wrap(
+    model: nn.Module, tokenizer: Any, config: ModelConfig, device: torch.device, stop: str | None
+) -> Policy:
     """The one place where a model becomes a policy: placement (and, later, sharding) goes here."""
     ids = stop_ids(model, tokenizer, stop)
-    policy = Policy(
+    return Policy(
         model=model.to(device).eval(),
         tokenizer=tokenizer,
         device=device,
+        config=config,
         stop=stop,
-        stop_ids=torch.tensor(ids, device=device),
+        stop_ids=torch.tensor(ids, dtype=torch.long, device=device),
     )
-    _check_head(policy)
-    return policy
 
 
 def stop_ids(model: nn.Module, tokenizer: Any, stop: str | None) -> list[int]:
@@ -198,27 +286,9 @@ def stop_ids(model: nn.Module, tokenizer: Any, stop: str | None) -> list[int]:
         pieces = tokenizer.batch_decode([[index] for index in range(len(tokenizer))])
         ids.update(index for index, piece in enumerate(pieces) if stop in piece)
     ids.discard(None)
-    if not ids:
+    if not ids and not stop:
         raise RecipeError("neither tokenizer nor model has an end token, nor the task a `stop`")
     return sorted(ids)
-
-
-@torch.no_grad()
-def _check_head(policy: Policy) -> None:
-    """Logits recomputed from hidden states must be the model's own: heads may hold surprises."""
-    ids = torch.tensor([[0, 1]], device=policy.device)
-    expected = policy.model(input_ids=ids).logits.float()
-    head = policy.head()
-    logits = nn.functional.linear(policy.hidden_states(ids), head["weight"], head["bias"]).float()
-    logits = logits * head["logit_scale"]
-    if head["softcap"]:
-        logits = head["softcap"] * torch.tanh(logits / head["softcap"])
-    error = (logits - expected).abs().max().item()
-    if not error <= 0.02 * max(1.0, expected.abs().max().item()):
-        raise RecipeError(
-            f"{type(policy.model).__name__} does more in its LM head than a bias, a scale and a "
-            f"softcap (logits differ by {error:.3g}): this trainer cannot express it"
-        )
 
 
 def quiet_transformers() -> None:

@@ -1,89 +1,114 @@
 """Sampling completions with a KV cache, from any Hugging Face causal LM.
 
 `generate` of transformers costs more per token than a small model does. This sampler prefills every
-prompt once, copies its cache for the whole group, and stops decoding rows that have ended.
+prompt once, copies its cache for the whole group, appends to buffers that double (concatenation
+copies the cache for every token: half of a rollout of 256), and drops rows that have ended.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastpo.trainer.config import RolloutConfig
 from fastpo.trainer.policy import Policy
 from fastpo.trainer.run.errors import TrainerError
+
+SYNC_EVERY = 8  # tokens between two looks at which rows have ended, where a look stalls the GPU
 
 
 @dataclass(kw_only=True)
 class Completion:
-    """One sampled completion, with the log-probs it was sampled at (the old policy's)."""
+    """One sampled completion, with the log-probs it was sampled at."""
 
     tokens: list[int]  # the end token included
     logprobs: list[float]  # nats, under the sampling temperature
     finished: bool  # False: cut off at max_new_tokens
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How completions are drawn."""
+
+    group_size: int  # completions per prompt
+    max_new_tokens: int
+    temperature: float = 1.0  # 0 = greedy
+    batch_size: int = 1024  # completions side by side
+
+    @classmethod
+    def of(cls, config: RolloutConfig, **changes: Any) -> Sampling:
+        """As the recipe says for training, but for `changes`."""
+        names = [field.name for field in fields(cls)]
+        return cls(**{**{name: getattr(config, name) for name in names}, **changes})
+
+
 @torch.no_grad()
 def sample(
-    policy: Policy,
-    prompts: list[list[int]],
-    *,
-    group_size: int,
-    max_new_tokens: int,
-    temperature: float,
-    generator: torch.Generator,
-    batch_size: int = 1024,
+    policy: Policy, prompts: list[list[int]], sampling: Sampling, generator: torch.Generator
 ) -> list[Completion]:
-    """`group_size` completions of every prompt, a group's side by side. Temperature 0 = greedy.
+    """`group_size` completions of every prompt, a group's side by side.
 
+    One number from `generator` (on the CPU) decides one token, whatever else is in its batch: the
+    batch size changes no completion. Greedy decoding draws none, and does a group once.
     Where a completion ends follows from the position of its first stop token, never from looking
     for the padding id: a tokenizer whose pad token is its EOS token loses nothing.
     """
+    if sampling.temperature == 0 and sampling.group_size > 1:
+        once = sample(policy, prompts, replace(sampling, group_size=1), generator)
+        return [replace(done) for done in once for _ in range(sampling.group_size)]
     completions = []
-    step = max(1, batch_size // group_size)
+    step = max(1, sampling.batch_size // sampling.group_size)
     for start in range(0, len(prompts), step):
-        decoding = _Decoding(policy, prompts[start : start + step], group_size, max_new_tokens)
-        completions += decoding.run(temperature, generator)
+        part = prompts[start : start + step]
+        shape = (len(part) * sampling.group_size, sampling.max_new_tokens)
+        noise = torch.rand(shape, dtype=torch.float64, generator=generator)
+        with policy.precision():
+            completions += _Decoding(policy, part, sampling).run(noise.to(policy.device))
     return completions
 
 
 class _Decoding:
-    """Decoding of one batch: B = prompts * group_size rows, of which R still run."""
+    """Decoding of one batch: B = prompts * group_size rows, of which R are still decoded."""
 
-    def __init__(
-        self, policy: Policy, prompts: list[list[int]], group_size: int, max_new_tokens: int
-    ):
+    def __init__(self, policy: Policy, prompts: list[list[int]], sampling: Sampling):
         self.policy = policy
-        self.max_new_tokens = max_new_tokens
+        self.sampling = sampling
         ids, padding = left_pad(prompts, policy.device)
         self.mask = None if padding is None else ~padding  # [R, T]; None = no row is padded
         positions = self._positions(ids)
         output = self._forward(ids, positions, None)
-        self.cache = output.past_key_values
-        self.cache.batch_repeat_interleave(group_size)
-        self.logits = output.logits[:, -1].repeat_interleave(group_size, 0)  # [R, V]
-        self.position = positions[:, -1:].repeat_interleave(group_size, 0)  # [R, 1]
-        if self.mask is not None:
-            self.mask = self.mask.repeat_interleave(group_size, 0)
-        self.rows = torch.arange(len(prompts) * group_size, device=policy.device)  # (R,) of B
+        self.cache = growing(output.past_key_values)
+        self.logits, self.position = output.logits[:, -1], positions[:, -1:]  # [R, V], [R, 1]
+        owner = torch.arange(len(prompts), device=policy.device)
+        self._select(owner.repeat_interleave(sampling.group_size))
+        self.rows = torch.arange(len(self.position), device=policy.device)  # (R,) of B
 
-    def run(self, temperature: float, generator: torch.Generator) -> list[Completion]:
-        shape = (len(self.rows), self.max_new_tokens)
-        tokens = torch.zeros(shape, dtype=torch.long, device=self.rows.device)
-        logprobs = torch.zeros(shape, device=self.rows.device)
-        lengths = torch.full(shape[:1], self.max_new_tokens, device=self.rows.device)
-        finished = torch.zeros(shape[:1], dtype=torch.bool, device=self.rows.device)
-        for step in range(self.max_new_tokens):
-            chosen, chosen_logprobs = choose(self.logits, temperature, generator)
-            tokens[self.rows, step] = chosen
-            logprobs[self.rows, step] = chosen_logprobs
-            ended = torch.isin(chosen, self.policy.stop_ids) & ~finished[self.rows]
-            lengths[self.rows[ended]] = step + 1
-            finished[self.rows[ended]] = True
-            if step + 1 == self.max_new_tokens or finished.all():
-                break
-            self._advance(chosen, ~finished[self.rows])
+    def run(self, noise: Tensor) -> list[Completion]:
+        """Decode to the last token, where `noise` [B, max_new_tokens] decides every draw."""
+        tokens = torch.zeros(noise.shape, dtype=torch.long, device=noise.device)
+        logprobs = torch.zeros(noise.shape, device=noise.device)
+        lengths = torch.full(noise.shape[:1], noise.shape[1], device=noise.device)
+        finished = torch.zeros(noise.shape[:1], dtype=torch.bool, device=noise.device)
+        for step in range(noise.shape[1]):
+            rows = self.rows
+            chosen, logprobs[rows, step] = choose(
+                self.logits, self.sampling.temperature, noise[rows, step]
+            )
+            tokens[rows, step] = chosen
+            ended = torch.isin(chosen, self.policy.stop_ids) & ~finished[rows]
+            lengths[rows] = torch.where(ended, step + 1, lengths[rows])
+            finished[rows] |= ended
+            if step + 1 == noise.shape[1] or self._is_time_to_look(step):
+                self._find_stop_text(tokens[:, : step + 1], lengths, finished)
+                if finished.all() or step + 1 == noise.shape[1]:
+                    break
+                chosen = self._drop(finished[rows], chosen)
+            self._advance(chosen)
+        if logprobs.isnan().any():  # one NaN or inf among its logits makes a whole row NaN
+            raise TrainerError("the policy's logits are not finite; lower optim.learning_rate")
         return [
             Completion(tokens=t[:n], logprobs=p[:n], finished=f)
             for t, p, n, f in zip(
@@ -91,19 +116,40 @@ class _Decoding:
             )
         ]
 
-    def _advance(self, chosen: Tensor, running: Tensor) -> None:
-        # Dropping rows copies the cache: worth it once half of them have ended.
-        if running.sum() <= len(running) // 2:
-            keep = running.nonzero().squeeze(1)
-            self.cache.batch_select_indices(keep)
-            self.rows, self.position, chosen = self.rows[keep], self.position[keep], chosen[keep]
-            self.mask = None if self.mask is None else self.mask[keep]
+    def _is_time_to_look(self, step: int) -> bool:
+        free = self.rows.device.type == "cpu" and not self.policy.stop_spans_tokens
+        return free or (step + 1) % SYNC_EVERY == 0
+
+    def _find_stop_text(self, tokens: Tensor, lengths: Tensor, finished: Tensor) -> None:
+        """End rows whose text holds a stop string that is spread over several tokens."""
+        if not self.policy.stop_spans_tokens:
+            return
+        for row in self.rows.tolist():
+            length = self.policy.length_to_stop(tokens[row, : lengths[row]].tolist())
+            if length is not None:
+                lengths[row], finished[row] = length, True
+
+    def _drop(self, ended: Tensor, chosen: Tensor) -> Tensor:
+        """Forget ended rows. It copies the cache: worth it once half of them have ended."""
+        keep = (~ended).nonzero().squeeze(1)
+        if len(keep) > len(ended) // 2:
+            return chosen
+        self._select(keep)
+        self.rows = self.rows[keep]
+        return chosen[keep]
+
+    def _select(self, index: Tensor) -> None:
+        self.cache.reorder_cache(index)  # the one way of picking rows that every kind of layer has
+        self.logits, self.position = self.logits[index], self.position[index]
+        self.mask = None if self.mask is None else self.mask[index]
+
+    def _advance(self, chosen: Tensor) -> None:
         self.position = self.position + 1
         if self.mask is not None:
             self.mask = torch.nn.functional.pad(self.mask, (0, 1), value=True)
         self.logits = self._forward(chosen[:, None], self.position, self.cache).logits[:, -1]
 
-    def _forward(self, ids: Tensor, positions: Tensor, cache):
+    def _forward(self, ids: Tensor, positions: Tensor, cache: Any) -> Any:
         return self.policy.model(
             input_ids=ids,
             attention_mask=None if self.mask is None else self.mask.long(),
@@ -119,6 +165,43 @@ class _Decoding:
         return (self.mask.long().cumsum(1) - 1).clamp(min=0)
 
 
+def growing(cache: Any) -> Any:
+    """Give every layer of a DynamicCache that concatenates a `_Buffer`; others are bounded."""
+    from transformers.cache_utils import DynamicLayer
+
+    for layer in cache.layers:
+        if type(layer) is DynamicLayer:
+            layer.update = _Buffer(layer).update
+    return cache
+
+
+class _Buffer:
+    """Room for the keys and values of one cache layer [R, heads, T, D], doubled when it is full."""
+
+    def __init__(self, layer: Any):
+        self.layer = layer
+        self.room: tuple[Tensor, ...] = ()
+        self.shown: Tensor | None = None
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Append keys and values, and return all of them, as `DynamicLayer.update` does."""
+        layer, length = self.layer, self.layer.keys.shape[-2]
+        total = length + keys.shape[-2]
+        # Rows were picked since: the layer holds new tensors, and the room is of the old ones.
+        if self.shown is not layer.keys or total > self.room[0].shape[-2]:
+            self.room = tuple(
+                old.new_empty(*old.shape[:-2], 2 * total, old.shape[-1])
+                for old in (layer.keys, layer.values)
+            )
+            self.room[0][..., :length, :] = layer.keys
+            self.room[1][..., :length, :] = layer.values
+        self.room[0][..., length:total, :] = keys
+        self.room[1][..., length:total, :] = values
+        layer.keys, layer.values = (room[..., :total, :] for room in self.room)
+        self.shown = layer.keys
+        return layer.keys, layer.values
+
+
 def left_pad(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
     """Ids [B, T] and where they are padding [B, T], or None where all prompts are equally long."""
     width = max(map(len, prompts))
@@ -129,13 +212,18 @@ def left_pad(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Te
     return ids, torch.arange(width, device=device) < (width - lengths)[:, None]
 
 
-def choose(logits: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Tokens (R,) and their fp32 log-probs (R,) from logits [R, V]; temperature 0 = greedy."""
+def choose(logits: Tensor, temperature: float, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens (R,) and their fp32 log-probs (R,) from logits [R, V]; temperature 0 = greedy.
+
+    Where the cumulative distribution passes `noise` (R,), uniform in [0, 1), in float64: float32
+    would never draw tokens below 6e-8.
+    """
     logprobs = (logits.float() / (temperature or 1.0)).log_softmax(-1)
-    if logprobs[:, 0].isnan().any():  # one NaN or inf makes its whole row NaN
-        raise TrainerError("the policy's logits are not finite; lower optim.learning_rate")
     if temperature == 0:
         tokens = logprobs.argmax(-1)
     else:
-        tokens = torch.multinomial(logprobs.exp(), 1, generator=generator).squeeze(1)
+        cumulative = logprobs.exp().cumsum(-1, dtype=torch.float64)
+        drawn = noise[:, None] * cumulative[:, -1:]
+        tokens = torch.searchsorted(cumulative, drawn, right=True).squeeze(1)
+        tokens = tokens.clamp(max=logits.shape[1] - 1)  # NaN sorts behind everything
     return tokens, logprobs.gather(1, tokens[:, None]).squeeze(1)

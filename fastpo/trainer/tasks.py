@@ -9,13 +9,12 @@ from __future__ import annotations
 import importlib
 import random
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Mapping
+from numbers import Number
 from typing import Any, NamedTuple, Protocol
 
 from fastpo.trainer.run.errors import RecipeError, TrainerError
-from fastpo.trainer.run.signals import time_limit
 
-VERIFIER_SECONDS = 10.0
 TASK_PARTS = ("alphabet", "stop", "problem", "reward")
 
 
@@ -23,8 +22,16 @@ class Problem(NamedTuple):
     """One prompt and whatever the verifier needs to judge a completion of it."""
 
     prompt: str
-    answer: str  # a right completion; the supervised warm-up learns from it
-    data: Any = None
+    answer: str | None = None  # a right completion: the warm-up learns from it, tables show it
+    data: Any = None  # for the verifier; anything that can be pickled
+    messages: list[dict[str, str]] | None = None  # in place of the prompt, for the chat template
+
+
+class Verdict(NamedTuple):
+    """What a verifier says of a completion."""
+
+    reward: float
+    parts: dict[str, float]  # named components, which are logged apart
 
 
 class Task(Protocol):
@@ -38,11 +45,23 @@ class Task(Protocol):
     def problem(self, rng: random.Random) -> Problem:
         """Draw one problem, using no randomness but `rng`."""
 
-    def reward(self, problem: Problem, completion: str) -> float:
-        """Judge a completion, by a program that always ends: 1.0 = right, anything less = wrong.
+    def reward(self, problem: Problem, completion: str) -> float | Mapping[str, float]:
+        """Judge a completion: 1.0 = right, anything less = wrong.
 
-        A NaN reward takes the completion out of the batch (say, a judge that timed out).
+        A NaN reward takes the completion out of the batch (say, a judge that gave up). A mapping
+        holds `reward` and named components of it, which are logged apart.
         """
+
+
+class Source(Protocol):
+    """Where problems come from: a task behind its worker processes (`verifier.Verifier`)."""
+
+    name: str
+    rows: list[Problem] | None  # all there are to train on; None = the task makes them
+    test_rows: list[Problem] | None  # held out as they are; None = some of the others
+
+    def draw(self, rng: random.Random, count: int) -> list[Problem]:
+        """`count` problems, by `rng`, which moves on."""
 
 
 def parse_integer(text: str, max_digits: int = 30) -> int | None:
@@ -113,16 +132,38 @@ def _import_attribute(name: str) -> Any:
         raise RecipeError(f"cannot import task {name!r}: {_describe(error)}") from error
 
 
-def judge(task: Task, problem: Problem, completion: str) -> float:
-    """The task's reward as a float; a verifier that raises or hangs becomes one line naming it."""
+def judge(task: Task, problem: Problem, completion: str) -> Verdict:
+    """The task's verdict as plain floats; a verifier that raises becomes one line naming it."""
     try:
-        with time_limit(VERIFIER_SECONDS):
-            return float(task.reward(problem, completion))
-    except (Exception, SystemExit) as error:
+        found = task.reward(problem, completion)
+        if not isinstance(found, Mapping):
+            return Verdict(float(found), {})
+        parts = {str(name): float(value) for name, value in found.items()}
+        return Verdict(parts.pop("reward"), parts)
+    except BaseException as error:  # SystemExit, too
         raise TrainerError(
             f"{type(task).__name__}.reward raised {_describe(error)}, for prompt "
-            f"{problem.prompt!r} and completion {completion!r}; a verifier must judge any text"
+            f"{problem.prompt!r} and completion {completion!r}; a verifier returns a number, or a "
+            "mapping with `reward`, for any text"
         ) from error
+
+
+def draw(task: Task, rng: random.Random) -> Problem:
+    """The task's next problem, its texts as plain strings."""
+    name = type(task).__name__
+    try:
+        problem = task.problem(rng)
+    except BaseException as error:
+        raise TrainerError(f"{name}.problem raised {_describe(error)}") from error
+    if not isinstance(problem, Problem):
+        raise TrainerError(f"{name}.problem returned {problem!r}, expected a Problem")
+    prompt, answer = problem.prompt, problem.answer
+    if not isinstance(prompt, str):
+        raise TrainerError(f"{name}.problem gave the prompt {prompt!r}, expected text")
+    if not isinstance(answer, str | Number | None):
+        raise TrainerError(f"{name}.problem gave the answer {answer!r}, expected text or None")
+    # Not numpy.str_, say: a checkpoint that holds another type than Python's own cannot be read.
+    return problem._replace(prompt=str(prompt), answer=None if answer is None else str(answer))
 
 
 def _describe(error: BaseException) -> str:
@@ -131,51 +172,86 @@ def _describe(error: BaseException) -> str:
 
 
 class ProblemStream:
-    """An endless, resumable stream of problems, without those whose prompt is in `exclude`."""
+    """An endless, resumable stream of problems, without those whose prompt is in `exclude`.
+
+    A task that makes problems is asked for them. One that has `rows` gives each once per epoch, in
+    an order drawn anew.
+    """
 
     MAX_TRIES = 1000
 
-    def __init__(self, task: Task, seed: str, exclude: Iterable[str] = ()):
+    def __init__(
+        self,
+        task: Source,
+        seed: str,
+        exclude: Iterable[str] = (),
+        fits: Callable[[Problem], bool] = lambda problem: True,
+    ):
         self.task = task
         self.exclude = set(exclude)
+        self.fits = fits  # others are skipped
         self.rng = random.Random(seed)
+        self.order: list[int] = []  # of the rows, in this epoch
+        self.epoch = self.rng.getstate()  # before its order was drawn
+        self.position = 0
 
-    def __iter__(self) -> Iterator[Problem]:
-        return self
+    def state(self) -> dict[str, Any]:
+        """Plain values from which `load_state` goes on."""
+        return {"rng": self.rng.getstate(), "epoch": self.epoch, "position": self.position}
 
-    def __next__(self) -> Problem:
-        for _ in range(self.MAX_TRIES):
-            problem = self._draw()
-            if problem.prompt not in self.exclude:
-                return problem
-        raise TrainerError(
-            f"{type(self.task).__name__} makes too few different prompts: {self.MAX_TRIES} in a "
-            f"row were among {len(self.exclude)} held-out ones; lower eval.problems"
-        )
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on where another stream of the same rows was; a shorter list begins a new epoch."""
+        if self.task.rows:
+            self.rng.setstate(state["epoch"])
+            self._shuffle()
+        self.rng.setstate(state["rng"])
+        self.position = state["position"]
 
-    def _draw(self) -> Problem:
-        try:
-            problem = self.task.problem(self.rng)
-        except Exception as error:
-            name = type(self.task).__name__
-            raise TrainerError(f"{name}.problem raised {_describe(error)}") from error
-        if not isinstance(problem, Problem):
-            raise TrainerError(
-                f"{type(self.task).__name__}.problem returned {problem!r}, expected a "
-                "fastpo.trainer.Problem"
-            )
-        return problem
+    def take(self, count: int, *, distinct: bool = False) -> list[Problem]:
+        """The next `count` problems; `distinct`: and exclude their prompts from now on.
 
-    def take(self, count: int) -> list[Problem]:
-        """The next `count` problems."""
-        return [next(self) for _ in range(count)]
+        Raises:
+            TrainerError: the task makes too few different prompts; or see `draw`.
+        """
+        taken: list[Problem] = []
+        tries = 0  # in a row without a new problem
+        limit = max(self.MAX_TRIES, 2 * len(self.task.rows or ()))
+        while len(taken) < count:
+            for problem in self._draw(count - len(taken)):
+                tries += 1
+                if problem.prompt in self.exclude or not self.fits(problem):
+                    continue
+                taken.append(problem)
+                tries = 0
+                if distinct:
+                    self.exclude.add(problem.prompt)
+            if tries >= limit:
+                raise TrainerError(
+                    f"{self.task.name} makes too few different prompts: {tries} in a row were "
+                    f"among {len(self.exclude)} held-out ones, or longer than "
+                    "rollout.max_prompt_tokens; lower eval.problems, or raise that"
+                )
+        return taken
+
+    def _draw(self, count: int) -> list[Problem]:
+        rows = self.task.rows
+        if rows is None:
+            return self.task.draw(self.rng, count)
+        if self.position >= len(self.order):
+            self.epoch, self.position = self.rng.getstate(), 0
+            self._shuffle()
+        chosen = self.order[self.position : self.position + count]
+        self.position += len(chosen)
+        return [rows[index] for index in chosen]
+
+    def _shuffle(self) -> None:
+        self.order = self.rng.sample(range(len(self.task.rows)), len(self.task.rows))
 
 
-def held_out(task: Task, count: int) -> list[Problem]:
-    """`count` different problems, the same for every seed of a run."""
-    stream = ProblemStream(task, "held-out")
-    problems = []
-    for _ in range(count):
-        problems.append(next(stream))
-        stream.exclude.add(problems[-1].prompt)
-    return problems
+def held_out(
+    task: Source, count: int, fits: Callable[[Problem], bool] = lambda problem: True
+) -> list[Problem]:
+    """`count` different problems, the same for every seed; a task's own test rows as they are."""
+    if task.test_rows is not None:
+        return [problem for problem in task.test_rows if fits(problem)][:count]
+    return ProblemStream(task, "held-out", fits=fits).take(count, distinct=True)

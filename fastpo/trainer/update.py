@@ -10,17 +10,15 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
 
 import fastpo
 from fastpo.trainer.config import OptimConfig
 from fastpo.trainer.experience import Sample
-from fastpo.trainer.microbatch import MicroBatch, by_token_budget
+from fastpo.trainer.microbatch import MicroBatch, by_token_budget, layout_of
 from fastpo.trainer.policy import Policy
 from fastpo.trainer.run.errors import TrainerError
 
@@ -65,18 +63,15 @@ class Learner:
             betas=(config.beta1, config.beta2),
             weight_decay=config.weight_decay,
         )
-        self.factor = partial(rate_factor, config, total_updates)
-        self.schedule = LambdaLR(self.optimizer, self.factor)
-
-    @property
-    def updates(self) -> int:
-        """Optimizer updates made."""
-        return self.schedule.last_epoch
+        self.total_updates = total_updates
+        self.updates = 0  # that are over, those without a sample to learn from included
 
     @property
     def learning_rate(self) -> float:
         """The rate of the next update."""
-        return self.schedule.get_last_lr()[0]
+        return self.config.learning_rate * rate_factor(
+            self.config, self.total_updates, self.updates
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps of the learner."""
@@ -88,14 +83,14 @@ class Learner:
         self.optimizer.load_state_dict(state["optimizer"])
         for group, settings in zip(self.optimizer.param_groups, own, strict=True):
             group.update(settings, params=group["params"])
-        self.schedule = LambdaLR(self.optimizer, self.factor, last_epoch=state["updates"] - 1)
+        self.updates = state["updates"]
 
     def learn(self, samples: list[Sample], generator: torch.Generator) -> Sums:
         """`epochs` passes of `updates_per_batch` updates over one batch of samples."""
         sums = Sums()
         on_policy = self.config.updates_per_batch == 1 and self.config.epochs == 1
         if self.config.old_logprobs == "recompute" and not on_policy:
-            self._recompute_old_logprobs(samples)
+            self.recompute_old_logprobs(samples)
         for _ in range(self.config.epochs):
             order = torch.randperm(len(samples), generator=generator)
             for part in order.tensor_split(self.config.updates_per_batch):
@@ -113,6 +108,7 @@ class Learner:
         """
         live = [sample for sample in samples if sample.live]
         if not live:
+            self.updates += 1  # the learning rate follows the steps of the run, taken or not
             return
         by_tokens = self.objective.aggregation == "token_mean"
         normalizer = sum(sample.length for sample in live) if by_tokens else len(samples)
@@ -123,7 +119,7 @@ class Learner:
             result.loss.backward()
             loss += result.loss.detach()
             if "updates" not in sums:  # the policy is still the one that sampled
-                difference = (result.logprobs - batch.old_logprobs).abs()
+                difference = (result.logprobs - batch.sampled_logprobs).abs()
                 sums.add({"sampled": len(difference), "sampled_difference": difference.sum()})
             sums.add(result.metrics)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
@@ -132,15 +128,17 @@ class Learner:
                 f"loss {loss.item():.4g}, gradient norm {norm.item():.4g}: not finite, no update "
                 "was made; lower optim.learning_rate, or look for infinite rewards or log-probs"
             )
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate
         self.optimizer.step()
-        self.schedule.step()
+        self.updates += 1
         sums.add({"loss": loss, "grad_norm": norm, "updates": 1})
 
     def _micro_batches(self, samples: list[Sample]) -> Iterator[tuple[list[Sample], MicroBatch]]:
-        packed = self.policy.packs if self.config.packing is None else self.config.packing
-        share = self.config.share_prompts
-        for part in by_token_budget(samples, self.config.token_budget, packed=packed):
-            yield part, MicroBatch.of(part, self.policy.device, packed=packed, share=share)
+        layout = layout_of(self.policy, self.config)
+        budget = self.config.token_budget
+        for part in by_token_budget(samples, budget, packed=layout["packed"]):
+            yield part, MicroBatch.of(part, self.policy.device, **layout)
 
     def _loss(self, batch: MicroBatch, normalizer: int, on_policy: bool) -> fastpo.PolicyLoss:
         return fastpo.linear_policy_loss(
@@ -156,12 +154,12 @@ class Learner:
             **self.policy.head(),
         )
 
-    def _recompute_old_logprobs(self, samples: list[Sample]) -> None:
-        """Low-precision decoding differs from the update's own log-probs: take those instead."""
+    def recompute_old_logprobs(self, samples: list[Sample]) -> None:
+        """Old log-probs as the update computes them: low-precision decoding gives others."""
         for part, batch in self._micro_batches(samples):
             pieces = self._score(self.policy, batch).split([sample.length for sample in part])
             for sample, logprobs in zip(part, pieces, strict=True):
-                sample.completion.logprobs = logprobs.tolist()
+                sample.old_logprobs = logprobs.tolist()
 
     @torch.no_grad()
     def _score(self, policy: Policy, batch: MicroBatch) -> Tensor:

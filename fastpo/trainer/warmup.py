@@ -16,16 +16,18 @@ from fastpo.trainer.config import OptimConfig, RolloutConfig, WarmupConfig
 from fastpo.trainer.evaluation import evaluate
 from fastpo.trainer.experience import Sample
 from fastpo.trainer.policy import Policy
-from fastpo.trainer.rollout import Completion
-from fastpo.trainer.tasks import Problem, ProblemStream, Task
+from fastpo.trainer.rollout import Completion, Sampling
+from fastpo.trainer.run.errors import RecipeError
+from fastpo.trainer.tasks import Problem, ProblemStream
 from fastpo.trainer.update import Learner, Sums
+from fastpo.trainer.verifier import Verifier
 
 CHECK_PROBLEMS = 256
 
 
 def warm_up(
     policy: Policy,
-    task: Task,
+    verifier: Verifier,
     problems: ProblemStream,
     config: WarmupConfig,
     rollout: RolloutConfig,
@@ -35,29 +37,43 @@ def warm_up(
     """Train on reference answers until `until_accuracy` on fresh problems, or for `max_steps`."""
     optim = OptimConfig(learning_rate=config.learning_rate)
     learner = Learner(policy, optim, fastpo.reinforce(), temperature=1.0)
+    sampling = Sampling.of(rollout, group_size=1)
     for step in range(1, config.max_steps + 1):
-        answers = [
-            reference_sample(policy, problem) for problem in problems.take(config.batch_size)
-        ]
-        learner.update(answers, Sums(), on_policy=True)
+        chosen = problems.take(config.batch_size)
+        answers = zip(chosen, reference_answers(chosen), strict=True)
+        samples = [reference_sample(policy, problem, answer) for problem, answer in answers]
+        learner.update(samples, Sums(), on_policy=True)
         if step % config.check_every == 0 or step == config.max_steps:
             fresh = problems.take(CHECK_PROBLEMS)
-            accuracy = evaluate(
-                policy, task, fresh, rollout, rollout.temperature, generator
-            ).accuracy
+            accuracy = evaluate(policy, verifier, fresh, sampling, generator).accuracy
             report(step, accuracy)
             if accuracy >= config.until_accuracy:
                 return
 
 
-def reference_sample(policy: Policy, problem: Problem) -> Sample:
+def reference_answers(problems: list[Problem]) -> list[str]:
+    """What the warm-up imitates.
+
+    Raises:
+        RecipeError: a problem has no answer.
+    """
+    for problem in problems:
+        if problem.answer is None:
+            raise RecipeError(
+                f"warmup.max_steps asks for a warm-up on reference answers, but the problem "
+                f"{problem.prompt!r} has none: give Problem.answer, or set it to 0"
+            )
+    return [problem.answer for problem in problems]
+
+
+def reference_sample(policy: Policy, problem: Problem, answer: str) -> Sample:
     """The reference answer as a completion to imitate."""
-    tokens = policy.encode_answer(problem.answer)
+    tokens = policy.encode_answer(answer)
     return Sample(
         problem=problem,
-        prompt=policy.encode(problem.prompt),
+        prompt=policy.encode(problem.messages or problem.prompt),
         completion=Completion(tokens=tokens, logprobs=[0.0] * len(tokens), finished=True),
-        text=problem.answer,
+        text=answer,
         score=1.0,
         reward=1.0,
         advantage=1.0,

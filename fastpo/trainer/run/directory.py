@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -17,7 +18,8 @@ FIXED = {
     *(f"model.{key}" for key in ("path", "dtype", "hidden_size", "layers", "heads")),
     *(f"eval.{key}" for key in ("problems", "temperature", "samples")),  # before = after - rise
 }
-METRICS, SAMPLES, SUMMARY, CONFIG = "metrics.jsonl", "samples.jsonl", "summary.json", "config.toml"
+METRICS, SAMPLES, CONFIG = "metrics.jsonl", "samples.jsonl", "config.toml"
+SUMMARY, CURVES = "summary.json", "curves.png"
 
 
 def path_of(config: Config) -> Path:
@@ -31,8 +33,8 @@ def path_of(config: Config) -> Path:
         ) from None
 
 
-def create(config: Config) -> Path:
-    """Make the directory of a new run and write its config.
+def create(config: Config, say: Callable[[str], None]) -> Path:
+    """Make the directory of a new run and write its config; `say` what was moved out of the way.
 
     Raises:
         RecipeError: it exists and `config.existing` says refuse.
@@ -48,7 +50,10 @@ def create(config: Config) -> Path:
             raise RecipeError(f"{path} exists and holds no run: it is not moved aside")
         with (path / METRICS).open("a") as metrics:
             _claim(metrics)
-        path.rename(_free_name(path))
+        aside = path.rename(_free_name(path))
+        going = any(aside.glob("checkpoint*")) and not (aside / SUMMARY).exists()
+        hint = "; it was not done: --resume would have gone on with it" if going else ""
+        say(f"Moved the run that was in {path} to {aside}{hint}")
     path.mkdir(parents=True)
     write_config(path, config)
     return path
@@ -84,7 +89,12 @@ def _free_name(path: Path) -> Path:
 
 
 class RunLog:
-    """metrics.jsonl, samples.jsonl and, where tensorboard is installed, event files."""
+    """metrics.jsonl, samples.jsonl and, where tensorboard is installed, event files.
+
+    Attributes:
+        gaps: steps up to `resume_at` that metrics.jsonl lacks, as text.
+        best: the best score (accuracy, reward) of its evaluations after the first step.
+    """
 
     def __init__(self, path: Path, *, tensorboard: bool, resume_at: int | None = None):
         self._metrics = (path / METRICS).open("a", encoding="utf-8")
@@ -93,6 +103,9 @@ class RunLog:
         if resume_at is not None:
             for file in (self._metrics, self._samples):
                 _drop_after(file, resume_at)
+        rows = read_metrics(path)
+        self.gaps = _gaps(rows, resume_at or 0)
+        self.best = _best(rows)
         self._events = _event_writer(path, resume_at) if tensorboard else None
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
@@ -142,6 +155,18 @@ def _lines(file: Path) -> list[tuple[str, dict[str, Any]]]:
     except (ValueError, KeyError, TypeError) as error:
         reason = str(error)
     raise RecipeError(f"{file} is damaged: {reason}")
+
+
+def _gaps(rows: list[dict[str, Any]], last: int) -> str:
+    missing = sorted(set(range(1, last + 1)) - {row["step"] for row in rows if "reward" in row})
+    if not missing:
+        return ""
+    return f"{len(missing)} of {last} steps, the first of them step {missing[0]}"
+
+
+def _best(rows: list[dict[str, Any]]) -> tuple[float, float] | None:
+    found = [(r.get("eval_accuracy"), r.get("eval_reward")) for r in rows if r["step"] > 0]
+    return max((score for score in found if None not in score), default=None)
 
 
 def _drop_after(file: TextIO, step: int) -> None:

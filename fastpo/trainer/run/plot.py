@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fastpo.trainer.run.directory import read_metrics
+from fastpo.trainer.run.directory import CURVES, read_metrics
 from fastpo.trainer.run.errors import RecipeError
 
-CURVES = "curves.png"
 Series = tuple[str, str, str]  # metric, label, colour
 
 PANELS: tuple[tuple[str, tuple[Series, ...]], ...] = (
@@ -48,7 +47,9 @@ def plot(run_dir: Path) -> Path:
         axis.set_xlabel("step")
     figure.suptitle(run_dir.name, fontsize=13)
     target = run_dir / CURVES
-    figure.savefig(target, dpi=110)
+    fresh = target.with_name(f"{CURVES}.new")  # a file of that name is a whole picture
+    figure.savefig(fresh, dpi=110, format="png")
+    fresh.replace(target)
     plt.close(figure)
     return target
 

@@ -6,6 +6,7 @@ import ast
 import difflib
 import inspect
 import json
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, fields, is_dataclass
@@ -17,6 +18,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 
 from pydantic import TypeAdapter, ValidationError
 
+from fastpo.objective import Objective
 from fastpo.trainer import config as config_module
 from fastpo.trainer.config import Config
 from fastpo.trainer.run.errors import RecipeError
@@ -27,6 +29,8 @@ else:
     import tomli as tomllib
 
 
+OBJECTIVE = {field.name for field in fields(Objective)}
+BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 
@@ -66,10 +70,7 @@ def build(values: dict[str, Any]) -> Config:
 
 def dump(config: Config) -> str:
     """The config as TOML that `load` reads back to an equal one; unset (None) keys are left out."""
-    values = asdict(config)
-    tables = {key: values.pop(key) for key in list(values) if isinstance(values[key], dict)}
-    blocks = [_table(values)] + [f"[{key}]\n{_table(table)}" for key, table in tables.items()]
-    return "\n".join(blocks)
+    return _table(asdict(config))
 
 
 def flatten(config: Config) -> dict[str, Any]:
@@ -135,6 +136,8 @@ def _explain(error: dict[str, Any]) -> str:
     key = next((k for n in range(len(parts), 0, -1) if (k := ".".join(parts[:n])) in known), None)
     if error["type"] == "unexpected_keyword_argument":
         key = ".".join(parts)
+        if parts[0] == "algorithm" and parts[-1] in OBJECTIVE:
+            return f"unknown key {key!r}; it is algorithm.objective.{parts[-1]}"
         near = difflib.get_close_matches(key, [*known, *tables], n=1, cutoff=0.0)
         return f"unknown key {key!r}; the nearest known key is {near[0]!r}"
     if key is None:
@@ -143,13 +146,20 @@ def _explain(error: dict[str, Any]) -> str:
     return f"{key} is {error['input']!r}, expected {expected} ({known[key].help})"
 
 
-def _table(values: dict[str, Any]) -> str:
-    # JSON's numbers, strings, booleans and flat arrays are TOML, too.
-    return "".join(
-        f"{key} = {json.dumps(value, ensure_ascii=False)}\n"
-        for key, value in values.items()
-        if value is not None
-    )
+def _table(values: dict[str, Any], name: str = "") -> str:
+    """A table under its header, then the tables in it; empty ones are left out."""
+    lines, tables = [f"[{name}]\n"] if name else [], []
+    for key, value in values.items():
+        if isinstance(value, dict):
+            tables.append(_table(value, f"{name}.{_key(key)}" if name else _key(key)))
+        elif value is not None:
+            # JSON's numbers, strings, booleans and flat arrays are TOML, too.
+            lines.append(f"{_key(key)} = {json.dumps(value, ensure_ascii=False)}\n")
+    return "\n".join(["".join(lines), *filter(None, tables)])
+
+
+def _key(key: str) -> str:
+    return key if BARE_KEY.fullmatch(key) else json.dumps(key, ensure_ascii=False)
 
 
 def _field_docs(cls: type) -> dict[str, str]:

@@ -16,7 +16,7 @@ from rich.table import Table
 
 import fastpo
 from fastpo.trainer.evaluation import Evaluation
-from fastpo.trainer.run.directory import SUMMARY
+from fastpo.trainer.run.directory import CURVES, SUMMARY
 
 SHOWN_ANSWERS = 3
 
@@ -24,11 +24,14 @@ SHOWN_ANSWERS = 3
 def digest(evaluation: Evaluation, per_problem: int) -> dict[str, Any]:
     """An evaluation as plain numbers and its first answers: what a checkpoint keeps of it."""
     shown = evaluation.answers[: SHOWN_ANSWERS * per_problem : per_problem]
+    names = sorted({name for answer in evaluation.answers for name in answer.parts})
+    parts = {n: [a.parts[n] for a in evaluation.answers if n in a.parts] for n in names}
     return {
         "accuracy": evaluation.accuracy,
         "greedy_accuracy": evaluation.greedy_accuracy,
         "reward": evaluation.reward,
         "mean_length": evaluation.mean_length,
+        **{f"rewards/{name}/mean": sum(v) / len(v) for name, v in parts.items()},
         "answers": [
             {
                 "prompt": answer.problem.prompt,
@@ -54,18 +57,29 @@ def write_summary(
         f"{torch.get_num_threads()} torch threads",
         "versions": _versions(),
     }
+    (run_dir / CURVES).unlink(missing_ok=True)  # those of a run that is now longer
     text = json.dumps(summary, indent=2, ensure_ascii=False)
     (run_dir / SUMMARY).write_text(text + "\n", encoding="utf-8")
     return summary
 
 
-def is_complete(run_dir: Path, steps: int) -> bool:
-    """Whether the summary of a run of so many steps has been written."""
+def score(found: dict[str, Any]) -> tuple[float, float]:
+    """By which evaluations are compared: accuracy, then reward."""
+    return found["accuracy"], found["reward"]
+
+
+def completed(run_dir: Path, steps: int) -> dict[str, Any] | None:
+    """The summary of a run of so many steps, if it has been written."""
     try:
         summary = json.loads((run_dir / SUMMARY).read_text(encoding="utf-8"))
-        return summary["steps"] >= steps
+        return summary if summary["steps"] >= steps else None
     except (OSError, ValueError, KeyError, TypeError):
-        return False
+        return None
+
+
+def lacks_curves(run_dir: Path, steps: int) -> dict[str, Any] | None:
+    """The summary of a run that was stopped when only its curves were left to draw."""
+    return None if (run_dir / CURVES).exists() else completed(run_dir, steps)
 
 
 def show(
@@ -83,7 +97,7 @@ def _number_table(before: dict[str, Any], after: dict[str, Any]) -> Table:
     table.add_column(overflow="fold")
     for heading in ("before", "after", "change"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for key in ("accuracy", "greedy_accuracy", "reward", "mean_length"):
+    for key in (name for name in before if name != "answers" and name in after):
         change = after[key] - before[key]
         name = key.replace("_", " ")
         table.add_row(name, f"{before[key]:.3f}", f"{after[key]:.3f}", f"{change:+.3f}")
@@ -95,7 +109,7 @@ def _answer_table(before: list[dict], after: list[dict]) -> Table:
     for heading in ("prompt", "right answer", "before", "after"):
         table.add_column(heading, overflow="fold")
     for old, new in zip(before, after, strict=True):
-        table.add_row(escape(old["prompt"]), escape(old["answer"]), _mark(old), _mark(new))
+        table.add_row(escape(old["prompt"]), escape(old["answer"] or "-"), _mark(old), _mark(new))
     return table
 
 

@@ -1,8 +1,10 @@
-"""Signals: Ctrl-C, SIGTERM and SIGHUP that let a step finish; a limit on other people's code."""
+"""Signals: Ctrl-C, SIGTERM and SIGHUP let a step finish, or end a run with its files closed."""
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -12,10 +14,11 @@ from typing import Any
 TERMINATION = tuple(
     getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)
 )
+AGAIN_SECONDS = 0.02
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM or SIGHUP, as an exception that lets files be closed."""
+    """A signal that ends a process, as an exception that lets files be closed."""
 
     def __init__(self, signal_number: int):
         super().__init__()
@@ -24,15 +27,32 @@ class Terminated(KeyboardInterrupt):
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """In this context SIGTERM and SIGHUP raise Terminated where they would end the process."""
+    """In this context SIGINT, SIGTERM and SIGHUP raise Terminated.
+
+    Raised inside a destructor it would be lost: Python prints such exceptions and goes on. Then the
+    signal is sent once more, a moment later.
+    """
 
     def terminate(number: int, frame: FrameType | None) -> None:
         raise Terminated(number)
 
-    previous = _install(terminate, TERMINATION)
+    def again(number: int) -> None:
+        if signal.getsignal(number) is terminate:
+            os.kill(os.getpid(), number)
+
+    def unraisable(lost: Any) -> None:
+        if isinstance(lost.exc_value, Terminated):
+            number = lost.exc_value.exit_code - 128
+            threading.Timer(AGAIN_SECONDS, again, (number,)).start()
+        else:
+            hook(lost)
+
+    previous = _install(terminate, (signal.SIGINT, *TERMINATION))
+    hook, sys.unraisablehook = sys.unraisablehook, unraisable
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         _put_back(previous)
 
 
@@ -71,27 +91,3 @@ def _put_back(previous: dict[int, Any]) -> None:
     for number, handler in previous.items():
         signal.signal(number, handler)
     previous.clear()
-
-
-@contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError in Python code that runs longer (not inside one long C call).
-
-    Only in the main thread, and only where the system has interval timers; elsewhere no limit.
-    """
-    if threading.current_thread() is not threading.main_thread() or not hasattr(
-        signal, "setitimer"
-    ):
-        yield
-        return
-
-    def expire(number: int, frame: FrameType | None) -> None:
-        raise TimeoutError(f"took longer than {seconds:g} s")
-
-    previous = signal.signal(signal.SIGALRM, expire)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)

@@ -1,0 +1,146 @@
+"""Does a model give the same numbers in every layout that a run uses? Asked once, at its start.
+
+Packed sequences see each other where an attention mask ignores position ids (OPT, GPT-OSS); a cache
+of anything but keys and values (Mamba, RWKV) may not be copied, or loses gradients; an encoder sees
+the padding on its right; a head may do more than multiply. None of these raises by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import fastpo
+from fastpo.trainer.config import OptimConfig
+from fastpo.trainer.experience import Sample
+from fastpo.trainer.microbatch import MicroBatch, layout_of
+from fastpo.trainer.policy import Policy
+from fastpo.trainer.rollout import Sampling, sample
+from fastpo.trainer.run.errors import RecipeError, TrainerError
+from fastpo.trainer.tasks import Problem
+
+PROMPT_LENGTHS, NEW_TOKENS = (3, 8), 5  # unequal, so that there is padding
+# Times what embeddings off by a unit in the last place change (and one unit more). Other orders of
+# summation gave 0.1 to 2 times that, in 2 layers and in 32; the weakest cross-talk, LFM2's, 80.
+ALLOWANCE = 20.0
+
+
+class Numbers(NamedTuple):
+    """What a model makes of some sequences."""
+
+    hidden: Tensor  # (N, D)
+    gradient: Tensor  # of the first trained parameter
+    logprobs: Tensor  # (N,) by fastpo
+
+
+def check(policy: Policy, optim: OptimConfig) -> None:
+    """Compare sampler, head and micro-batches with the model on one sequence at a time.
+
+    Raises:
+        RecipeError: one of them gives other numbers, or does not work with this model.
+    """
+    if policy.dtype != torch.float32 and not policy.packs:  # flash attention has no float32
+        policy = replace(policy, config=replace(policy.config, dtype="float32"))
+    name = type(policy.model).__name__
+    samples = _attempt(f"the sampler cannot decode {name}", lambda: _sampled(policy))
+    alone = _alone(policy, samples)
+    with _rounded_embeddings(policy):
+        rounded = _alone(policy, samples)
+    eps = torch.finfo(policy.dtype).eps
+    allowed = [ALLOWANCE * (_distance(*pair) + eps) for pair in zip(rounded, alone, strict=True)]
+    own = torch.cat([_own_logprobs(policy, s) for s in samples])
+    drawn = torch.tensor([p for s in samples for p in s.completion.logprobs], device=own.device)
+    layout = layout_of(policy, optim)
+    what = f"{name} with {_setting(layout)}"
+    together = _attempt(what, lambda: _numbers(policy, samples, **layout))
+    for kind, got, right, most in (
+        (f"log-probs by the LM head of {name} and its own", alone.logprobs, own, allowed[2]),
+        (f"log-probs of {name} in the sampler and without a cache", drawn, own, allowed[2]),
+        (f"{what}: hidden states alone and in a batch", together.hidden, alone.hidden, allowed[0]),
+        (f"{what}: gradients alone and in a batch", together.gradient, alone.gradient, allowed[1]),
+    ):
+        error = _distance(got, right)
+        if not error <= most:
+            raise RecipeError(
+                f"{kind} differ by {error:.2g} of their size, expected at most {most:.2g}: the "
+                "loss would be silently wrong"
+            )
+
+
+def _alone(policy: Policy, samples: list[Sample]) -> Numbers:
+    parts = [_numbers(policy, [s]) for s in samples]
+    hidden, gradients, logprobs = zip(*parts, strict=True)
+    return Numbers(torch.cat(hidden), sum(gradients), torch.cat(logprobs))
+
+
+def _distance(got: Tensor, expected: Tensor) -> float:
+    return ((got - expected).abs().max() / expected.abs().max().clamp(min=1e-30)).item()
+
+
+@contextmanager
+def _rounded_embeddings(policy: Policy) -> Iterator[None]:
+    """In here the model's input is off by a unit in the last place, up or down by column."""
+
+    def round_off(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
+        signs = 1.0 - 2.0 * (torch.arange(output.shape[-1], device=output.device) % 2)
+        return output * (1 + signs * torch.finfo(policy.dtype).eps)
+
+    handle = policy.model.get_input_embeddings().register_forward_hook(round_off)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _setting(layout: dict[str, bool]) -> str:
+    if layout["packed"]:
+        return "optim.packing = true"
+    return f"optim.share_prompts = {str(layout['share']).lower()}"
+
+
+def _attempt(what: str, work: Callable) -> object:
+    try:
+        return work()
+    except Exception as error:  # other people's models raise anything
+        if isinstance(error, TrainerError):
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise RecipeError(f"{what}: {reason}; this trainer cannot use that") from error
+
+
+def _sampled(policy: Policy) -> list[Sample]:
+    """Two completions each of two prompts of any tokens; no token ends them."""
+    endless = replace(policy, stop=None, stop_ids=policy.stop_ids[:0])
+    size = policy.model.get_input_embeddings().weight.shape[0]
+    prompts = [[(7 * n + 3 * i + 1) % min(size, 1000) for i in range(n)] for n in PROMPT_LENGTHS]
+    sampling = Sampling(group_size=2, max_new_tokens=NEW_TOKENS)
+    completions = sample(endless, prompts, sampling, torch.Generator().manual_seed(0))
+    return [
+        Sample(problem=Problem(""), prompt=prompt, completion=c, text="", score=0.0, reward=0.0)
+        for prompt, c in zip([p for p in prompts for _ in range(2)], completions, strict=True)
+    ]
+
+
+def _numbers(policy: Policy, samples: list[Sample], **layout: bool) -> Numbers:
+    batch = MicroBatch.of(samples, policy.device, **layout)
+    hidden = batch.hidden(policy)
+    columns = torch.arange(hidden.shape[1], device=hidden.device)
+    weights = columns % 7 - 3.0  # the same for every row: batches add up
+    first = next(p for p in policy.model.parameters() if p.requires_grad)
+    (gradient,) = torch.autograd.grad((hidden.float() * weights).sum(), first)
+    with torch.no_grad():
+        scored = fastpo.linear_token_logprobs(hidden, tokens=batch.tokens, **policy.head())
+    return Numbers(hidden.detach().float(), gradient, scored.logprobs)
+
+
+@torch.no_grad()
+def _own_logprobs(policy: Policy, s: Sample) -> Tensor:
+    ids = torch.tensor([s.prompt + s.completion.tokens], device=policy.device)
+    with policy.precision():
+        logits = policy.model(input_ids=ids, use_cache=False).logits[0, len(s.prompt) - 1 : -1]
+    return logits.float().log_softmax(-1).gather(1, ids[0, len(s.prompt) :, None]).squeeze(1)
