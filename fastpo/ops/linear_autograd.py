@@ -151,20 +151,34 @@ class LinearTokenLogprobs(torch.autograd.Function):
     keeps exponentials, those, 2 bytes times N V, for 6 N D V."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: LinearCall):
+    def forward(
+        ctx,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        call: LinearCall,
+        details: bool = False,
+    ):
         keep = call.keeps_exponentials and any(ctx.needs_input_grad)
-        stats, kept = statistics(call, call.head(weight, bias), hidden.detach(), keep=keep)
+        more = [] if details else None
+        stats, kept = statistics(
+            call, call.head(weight, bias), hidden.detach(), keep=keep, details=more
+        )
         ctx.set_materialize_grads(False)
         save(ctx, hidden, weight, bias, *stats)
         ctx.call, ctx.kept = call, kept
         # Copies: whoever edits a returned log-prob must not edit what the backward pass reads.
-        return stats.logprobs.clone(), stats.entropy.clone()
+        outputs = (stats.logprobs.clone(), stats.entropy.clone())
+        if details:
+            ctx.mark_non_differentiable(*more)
+            outputs += tuple(more)
+        return outputs
 
     @staticmethod
     @first_order
-    def backward(ctx, logprob_grad: Tensor | None, entropy_grad: Tensor | None):
+    def backward(ctx, logprob_grad: Tensor | None, entropy_grad: Tensor | None, *_):
         if logprob_grad is None and entropy_grad is None:
-            return None, None, None, None
+            return (None,) * 5
         hidden, weight, bias, *stats = saved(ctx)
         call, stats = ctx.call, RowStats(*stats)
         # The gradient takes the kept chunks' place: a second backward makes them again.
@@ -175,7 +189,7 @@ class LinearTokenLogprobs(torch.autograd.Function):
         ]
         head, needs = call.head(weight, bias), ctx.needs_input_grad
         grads = chunk_grads(call, head, hidden.detach(), stats, *incoming, needs, kept)
-        return *grads.scaled(None, call.backend), None
+        return *grads.scaled(None, call.backend), None, None
 
 
 def statistics(
@@ -185,24 +199,34 @@ def statistics(
     only: Tensor | None = None,
     *,
     keep: bool = False,
+    details: list[Tensor] | None = None,
 ) -> tuple[RowStats, list[ExpChunk]]:
     """Statistics of all rows, or of those where `only` (N,) is True, 0 on the others; and the
-    chunks they come from if to `keep`."""
+    chunks they come from if to `keep`. A list of `details` is filled with `RowDetails`' (N,)."""
     count, dtype = call.tokens.numel(), wide_dtype(hidden.dtype)
     stats = RowStats(*torch.zeros((4, count), dtype=dtype, device=hidden.device))
+    results = list(stats)
+    if details is not None:
+        details.extend(torch.zeros((2, count), dtype=dtype, device=hidden.device))
+        details.append(torch.zeros(count, dtype=torch.bool, device=hidden.device))
+        results += details
     chunks, kept = call.chunks(head, only), []
     workspace = make_workspace(call, head, chunks, gradient=False, entropy_gradient=True)
     for rows in chunks:
         chunk = workspace.load(hidden, rows, gradient=keep)
         if keep:
             kept.append(chunk)
-        part = call.backend.row_stats(
+        reading = (
             chunk.logits,
             call.tokens[rows],
             call.row_temperature(rows, head),
             call.row_mask(rows),
         )
-        for full, values in zip(stats, part, strict=True):
+        if details is None:
+            part = call.backend.row_stats(*reading)
+        else:
+            part = [x for group in call.backend.row_details(*reading) for x in group]
+        for full, values in zip(results, part, strict=True):
             put(full, rows, values)
     return stats, kept
 

@@ -1,4 +1,4 @@
-"""`fastpo.integrations.trl.GRPOTrainer` against TRL's own: five steps, everything it logs."""
+"""TRL's trainers with fastpo against themselves without it: a few steps, everything they log."""
 
 from __future__ import annotations
 
@@ -236,3 +236,72 @@ def test_what_is_not_covered_is_refused(tmp_path):
     doubled = {"get_gamma_weights": staticmethod(lambda **_: torch.full((GENERATIONS, 1), 2.0))}
     with pytest.raises(RuntimeError, match=r"fastpo's loss is .* this configuration"):
         trained(type("Doubled", (ours,), doubled), tmp_path, loss_type="vespo")
+
+
+PREFERENCES = {
+    "prompt": ["12", "3a4b", "5", "678c"],
+    "chosen": ["45", "6", "abc", "9"],
+    "rejected": ["78", "9a0", "1", "d2"],
+}
+DATA = {
+    "DPO": PREFERENCES,
+    "KTO": {
+        "prompt": PREFERENCES["prompt"] * 2,
+        "completion": PREFERENCES["chosen"] + PREFERENCES["rejected"],
+        "label": [True] * 4 + [False] * 4,
+    },
+    "SFT": {"prompt": PREFERENCES["prompt"], "completion": PREFERENCES["chosen"]},
+    "RLOO": {"prompt": PREFERENCES["prompt"]},
+}
+
+
+@pytest.mark.parametrize("kind", DATA)
+def test_two_steps_of_the_trainers_that_install_serves(kind, tmp_path):
+    """REGRESSIONS 36, 37: policies reach fastpo, log the same as stock, start at the reference."""
+    datasets, trl = pytest.importorskip("datasets"), pytest.importorskip("trl")
+    transformers = pytest.importorskip("transformers")
+    from fastpo.integrations import trl as integration
+
+    tiny().save_pretrained(tmp_path / "model")
+    more = {"num_generations": 4, "max_completion_length": 6} if kind == "RLOO" else {}
+
+    def logged():
+        transformers.set_seed(1)
+        arguments = getattr(trl, f"{kind}Config")(
+            output_dir=str(tmp_path / "run"),
+            per_device_train_batch_size=4,
+            max_steps=2,
+            learning_rate=1e-2,
+            adam_epsilon=1e-4,
+            logging_steps=1,
+            report_to=[],
+            save_strategy="no",
+            use_cpu=True,
+            bf16=False,
+            disable_tqdm=True,
+            **more,
+        )
+        trainer = getattr(trl, f"{kind}Trainer")(
+            model=transformers.LlamaForCausalLM.from_pretrained(tmp_path / "model"),
+            args=arguments,
+            train_dataset=datasets.Dataset.from_dict(DATA[kind]),
+            processing_class=tokenizer(),
+            **({"reward_funcs": reward} if kind == "RLOO" else {}),
+        )
+        trainer.train()
+        return trainer.state.log_history
+
+    theirs = logged()
+    integration.install()
+    try:
+        ours = logged()
+        assert integration.calls() >= 2
+    finally:
+        integration.uninstall()
+    for expected, actual in zip(theirs, ours, strict=True):
+        numbers = {k: v for k, v in expected.items() if isinstance(v, float) and "time" not in k}
+        numbers = {k: v for k, v in numbers.items() if "per_second" not in k}
+        got = {k: actual[k] for k in numbers}
+        assert got == pytest.approx(numbers, rel=1e-4, abs=1e-5, nan_ok=True)
+    if kind == "DPO":
+        assert ours[0]["rewards/margins"] == 0 == ours[0]["rewards/accuracies"]
