@@ -106,27 +106,30 @@ void row_grad(const Tensor& logits, const Tensor& tokens, const Tensor& logprobs
   over_rows(rows, p.in.columns, [&](int64_t begin, int64_t end) { kernels.row_grad(p, begin, end); });
 }
 
-// `rule` lists the fields of fastpo.backends.base.Rule in order.
-fastpo::Rule rule_of(const std::vector<double>& rule) {
-  STD_TORCH_CHECK(rule.size() == 9, "rule must hold the 9 fields of Rule, got ", rule.size());
-  fastpo::Rule out;
-  out.surrogate = fastpo::Surrogate(int(rule[0]));
-  out.kl = fastpo::Kl(int(rule[1]));
-  out.kl_ratio_weighted = rule[2] != 0;
-  out.ratio_low = float(rule[3]);
-  out.ratio_high = float(rule[4]);
-  out.ratio_max = float(rule[5]);
-  out.kl_coef = float(rule[6]);
-  out.tau_pos = float(rule[7]);
-  out.tau_neg = float(rule[8]);
-  return out;
+// `numbers` lists the fields of fastpo.backends.base.Rule in order.
+fastpo::Rule rule_of(const std::vector<double>& numbers) {
+  STD_TORCH_CHECK(numbers.size() == 19, "rule must hold the 19 fields of Rule, got ", numbers.size());
+  auto next = numbers.begin();
+  fastpo::Rule rule;
+  rule.surrogate = fastpo::Surrogate(int(*next++));
+  rule.kl = fastpo::Kl(int(*next++));
+  rule.kl_ratio_weighted = *next++ != 0;
+  rule.old_kl = fastpo::Kl(int(*next++));
+  rule.gate = fastpo::Gate(int(*next++));
+  rule.two_sided = *next++ != 0;
+  for (float* field : {&rule.ratio_low, &rule.ratio_high, &rule.ratio_max, &rule.ratio_min,
+                       &rule.ratio_max_pos, &rule.power_pos, &rule.power_neg, &rule.keep_low,
+                       &rule.keep_high, &rule.kl_coef, &rule.old_kl_coef, &rule.tau_pos, &rule.tau_neg})
+    *field = float(*next++);
+  return rule;
 }
 
 Four row_policy_loss(const Tensor& logits, const Tensor& tokens, const Tensor& weight,
                      const Tensor& advantages, const MaybeTensor& old_logprobs,
                      const MaybeTensor& ref_logprobs, const MaybeTensor& entropy_weight,
-                     const std::vector<double>& rule, double temperature, const MaybeTensor& temperatures,
-                     const MaybeTensor& out) {
+                     const MaybeTensor& clip_low, const MaybeTensor& clip_high,
+                     const MaybeTensor& nll_weight, const std::vector<double>& rule, double temperature,
+                     const MaybeTensor& temperatures, const MaybeTensor& out) {
   const int64_t rows = logits.size(0);
   fastpo::LossParams p;
   p.in = rows_in(logits, tokens, temperature, temperatures);
@@ -136,6 +139,9 @@ Four row_policy_loss(const Tensor& logits, const Tensor& tokens, const Tensor& w
   p.old_logprobs = floats(old_logprobs, rows, "old_logprobs");
   p.ref_logprobs = floats(ref_logprobs, rows, "ref_logprobs");
   p.entropy_weight = floats(entropy_weight, rows, "entropy_weight");
+  p.clip_low = floats(clip_low, rows, "clip_low");
+  p.clip_high = floats(clip_high, rows, "clip_high");
+  p.nll_weight = floats(nll_weight, rows, "nll_weight");
   p.rule = rule_of(rule);
   STD_TORCH_CHECK(p.rule.kl == fastpo::Kl::kNone || ref_logprobs, "a KL penalty needs ref_logprobs");
   Tensor loss = new_vector(logits, ScalarType::Float), logprobs = new_vector(logits, ScalarType::Float);
@@ -163,7 +169,8 @@ void scale_(const Tensor& grad, const Tensor& factor) {
   "Tensor tokens, " FASTPO_STATS_ARGS "Tensor logprob_grad, Tensor? entropy_grad, " FASTPO_TEMPERATURE
 #define FASTPO_LOSS_ARGS                                                                    \
   "Tensor tokens, Tensor weight, Tensor advantages, Tensor? old_logprobs, "                 \
-  "Tensor? ref_logprobs, Tensor? entropy_weight, float[] rule, " FASTPO_TEMPERATURE
+  "Tensor? ref_logprobs, Tensor? entropy_weight, Tensor? clip_low, Tensor? clip_high, "     \
+  "Tensor? nll_weight, float[] rule, " FASTPO_TEMPERATURE
 #define FASTPO_TEMPERATURE "float temperature, Tensor? temperatures"
 #define FASTPO_FOUR ") -> (Tensor, Tensor, Tensor, Tensor)"
 

@@ -133,9 +133,10 @@ struct RowTable {
   // Writes the row's loss and returns c = dloss/dlogprob.
   static float write_loss(const LossParams& p, int64_t i, const Summary& row) {
     const float weight = p.weight[i], entropy_weight = p.entropy_weight ? p.entropy_weight[i] : 0.0f;
-    const float* old_logprob = p.old_logprobs ? p.old_logprobs + i : nullptr;
-    const float* ref_logprob = p.ref_logprobs ? p.ref_logprobs + i : nullptr;
-    const TokenLoss token = token_loss(p.rule, row.logprob, p.advantages[i], old_logprob, ref_logprob);
+    const auto at = [i](const float* values) { return values ? values + i : nullptr; };
+    const TokenLoss token =
+        token_loss(p.rule, {row.logprob, p.advantages[i], at(p.old_logprobs), at(p.ref_logprobs),
+                            at(p.clip_low), at(p.clip_high), at(p.nll_weight)});
     p.loss[i] = weight * token.loss.value;
     if (entropy_weight != 0) p.loss[i] -= entropy_weight * row.entropy;
     p.logprobs[i] = row.logprob;

@@ -85,6 +85,9 @@ struct LossParams {
   const float* old_logprobs = nullptr;
   const float* ref_logprobs = nullptr;
   const float* entropy_weight = nullptr;
+  const float* clip_low = nullptr;
+  const float* clip_high = nullptr;
+  const float* nll_weight = nullptr;
   Rule rule;
   Matrix out;               // gradient (N, V), may lie in the logits' own rows; data null: not wanted
   float* loss = nullptr;    // (N,), out, as all below

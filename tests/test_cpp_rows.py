@@ -14,9 +14,10 @@ import torch
 
 from fastpo import _extension
 from fastpo.backends import cpp as cpp_rows
-from fastpo.backends.base import RowInputs, alias_rows
+from fastpo.backends.base import alias_rows
 from fastpo.objective import KL_ESTIMATORS, TOKEN_SURROGATES, Objective
 from fastpo.testing.budget import relative_error
+from fastpo.testing.objectives import GATES
 from fastpo.testing.rows import (
     RowCase,
     check_confident_tokens,
@@ -57,7 +58,30 @@ def assert_same_bits(a: list[torch.Tensor], b: list[torch.Tensor]) -> None:
 
 
 def test_every_token_surrogate_is_covered():
-    assert {o.surrogate for o in SURROGATES.values()} == set(TOKEN_SURROGATES)
+    tested = (*SURROGATES.values(), *GATES.values())
+    assert {objective.surrogate for objective in tested} == set(TOKEN_SURROGATES)
+
+
+@pytest.mark.parametrize("extras", [False, True])
+@pytest.mark.parametrize("name", GATES)
+def test_gates(name, extras):
+    """Three tokens to choose from; with and without bounds and NLL weights of each row."""
+    objective = GATES[name]
+    extras = extras and objective.takes_clip_bounds
+    case = RowCase.random(64, 3, objective, extras=extras)
+    check_policy_loss(cpp_rows, case, objective)
+    assert cpp_rows.row_policy_loss(
+        case.logits, case.tokens, case.inputs, objective, case.temperature, None
+    ).clipped.any()
+
+
+@pytest.mark.parametrize("name", SURROGATES)
+def test_rows_with_bounds_and_nll_weights_of_their_own(name):
+    objective = SURROGATES[name]
+    case = RowCase.random(16, 307, objective, extras=True)
+    if not objective.takes_clip_bounds:
+        case = dataclasses.replace(case, inputs=case.inputs._replace(clip_low=None, clip_high=None))
+    check_policy_loss(cpp_rows, case, objective)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -202,7 +226,7 @@ def test_dead_rows_are_never_read(poison):
     """NaN times a mask of 0 is NaN: dead rows must be skipped instead (REGRESSIONS row 17)."""
     case = RowCase.random(6, 130, EVERYTHING, temperature=torch.linspace(0.6, 1.4, 6))
     dead = torch.tensor([False, True, False, True, True, False])
-    inputs = RowInputs(*(x.masked_fill(dead, poison) for x in case.inputs))
+    inputs = case.inputs.map(lambda x: x.masked_fill(dead, poison))
     inputs = inputs._replace(
         weight=case.inputs.weight.masked_fill(dead, 0),
         entropy_weight=case.inputs.entropy_weight.masked_fill(dead, 0),

@@ -10,6 +10,7 @@ import torch
 
 from fastpo.backends import triton as triton_rows
 from fastpo.objective import KL_ESTIMATORS, TOKEN_SURROGATES, Objective
+from fastpo.testing.objectives import GATES
 from fastpo.testing.rows import (
     RowCase,
     check_details,
@@ -35,7 +36,30 @@ EVERYTHING = Objective(kl_coef=0.1, kl_estimator="k3", kl_ratio_weighted=True, e
 
 
 def test_every_token_surrogate_is_covered():
-    assert {o.surrogate for o in SURROGATES.values()} == set(TOKEN_SURROGATES)
+    tested = (*SURROGATES.values(), *GATES.values())
+    assert {objective.surrogate for objective in tested} == set(TOKEN_SURROGATES)
+
+
+@pytest.mark.parametrize("extras", [False, True])
+@pytest.mark.parametrize("name", GATES)
+def test_gates(name, extras, device):
+    """Three tokens to choose from; with and without bounds and NLL weights of each row."""
+    objective = GATES[name]
+    extras = extras and objective.takes_clip_bounds
+    case = RowCase.random(24, 3, objective, extras=extras, device=device)
+    check_policy_loss(triton_rows, case, objective)
+    assert triton_rows.row_policy_loss(
+        case.logits, case.tokens, case.inputs, objective, case.temperature, None
+    ).clipped.any()
+
+
+@pytest.mark.parametrize("name", SURROGATES)
+def test_rows_with_bounds_and_nll_weights_of_their_own(name, device):
+    objective = SURROGATES[name]
+    case = RowCase.random(16, 307, objective, extras=True, device=device)
+    if not objective.takes_clip_bounds:
+        case = dataclasses.replace(case, inputs=case.inputs._replace(clip_low=None, clip_high=None))
+    check_policy_loss(triton_rows, case, objective)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

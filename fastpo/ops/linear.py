@@ -64,6 +64,8 @@ def linear_policy_loss(
     old_logprobs: Tensor | None = None,
     ref_logprobs: Tensor | None = None,
     importance_weights: Tensor | None = None,
+    clip_bounds: tuple[Tensor, Tensor] | None = None,
+    nll_weights: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     cu_seqlens: Tensor | None = None,
     normalizer: Tensor | float | None = None,
@@ -110,6 +112,10 @@ def linear_policy_loss(
             and keeps its gradient).
         ref_logprobs: [...] of the reference policy; required exactly when `objective.kl_coef != 0`.
         importance_weights: [...] or [B] rollout-mismatch weights (TIS, MIS), without gradient.
+        clip_bounds: (low, high), each [...]: bounds on r per token in place of the objective's,
+            for objectives that clip r or gate by it (DCPO, RIPO).
+        nll_weights: [...] weight of an SFT term beside the policy loss: -nll_weight * logprob per
+            token, under the same mask and aggregation (VAPO).
         temperature: sampling temperature, a float or one per token [...].
         cu_seqlens: (B + 1,) int32 offsets of the sequences of a packed [N] batch.
         normalizer: global token count (token_mean) or sequence count (other aggregations), for
@@ -156,6 +162,8 @@ def linear_policy_loss(
         importance_weights,
         cu_seqlens,
         normalizer,
+        clip_bounds,
+        nll_weights,
     )
     check_linear_op(hidden, weight, bias, tokens, mask, temperature, **options)
     leading = hidden.shape[:-1]

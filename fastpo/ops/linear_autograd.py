@@ -126,9 +126,11 @@ class TokenLevelLoss:
         """With A = 0 and neither KL penalty nor entropy bonus a row's gradient is 0."""
         if not gradient:
             return [], call.chunks(head)
-        if not call.reads_values or self.objective.kl_coef != 0 or self.objective.entropy_coef != 0:
+        if not call.reads_values or self.objective.acts_without_advantage:
             return call.chunks(head), []
         has_gradient = self.inputs.advantages != 0
+        if self.inputs.nll_weight is not None:
+            has_gradient |= self.inputs.nll_weight != 0
         if bool(has_gradient.all()):
             return call.chunks(head), []
         return call.chunks(head, only=has_gradient), call.chunks(head, only=~has_gradient)

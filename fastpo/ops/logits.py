@@ -39,6 +39,8 @@ def policy_loss(
     old_logprobs: Tensor | None = None,
     ref_logprobs: Tensor | None = None,
     importance_weights: Tensor | None = None,
+    clip_bounds: tuple[Tensor, Tensor] | None = None,
+    nll_weights: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     cu_seqlens: Tensor | None = None,
     normalizer: Tensor | float | None = None,
@@ -66,6 +68,10 @@ def policy_loss(
             and keeps its gradient).
         ref_logprobs: [...] of the reference policy; required exactly when `objective.kl_coef != 0`.
         importance_weights: [...] or [B] rollout-mismatch weights (TIS, MIS), without gradient.
+        clip_bounds: (low, high), each [...]: bounds on r per token in place of the objective's,
+            for objectives that clip r or gate by it (DCPO, RIPO).
+        nll_weights: [...] weight of an SFT term beside the policy loss: -nll_weight * logprob per
+            token, under the same mask and aggregation (VAPO).
         temperature: sampling temperature, a float or one per token [...]; log-probs are those of
             softmax(logits / temperature), and the gradient carries 1 / temperature.
         cu_seqlens: (B + 1,) int32 offsets of the sequences of a packed [N] batch.
@@ -92,6 +98,8 @@ def policy_loss(
         importance_weights,
         cu_seqlens,
         normalizer,
+        clip_bounds,
+        nll_weights,
     )
     checks.check_logits_op(logits, tokens, mask, temperature, inplace=inplace)
     leading = logits.shape[:-1]

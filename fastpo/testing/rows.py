@@ -43,9 +43,13 @@ class RowCase:
         device: torch.device | str = "cpu",
         temperature: float | Tensor = 0.8,
         on_policy: bool = False,
+        extras: bool = False,
         seed: int = 0,
     ) -> RowCase:
-        """Realistic rows: old and reference log-probs are the true ones + N(0, 0.2)."""
+        """Realistic rows: old and reference log-probs are the true ones + N(0, 0.2).
+
+        `extras` gives every row clip bounds and an NLL weight of its own.
+        """
         generator = torch.Generator().manual_seed(seed)
 
         def noise(scale: float) -> Tensor:
@@ -64,6 +68,9 @@ class RowCase:
             if has_entropy
             else None,
         )
+        if extras:
+            low, high, nll = (torch.rand(rows, generator=generator) for _ in range(3))
+            inputs = inputs._replace(clip_low=1 - low / 3, clip_high=1 + high / 3, nll_weight=nll)
         case = cls(logits=logits, tokens=tokens, temperature=temperature, inputs=inputs)
         return case.to(device)
 
@@ -74,7 +81,7 @@ class RowCase:
             logits=self.logits.to(device),
             tokens=self.tokens.to(device),
             temperature=temperature.to(device) if isinstance(temperature, Tensor) else temperature,
-            inputs=RowInputs(*(None if x is None else x.to(device) for x in self.inputs)),
+            inputs=self.inputs.map(lambda x: x.to(device)),
         )
 
     def with_logits(self, logits: Tensor) -> RowCase:
@@ -88,7 +95,7 @@ class RowCase:
             logits=self.logits[rows],
             tokens=self.tokens[rows],
             temperature=temperature[rows] if isinstance(temperature, Tensor) else temperature,
-            inputs=RowInputs(*(None if x is None else x[rows] for x in self.inputs)),
+            inputs=self.inputs.map(lambda x: x[rows]),
         )
 
 
@@ -112,9 +119,8 @@ def expected_policy_loss(
     case: RowCase, objective: Objective, dtype: torch.dtype = torch.float64
 ) -> tuple[RowLosses, Tensor]:
     """Row losses and the gradient (N, V) by autograd in `dtype`; dead rows give exact zeros."""
-    weight, advantages, old, ref, entropy_weight = (
-        None if x is None else x.to(dtype) for x in case.inputs
-    )
+    inputs = case.inputs.map(lambda x: x.to(dtype))
+    weight, entropy_weight = inputs.weight, inputs.entropy_weight
     live = weight != 0
     if entropy_weight is not None:
         live = live | (entropy_weight != 0)
@@ -122,7 +128,14 @@ def expected_policy_loss(
     logprobs, entropy = _logprobs(leaf, case.tokens, case.temperature, dtype)
     logprobs, entropy = logprobs.where(live, 0), entropy.where(live, 0)
     terms = token_loss(
-        objective, logprobs, advantages, old_logprobs=old, ref_logprobs=ref, mask=live
+        objective,
+        logprobs,
+        inputs.advantages,
+        old_logprobs=inputs.old_logprobs,
+        ref_logprobs=inputs.ref_logprobs,
+        clip_bounds=inputs.clip_bounds,
+        nll_weights=inputs.nll_weight,
+        mask=live,
     )
     loss = weight.where(live, 0) * terms.loss
     if entropy_weight is not None:
