@@ -48,7 +48,7 @@ def check(policy: Policy, optim: OptimConfig) -> None:
         policy = replace(policy, config=replace(policy.config, dtype="float32"))
     name = type(policy.model).__name__
     samples = _attempt(f"the sampler cannot decode {name}", lambda: _sampled(policy))
-    alone = _alone(policy, samples)
+    alone = _attempt(f"{name} with its LM head", lambda: _alone(policy, samples))
     with _rounded_embeddings(policy):
         rounded = _alone(policy, samples)
     eps = torch.finfo(policy.dtype).eps
