@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from trl import GRPOTrainer as StockGRPOTrainer
 
-from fastpo.integrations.transformers import Request, attach, innermost
+from fastpo.integrations._request import Request
+from fastpo.integrations.transformers import attach, innermost
 from fastpo.objective import Objective
 
 _CLIP = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
