@@ -52,7 +52,7 @@ from fastpo.ops.linear_chunks import LinearCall
 from fastpo.ops.linear_exp import ExpShard, ExpTokenLogprobs, FusedExpLoss
 from fastpo.ops.linear_kept import LinearKeptLogprobs
 from fastpo.ops.linear_sequences import SequenceLevelLoss
-from fastpo.ops.results import PolicyLoss, TokenLogprobs
+from fastpo.ops.results import PolicyLoss, TokenDetails, TokenLogprobs
 from fastpo.ops.tensor_parallel import VocabularyShard
 from fastpo.rule import Rule, RuleObjective, as_objective
 
@@ -232,12 +232,19 @@ def linear_token_logprobs(
     live_rows: int | None = None,
     kept_tokens: Tensor | None = None,
     kept_offsets: Tensor | None = None,
-) -> TokenLogprobs:
+    details: bool = False,
+) -> TokenLogprobs | TokenDetails:
     """Log-prob and entropy of every token from hidden states, both differentiable.
 
     The base of any loss you write. One GEMM forward, the same one and two more backward (8 N D V in
     all), four numbers per token kept in between. Arguments, and what enters the GEMMs, are as in
     `linear_policy_loss`; the gradients of rows whose incoming gradients are both 0 are skipped too.
+
+    With `details` the same sweep also gives log sum_v p_v^2, the mean logit over the vocabulary and
+    whether the token is the most likely one (the first of equals), without gradient.
+
+    Returns:
+        TokenLogprobs, or TokenDetails with `details`; [...] as the tokens.
 
     Raises:
         ValueError, TypeError: see the message: what was got, what is expected, what to do.
@@ -255,8 +262,21 @@ def linear_token_logprobs(
     check_kept(kept_tokens, kept_offsets, tokens, mask, weight.shape[0])
     call = _linear_call(hidden, weight, tokens, mask, temperature, backend, **options)
     kept = _kept_sets(call, kept_tokens, kept_offsets)
-    logprobs, entropy = _logprobs(*_operands(hidden, weight, bias), call, kept)
+    operands = _operands(hidden, weight, bias)
+    if details:
+        _check_details(call, kept)
+        outputs = call.checked(*LinearTokenLogprobs.apply(*operands, call, True))
+        return TokenDetails(*(x.view(leading) for x in outputs))
+    logprobs, entropy = _logprobs(*operands, call, kept)
     return TokenLogprobs(logprobs.view(leading), entropy.view(leading))
+
+
+def _check_details(call: LinearCall, kept: Kept | None) -> None:
+    if kept is not None or call.exponentials or not hasattr(call.backend, "row_details"):
+        raise ValueError(
+            "details=True with kept_tokens, tp_group or a backend of exponentials: expected a "
+            "whole head on one of the backends 'cpp', 'triton' and 'torch'"
+        )
 
 
 def _logprobs(

@@ -196,19 +196,31 @@ class LinearTokenLogprobs(torch.autograd.Function):
     once more backward. Saves four numbers per token, 8 N D V operations in all."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: LinearCall):
-        stats = statistics(call, call.head(weight, bias), hidden.detach())
+    def forward(
+        ctx,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        call: LinearCall,
+        details: bool = False,
+    ):
+        more = [] if details else None
+        stats = statistics(call, call.head(weight, bias), hidden.detach(), details=more)
         ctx.set_materialize_grads(False)
         save(ctx, hidden, weight, bias, *stats)
         ctx.call = call
         # Copies: whoever edits a returned log-prob must not edit what the backward pass reads.
-        return stats.logprobs.clone(), stats.entropy.clone()
+        outputs = (stats.logprobs.clone(), stats.entropy.clone())
+        if details:
+            ctx.mark_non_differentiable(*more)
+            outputs += tuple(more)
+        return outputs
 
     @staticmethod
     @first_order
-    def backward(ctx, logprob_grad: Tensor | None, entropy_grad: Tensor | None):
+    def backward(ctx, logprob_grad: Tensor | None, entropy_grad: Tensor | None, *_):
         if logprob_grad is None and entropy_grad is None:
-            return None, None, None, None
+            return (None,) * 5
         hidden, weight, bias, *stats = saved(ctx)
         call, stats = ctx.call, RowStats(*stats)
         incoming = [
@@ -217,25 +229,42 @@ class LinearTokenLogprobs(torch.autograd.Function):
         ]
         head = call.head(weight, bias)
         grads = chunk_grads(call, head, hidden.detach(), stats, *incoming, ctx.needs_input_grad)
-        return *grads.scaled(None, call.backend), None
+        return *grads.scaled(None, call.backend), None, None
 
 
 def statistics(
-    call: LinearCall, head: Head, hidden: Tensor, only: Tensor | None = None
+    call: LinearCall,
+    head: Head,
+    hidden: Tensor,
+    only: Tensor | None = None,
+    *,
+    details: list[Tensor] | None = None,
 ) -> RowStats:
-    """Statistics of all rows, or of those where `only` (N,) is True; 0 on masked and other ones."""
+    """Statistics of all rows, or of those where `only` (N,) is True; 0 on masked and other ones.
+
+    A list of `details` is filled with the (N,) fields of `RowDetails`.
+    """
     count, dtype = call.tokens.numel(), wide_dtype(hidden.dtype)
     stats = RowStats(*torch.zeros((4, count), dtype=dtype, device=hidden.device))
+    results = list(stats)
+    if details is not None:
+        details.extend(torch.zeros((2, count), dtype=dtype, device=hidden.device))
+        details.append(torch.zeros(count, dtype=torch.bool, device=hidden.device))
+        results += details
     chunks = call.chunks(head, only)
     workspace = Workspace(call, head, [], chunks)
     for rows in chunks:
-        part = call.backend.row_stats(
+        reading = (
             workspace.load(hidden, rows, gradient=False).logits,
             call.tokens[rows],
             call.row_temperature(rows, head),
             call.row_mask(rows),
         )
-        for full, values in zip(stats, part, strict=True):
+        if details is None:
+            part = call.backend.row_stats(*reading)
+        else:
+            part = [x for group in call.backend.row_details(*reading) for x in group]
+        for full, values in zip(results, part, strict=True):
             put(full, rows, values)
     return stats
 

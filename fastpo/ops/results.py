@@ -43,3 +43,13 @@ class TokenLogprobs(NamedTuple):
 
     logprobs: Tensor
     entropy: Tensor
+
+
+class TokenDetails(NamedTuple):
+    """`linear_token_logprobs(..., details=True)`. [...] fp32, 0 under a False mask; see there."""
+
+    logprobs: Tensor  # differentiable
+    entropy: Tensor  # differentiable
+    log_sum_sq_probs: Tensor
+    mean_logits: Tensor  # of logits / temperature
+    is_top1: Tensor  # bool
