@@ -135,8 +135,8 @@ def linear_policy_loss(
         backend: "torch", "cpp" or "triton"; None = the best available. An explicit request never
             falls back. "triton-exp", for bf16 operands on GPUs from compute capability 8.0: the
             first GEMM stores exponentials in place of logits, which no kernel then sweeps over
-            (docs/gpu.md); "triton-exp-kept" keeps them for the backward of `linear_token_logprobs`,
-            2 bytes times N V for 6 N D V in place of 8.
+            (docs/exponentials.md); "triton-exp-kept" keeps them for the backward of
+            `linear_token_logprobs`: 2 bytes times N V for 6 N D V in place of 8.
         logit_scale: factor on the logits (Cohere's logit_scale, 1 / Granite's logits_scaling).
         softcap: Gemma's final_logit_softcapping; None = none.
         logits_dtype: None = float32, which keeps the GEMM's fp32 sums; torch.bfloat16 (for bf16
