@@ -12,9 +12,19 @@
 namespace fastpo {
 
 // In the order of fastpo.advantages.ESTIMATORS.
-enum class Estimator : int { kGrpo, kDrGrpo, kRloo, kOpo, kPassk, kReinforcePp };
+enum class Estimator : int { kGrpo, kDrGrpo, kRloo, kOpo, kPassk, kReinforcePp, kMaxrl };
 
-enum class RewardType : int { kFloat64, kFloat32, kFloat16, kBFloat16, kInt64, kInt32, kInt16, kInt8, kUInt8 };
+enum class RewardType : int {
+  kFloat64,
+  kFloat32,
+  kFloat16,
+  kBFloat16,
+  kInt64,
+  kInt32,
+  kInt16,
+  kInt8,
+  kUInt8
+};
 
 struct GroupParams {
   int64_t count = 0;              // B
@@ -30,9 +40,7 @@ struct GroupParams {
   int64_t* num_informative = nullptr;  // one number
   double* scratch = nullptr;           // (2, B)
 
-  FASTPO_SCALAR_MEMBER int64_t group_of(int64_t i) const {
-    return group_ids ? group_ids[i] : i / group_size;
-  }
+  FASTPO_SCALAR_MEMBER int64_t group_of(int64_t i) const { return group_ids ? group_ids[i] : i / group_size; }
 };
 
 // What one pass over the finite rewards of a group gathers. Sums are taken of the differences to the
@@ -80,9 +88,17 @@ FASTPO_SCALAR double advantage_of(const GroupParams& p, const GroupSums& group, 
       return group.length > 0 ? d - group.length_weighted / group.length : centered;
     case Estimator::kPassk:
       return d == group.best ? (d - group.second) / (std + p.eps) : 0.0;
+    case Estimator::kMaxrl:
+      return centered / (group.first + group.mean() + p.eps);
     default:  // kGrpo, kReinforcePp
       return centered / (std + p.eps);
   }
+}
+
+// As it is stored: 0 where rewards are so large that it overflows.
+FASTPO_SCALAR float stored(double advantage) {
+  const float narrow = float(advantage);
+  return narrow - narrow == 0 ? narrow : 0.0f;
 }
 
 FASTPO_SCALAR double unbiased_std(double sum_of_squares, int64_t count) {

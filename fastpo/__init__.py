@@ -3,6 +3,7 @@
 from fastpo.advantages import GroupAdvantages, group_advantages
 from fastpo.critic import Gae, ValueLoss, gae, value_loss
 from fastpo.masks import completion_mask
+from fastpo.mismatch import RolloutCorrection, rollout_correction
 from fastpo.objective import Objective
 from fastpo.ops.checks import set_debug
 from fastpo.ops.from_logprobs import policy_loss_from_logprobs
@@ -33,6 +34,7 @@ from fastpo.presets import (
     vespo,
 )
 from fastpo.rewards import overlong_penalty
+from fastpo.rule import TokenInputs, loss_rule
 
 __version__ = "0.1.0"
 
@@ -41,6 +43,8 @@ __all__ = [
     "GroupAdvantages",
     "Objective",
     "PolicyLoss",
+    "RolloutCorrection",
+    "TokenInputs",
     "TokenLogprobs",
     "ValueLoss",
     "aspo",
@@ -63,12 +67,14 @@ __all__ = [
     "ipo",
     "linear_policy_loss",
     "linear_token_logprobs",
+    "loss_rule",
     "luspo",
     "overlong_penalty",
     "policy_loss",
     "policy_loss_from_logprobs",
     "ppo",
     "reinforce",
+    "rollout_correction",
     "sapo",
     "set_debug",
     "token_logprobs",

@@ -8,7 +8,6 @@ the places where a call is checked; the rest is what they share.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from numbers import Real
 from typing import NamedTuple
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpo.objective import Objective, check_takes_clip_bounds
+from fastpo.rule import RuleObjective
 
 _debug = False
 
@@ -35,7 +35,7 @@ def inspects_values(tensor: Tensor) -> bool:
 class LossInputs(NamedTuple):
     """The arguments that every policy loss takes beside its log-probs, as the user gave them."""
 
-    objective: Objective
+    objective: Objective | RuleObjective
     advantages: Tensor
     mask: Tensor | None
     old_logprobs: Tensor | None
@@ -77,13 +77,14 @@ def check_loss(given: LossInputs, leading: torch.Size, like: Tensor) -> None:
     for name in ("advantages", "importance_weights"):
         value = getattr(given, name)
         if value is not None or name == "advantages":
-            _check_per_token_or_sequence(name, value, leading, given.cu_seqlens, like)
+            check_per_token_or_sequence(name, value, leading, given.cu_seqlens, like)
     if objective.kl_coef != 0 and given.ref_logprobs is None:
         raise ValueError(
             f"objective {objective.name!r} has kl_coef={objective.kl_coef} but ref_logprobs is "
             "None: pass the reference policy's log-probs, or set kl_coef=0"
         )
-    if objective.kl_coef == 0 and given.ref_logprobs is not None:
+    takes_reference = objective.kl_coef != 0 or isinstance(objective, RuleObjective)
+    if given.ref_logprobs is not None and not takes_reference:
         raise ValueError(
             f"ref_logprobs are given but objective {objective.name!r} has kl_coef=0 and would "
             "ignore them: set kl_coef, or pass ref_logprobs=None"
@@ -102,6 +103,11 @@ def _check_clip_bounds(given: LossInputs, leading: torch.Size, like: Tensor) -> 
     for name, bound in zip(("clip_bounds[0]", "clip_bounds[1]"), bounds, strict=True):
         check_tensor(name, bound, leading, like)
         check_floating(name, bound)
+    if isinstance(given.objective, RuleObjective):
+        raise ValueError(
+            f"clip_bounds are given but the objective is a rule, {given.objective.name}: it clips "
+            "as it likes; leave them None"
+        )
     check_takes_clip_bounds(given.objective)
     if not inspects_values(like):
         return
@@ -266,11 +272,9 @@ def check_normalizer(normalizer: object) -> None:
 
 def check_objective(objective: object) -> None:
     """objective: a fastpo.Objective."""
-    if isinstance(objective, Objective):
+    if isinstance(objective, Objective | RuleObjective):
         return
-    if isinstance(objective, Callable) and getattr(objective, "__module__", "") == (
-        "fastpo.presets"
-    ):
+    if callable(objective):
         name = objective.__name__
         raise TypeError(
             f"objective is the preset {name} itself, expected what it returns: call it, "
@@ -278,6 +282,7 @@ def check_objective(objective: object) -> None:
         )
     raise TypeError(
         f"objective is {type(objective).__name__}, expected a fastpo.Objective, e.g. fastpo.dapo()"
+        ", or a callable rule(logprobs, entropy, tokens)"
     )
 
 
@@ -293,9 +298,10 @@ def is_per_sequence(value: Tensor, leading: torch.Size, count: int | None) -> bo
     return value.shape != leading and count is not None and value.shape in ((count,), (count, 1))
 
 
-def _check_per_token_or_sequence(
+def check_per_token_or_sequence(
     name: str, value: object, leading: torch.Size, cu_seqlens: Tensor | None, like: Tensor
 ) -> None:
+    """A floating tensor of the leading shape, or [B] or [B, 1] where the sequences are known."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is {type(value).__name__}, expected a tensor")
     check_floating(name, value)
