@@ -1,4 +1,4 @@
-"""The layout as the imports have it: layers point downwards, no circle, no file too long to read."""
+"""The layout as its imports have it: layers point downwards, no circle, no file too long to read."""
 
 from __future__ import annotations
 
