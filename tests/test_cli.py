@@ -123,8 +123,9 @@ def test_a_run_leaves_everything_behind(tiny, capsys):
         assert part in output
     assert main(["eval", str(run)]) == 0
     after = summary["after"]
-    expected = f"accuracy {after['accuracy']:.3f}  greedy {after['greedy_accuracy']:.3f}"
-    assert expected in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert f"accuracy  {after['accuracy']:.3f}  (95 %: " in output
+    assert f"greedy {after['greedy_accuracy']:.3f}" in output
     (run / "curves.png").unlink()
     assert main(["plot", str(run)]) == 0 and (run / "curves.png").exists()
 
@@ -441,7 +442,7 @@ def test_parts_of_a_reward_are_logged_apart(tiny, monkeypatch, capsys):
     monkeypatch.setattr(Even, "reward", judged)
     run = tiny()
     step = next(row for row in rows(run) if "reward" in row)
-    assert 0 < step["rewards/length/mean"] <= 4 and step["rewards/length/std"] > 0
+    assert 0 < step["rewards/length/mean"] <= 4
     assert 0 < rows(run)[0]["eval_rewards/length/mean"] <= 4
     assert json.loads((run / "samples.jsonl").read_text().splitlines()[0])["parts"]["length"] > 0
     assert "rewards/length/mean" in capsys.readouterr().out

@@ -43,14 +43,16 @@ class Setting(NamedTuple):
     help: str
 
 
-def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+def load(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
     """Read a recipe, apply overrides such as `optim.learning_rate=1e-4`, and check everything.
+
+    Without a path, every setting that no override names has its default.
 
     Raises:
         RecipeError: a missing or malformed file, an unknown key, a wrong type or value.
     """
     try:
-        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        values = {} if path is None else tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(f"cannot read recipe {path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
