@@ -3,7 +3,7 @@
 from fastpo.advantages import GroupAdvantages, group_advantages
 from fastpo.critic import Gae, ValueLoss, gae, value_loss
 from fastpo.objective import Objective
-from fastpo.ops._checks import set_debug
+from fastpo.ops.checks import set_debug
 from fastpo.ops.from_logprobs import policy_loss_from_logprobs
 from fastpo.ops.linear import linear_policy_loss, linear_token_logprobs
 from fastpo.ops.logits import policy_loss, token_logprobs

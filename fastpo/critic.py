@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fastpo.objective import count_or_one
-from fastpo.ops import _checks
+from fastpo.ops import checks
+from fastpo.ops.batch import flat_mask
 from fastpo.segments import Segments
 
 WHITEN_EPS = 1e-8  # under the root, as in verl
@@ -60,7 +61,7 @@ def gae(
         values: [...] of the critic, the state's value before the token.
         gamma: discount per token, in [0, 1].
         lam: the trade of bias (0) for variance (1), in [0, 1].
-        mask: [...] bool; what stands in masked slots is never used.
+        mask: [...] bool or 0/1 integers; what stands in masked slots is never used.
         cu_seqlens: (B + 1,) int32 offsets of the sequences of a packed [N] batch; required there.
         whiten: advantages become (A - mean) / sqrt(var + 1e-8) over the live tokens of the batch,
             with the unbiased variance; the returns stay.
@@ -74,10 +75,11 @@ def gae(
         if not 0 <= number <= 1:
             raise ValueError(f"{name} is {number}, expected a number in [0, 1]")
     _check_pair("rewards", rewards, "values", values)
-    _checks.check_mask(mask, rewards.shape, rewards)
-    segments = _checks.sequences_of(rewards.shape, cu_seqlens, rewards)
+    checks.check_mask(mask, rewards.shape, rewards)
+    checks.check_sequences(rewards.shape, cu_seqlens, rewards)
+    segments = Segments.from_batch(rewards.shape, cu_seqlens, rewards.device)
     dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
-    live = None if mask is None else mask.reshape(-1)
+    live = flat_mask(mask)
     flat_values = _wide(values, live)
     advantages = _advantages(_wide(rewards, live), flat_values, live, segments, gamma, lam)
     returns = advantages + flat_values
@@ -109,7 +111,7 @@ def value_loss(
         returns: [...], without gradient; see `gae`.
         old_values: [...] the critic's values when the batch was sampled; required with `clip`.
         clip: how far V may move from V_old, > 0; None = no clipping.
-        mask: [...] bool, the tokens that count.
+        mask: [...] bool or 0/1 integers, the tokens that count.
         normalizer: global count of live tokens, as in `policy_loss`; None = this batch's own.
 
     Returns:
@@ -120,8 +122,9 @@ def value_loss(
         ValueError, TypeError: see the message: what was got, what is expected, what to do.
     """
     _check_pair("values", values, "returns", returns)
-    _checks.check_mask(mask, values.shape, values)
-    _checks.check_normalizer(normalizer)
+    checks.check_mask(mask, values.shape, values)
+    mask = None if mask is None else mask.bool()
+    checks.check_normalizer(normalizer)
     _check_clip(clip, old_values, values)
     dtype = torch.promote_types(values.dtype, torch.float32)
     live = torch.ones_like(values, dtype=dtype) if mask is None else mask.to(dtype)
@@ -211,9 +214,9 @@ def _check_pair(name: str, first: object, other: str, second: object) -> None:
         raise TypeError(f"{name} is {type(first).__name__}, expected a tensor [N] or [B, T]")
     if first.ndim not in (1, 2):
         raise ValueError(f"{name} has shape {list(first.shape)}, expected [N] or [B, T]")
-    _checks.check_floating(name, first)
-    _checks.check_tensor(other, second, first.shape, first)
-    _checks.check_floating(other, second)
+    checks.check_floating(name, first)
+    checks.check_tensor(other, second, first.shape, first)
+    checks.check_floating(other, second)
 
 
 def _check_clip(clip: object, old_values: object, values: Tensor) -> None:
@@ -226,5 +229,5 @@ def _check_clip(clip: object, old_values: object, values: Tensor) -> None:
         raise TypeError(f"clip is {type(clip).__name__}, expected a number > 0, or None")
     if not 0 < clip < math.inf:
         raise ValueError(f"clip is {clip}, expected a finite number > 0; None = no clipping")
-    _checks.check_tensor("old_values", old_values, values.shape, values)
-    _checks.check_floating("old_values", old_values)
+    checks.check_tensor("old_values", old_values, values.shape, values)
+    checks.check_floating("old_values", old_values)

@@ -221,12 +221,17 @@ def token_loss(
     loss, ratio, clipped = _SURROGATES[objective.surrogate](objective, tokens)
     kl = None
     if ref_logprobs is not None:
-        kl = _kl(objective.kl_estimator, logprobs - _constant(ref_logprobs, mask, 0))
-        if objective.kl_ratio_weighted:
-            kl = kl * _ratio(objective, tokens)
+        weighting = _ratio(objective, tokens) if objective.kl_ratio_weighted else None
+        kl = kl_term(objective, logprobs - _constant(ref_logprobs, mask, 0), weighting)
         loss = loss + objective.kl_coef * kl
         kl = kl.detach()
     return TokenLoss(loss, ratio.detach(), kl, clipped)
+
+
+def kl_term(objective: Objective, log_ratio: Tensor, ratio: Tensor | None) -> Tensor:
+    """The KL penalty of every token before kl_coef, from k = logp - ref (N,) and the ratio r."""
+    kl = _kl(objective.kl_estimator, log_ratio)
+    return kl * ratio if objective.kl_ratio_weighted else kl
 
 
 class _Tokens(NamedTuple):
@@ -269,6 +274,8 @@ def _clamp(x: Tensor, low: float, high: float) -> Tensor:
     That is torch.clamp up to 2.13. From 2.14 on its gradient at a bound is 0, so that PPO's min
     would halve the gradient of a token whose ratio has just reached the bound.
     """
+    if not x.requires_grad:
+        return x.clamp(low, high)
     return torch.where((x >= low) & (x <= high), x, x.detach().clamp(low, high))
 
 
@@ -430,7 +437,8 @@ def token_weights(
     """
     live = _live(mask, segments).to(dtype)
     if objective.aggregation == "token_mean":
-        return live / count_or_one(live.sum() if normalizer is None else normalizer, live)
+        total = live.sum().clamp(min=1) if normalizer is None else count_or_one(normalizer, live)
+        return live / total
     sequences = count_or_one(segments.count if normalizer is None else normalizer, live)
     if objective.aggregation == "sequence_mean":
         return live / (segments.spread(segments.sum(live).clamp(min=1)) * sequences)
@@ -462,8 +470,8 @@ def entropy_weights(
             f"aggregation={objective.aggregation!r}: use aggregation='token_mean', or no normalizer"
         )
     live = _live(mask, segments).to(dtype)
-    total = live.sum() if normalizer is None else normalizer
-    return live * objective.entropy_coef / count_or_one(total, live)
+    total = live.sum().clamp(min=1) if normalizer is None else count_or_one(normalizer, live)
+    return live * objective.entropy_coef / total
 
 
 def _live(mask: Tensor | None, segments: Segments) -> Tensor:

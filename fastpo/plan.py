@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fastpo.ops import _chunks
+from fastpo.ops import linear_chunks
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TRL_TILE = (4096, 32768)
@@ -100,8 +100,8 @@ def plan(
         raise ValueError(f"path is {path!r}, expected one of {', '.join(PATHS)}")
     chunk = None
     if path == "fastpo":
-        default = _chunks.GPU_BUDGET if device == "cuda" else _chunks.CPU_BUDGET
-        chunk = _chunks.chunk_rows(tokens, vocab * _FP32, budget or default)
+        default = linear_chunks.GPU_BUDGET if device == "cuda" else linear_chunks.CPU_BUDGET
+        chunk = linear_chunks.chunk_rows(tokens, vocab * _FP32, budget or default)
         buffers = _fastpo(vocab, hidden, tokens, dtype, chunk, device)
     elif path == "chunked_recompute":
         chunk = min(TRL_TILE[0], tokens)
@@ -142,7 +142,7 @@ def _gradient(name: str, rows: int, hidden: int, dtype: torch.dtype, *, wide: bo
 def _fastpo(
     vocab: int, hidden: int, tokens: int, dtype: torch.dtype, chunk: int, device: str
 ) -> list[Buffer]:
-    rows = _chunks.padded(chunk)
+    rows = linear_chunks.padded(chunk)
     widened = 0
     if dtype != torch.float32 and device == "cpu":
         widened = 2 * rows * hidden * _FP32 + min(vocab, 4096) * hidden * _FP32

@@ -26,7 +26,7 @@ class Segments:
         self.device = device
         self.width = width  # T of a padded batch
         self.offsets = offsets  # (B + 1,) of a packed batch
-        self._ids: Tensor | None = None
+        self._ids: Tensor | None = None  # computed on first use
 
     @classmethod
     def padded(cls, batch: int, width: int, device: torch.device) -> Segments:
@@ -39,6 +39,17 @@ class Segments:
         offsets = cu_seqlens.long()
         return cls(rows, offsets.numel() - 1, offsets.device, width=None, offsets=offsets)
 
+    @classmethod
+    def from_batch(
+        cls, leading: torch.Size, cu_seqlens: Tensor | None, device: torch.device
+    ) -> Segments:
+        """[B, T], a sequence per row of the batch; [N] with cu_seqlens; or [N], one unknown run."""
+        if len(leading) == 2:
+            return cls.padded(*leading, device)
+        if cu_seqlens is not None:
+            return cls.packed(cu_seqlens, leading[0])
+        return cls.padded(1, leading[0], device)
+
     @property
     def ids(self) -> Tensor:
         """(N,) the sequence of every row, found without a host synchronization."""
@@ -47,6 +58,8 @@ class Segments:
             if self.offsets is None:
                 self._ids = rows // max(self.width, 1)
             else:
+                # How many sequences have ended at or before the row; right=True counts those that
+                # end exactly there, empty ones included.
                 self._ids = torch.searchsorted(self.offsets[1:].contiguous(), rows, right=True)
         return self._ids
 

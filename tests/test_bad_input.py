@@ -56,7 +56,7 @@ BAD = {
     "negative tokens": (
         {"tokens": torch.full((B, T), -100)},
         ValueError,
-        r"is -100, expected an id in \[0, 11\): mask positions",
+        r"is -100, expected an id in \[0, 11\): .*pass mask=tokens != -100",
     ),
     "tokens on another device": (
         {"tokens": torch.zeros(B, T, dtype=torch.long, device="meta")},
@@ -74,10 +74,15 @@ BAD = {
         r"advantages has dtype torch.int64, expected a floating dtype",
     ),
     "advantages is a list": ({"advantages": [1.0, 2.0]}, TypeError, r"advantages is list"),
-    "mask of integers": (
-        {"mask": torch.ones(B, T, dtype=torch.long)},
+    "mask of floats": (
+        {"mask": torch.ones(B, T)},
         TypeError,
         r"expected torch.bool: call mask.bool\(\)",
+    ),
+    "mask of other integers": (
+        {"mask": torch.full((B, T), 2)},
+        ValueError,
+        r"mask holds 2, expected bool, or integers that are 0 or 1: call mask.bool\(\)",
     ),
     "mask of a wrong shape": (
         {"mask": torch.ones(B, dtype=torch.bool)},
@@ -268,9 +273,9 @@ def test_bad_values_under_a_false_mask_are_fine():
 
 def test_out_of_range_token_past_the_check_is_nan_in_its_row_only(monkeypatch):
     """REGRESSIONS 21: what an unchecked GPU call does: NaN in that row, never a wild read."""
-    from fastpo.ops import _checks
+    from fastpo.ops import checks
 
-    monkeypatch.setattr(_checks, "inspects_values", lambda tensor: False)
+    monkeypatch.setattr(checks, "inspects_values", lambda tensor: False)
     logits = torch.randn(4, V, requires_grad=True)
     tokens = torch.tensor([0, V, -1, V - 1])
     result = fastpo.policy_loss(logits, tokens, torch.ones(4), objective=fastpo.dapo())

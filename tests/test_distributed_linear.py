@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import fastpo
-from fastpo.ops import _chunks
-from fastpo.ops._tensor_parallel import _merge
+from fastpo.ops import linear_chunks
+from fastpo.ops.tensor_parallel import _merge
 from fastpo.testing.linear import LinearCase
 
 SHARDS = {2: (100, 207), 3: (1, 250, 56)}  # of 307 columns, ragged
@@ -86,7 +86,7 @@ def vocabulary_parallel(rank: int, ranks: int) -> None:
         close(two_grads[0], grads[0])
     many = LinearCase.random(shape=(4, 250))
     case, rows = sharded_case(many, rank, ranks)
-    _chunks.CPU_BUDGET = 256 * 207 * 4  # ranks that chose their own chunks would part here
+    linear_chunks.CPU_BUDGET = 256 * 207 * 4  # ranks that chose their own chunks would part here
     _, grads = case.fused(OBJECTIVES["gspo"], tp_group=dist.group.WORLD)
     close(grads[1], many.fused(OBJECTIVES["gspo"])[1][1][rows])
     with pytest.raises(ValueError, match="expected an id in"):

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import fastpo
-from fastpo.ops import _chunks, _gemm
-from fastpo.ops._linear_call import Workspace
+from fastpo.ops import head, linear_chunks
+from fastpo.ops.linear_chunks import Workspace
 from fastpo.testing.linear import LinearCase
 
 
@@ -17,7 +17,7 @@ from fastpo.testing.linear import LinearCase
 @pytest.mark.parametrize("row_bytes", [1, 4 * 32000, 4 * 151936])
 def test_chunks_are_even_multiples_within_the_budget(rows, row_bytes):
     budget = 2**27
-    size = _chunks.chunk_rows(rows, row_bytes, budget)
+    size = linear_chunks.chunk_rows(rows, row_bytes, budget)
     count = -(-rows // size)
     assert size <= rows or rows == 1
     assert size * row_bytes <= budget or size <= 256
@@ -27,9 +27,9 @@ def test_chunks_are_even_multiples_within_the_budget(rows, row_bytes):
 
 def test_cut_covers_every_row_once():
     index = torch.tensor([0, 3, 4, 9, 11])
-    assert torch.cat(_chunks.cut(index, 12, 2)).tolist() == index.tolist()
-    assert [_chunks.length(rows) for rows in _chunks.cut(None, 12, 5)] == [5, 5, 2]
-    assert _chunks.cut(index[:0], 12, 2) == _chunks.cut(None, 0, 5) == []
+    assert torch.cat(linear_chunks.cut(index, 12, 2)).tolist() == index.tolist()
+    assert [linear_chunks.length(rows) for rows in linear_chunks.cut(None, 12, 5)] == [5, 5, 2]
+    assert linear_chunks.cut(index[:0], 12, 2) == linear_chunks.cut(None, 0, 5) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -94,7 +94,7 @@ def test_matmul_of_narrow_operands_is_not_rounded(shape, narrow, beta):
     a, b = torch.randn(m, k).to(narrow), torch.randn(n, k).to(narrow).t()
     out = torch.randn(m, n) if beta else torch.full((m, n), torch.nan)
     expected = 0.7 * a.double() @ b.double() + (beta * out.double() if beta else 0)
-    _gemm.add_matmul_(out, a, b, alpha=0.7, beta=beta)
+    head.add_matmul_(out, a, b, alpha=0.7, beta=beta)
     assert (out - expected).norm() < 1e-6 * expected.norm()
 
 
@@ -106,7 +106,7 @@ def test_no_chunk_is_larger_than_asked(preset, chunk_tokens, monkeypatch):
     load = Workspace.load
 
     def counting(self, hidden, rows, *, gradient):
-        sizes.append((gradient, _chunks.length(rows)))
+        sizes.append((gradient, linear_chunks.length(rows)))
         return load(self, hidden, rows, gradient=gradient)
 
     monkeypatch.setattr(Workspace, "load", counting)
@@ -127,8 +127,8 @@ def test_no_chunk_is_larger_than_asked(preset, chunk_tokens, monkeypatch):
 def test_no_uninitialized_memory_is_read(preset, poisoned_empty):
     """Every torch.empty holds NaN: the padding of ragged chunks, the gradient apart from a tanh."""
     objective = {"dapo": fastpo.dapo(entropy_coef=0.01), "gspo": fastpo.gspo()}[preset]
-    for head in ({}, {"bias": True, "softcap": 3.0}, {"dtype": torch.bfloat16}):
-        case = LinearCase.random(**head)
+    for options in ({}, {"bias": True, "softcap": 3.0}, {"dtype": torch.bfloat16}):
+        case = LinearCase.random(**options)
         for chunk_tokens in (None, 16, 19):
             result, grads = case.fused(objective, chunk_tokens=chunk_tokens)
             assert result.loss.isfinite()

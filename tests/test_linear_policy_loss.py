@@ -9,7 +9,7 @@ import torch
 
 import fastpo
 from fastpo import backends
-from fastpo.ops._linear_call import Workspace
+from fastpo.ops.linear_chunks import Workspace
 from fastpo.testing.budget import assert_within_budget, cosine
 from fastpo.testing.linear import LinearCase
 from fastpo.testing.objectives import PRESETS

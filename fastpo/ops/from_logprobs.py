@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from fastpo.objective import Objective
-from fastpo.ops import _checks
-from fastpo.ops._batch import LossBatch
+from fastpo.ops import checks
+from fastpo.ops.batch import LossBatch
+from fastpo.ops.checks import LossInputs
 from fastpo.ops.results import PolicyLoss
 
 
@@ -28,10 +29,10 @@ def policy_loss_from_logprobs(
 
     Args:
         logprobs: [N] or [B, T] floating, nats; differentiable. bf16 and fp16 are computed in fp32.
-        advantages: [...] per token, or [B] per sequence.
+        advantages: [...] per token, or [B] (or [B, 1]) per sequence.
         objective: which loss; see `fastpo.Objective`.
         entropy: [...] entropies, nats, differentiable; required when `objective.entropy_coef != 0`.
-        mask: [...] bool, the tokens that count; None = all.
+        mask: [...] bool or 0/1 integers, the tokens that count; None = all.
         old_logprobs: [...] of the policy that sampled; None = strictly on-policy.
         ref_logprobs: [...] of the reference policy; required exactly when `objective.kl_coef != 0`.
         importance_weights: [...] or [B] rollout-mismatch weights, without gradient.
@@ -41,53 +42,62 @@ def policy_loss_from_logprobs(
     Raises:
         ValueError, TypeError: see the message: what was got, what is expected, what to do.
     """
+    given = LossInputs(
+        objective,
+        advantages,
+        mask,
+        old_logprobs,
+        ref_logprobs,
+        importance_weights,
+        cu_seqlens,
+        normalizer,
+    )
+    _check_logprobs(logprobs, entropy)
+    checks.check_loss(given, logprobs.shape, logprobs)
+    if objective.entropy_coef != 0 and entropy is None:
+        raise ValueError("objective.entropy_coef != 0 needs `entropy`, the entropy of every token")
+    batch = LossBatch.from_inputs(given, logprobs.shape, logprobs)
+    rows = [_masked_rows(x, batch) for x in (logprobs, entropy)]
+    return loss_of_batch(batch, *rows, leading=logprobs.shape)
+
+
+def _check_logprobs(logprobs: object, entropy: object) -> None:
     if not isinstance(logprobs, Tensor):
         raise TypeError(f"logprobs is {type(logprobs).__name__}, expected a tensor [N] or [B, T]")
-    _checks.check_floating("logprobs", logprobs)
+    checks.check_floating("logprobs", logprobs)
     if logprobs.ndim not in (1, 2):
         raise ValueError(f"logprobs has shape {list(logprobs.shape)}, expected [N] or [B, T]")
     if entropy is not None:
-        _checks.check_tensor("entropy", entropy, logprobs.shape, logprobs)
-        _checks.check_floating("entropy", entropy)
-    batch = LossBatch.make(
-        objective=objective,
-        leading=logprobs.shape,
-        like=logprobs,
-        advantages=advantages,
-        mask=mask,
-        old_logprobs=old_logprobs,
-        ref_logprobs=ref_logprobs,
-        importance_weights=importance_weights,
-        cu_seqlens=cu_seqlens,
-        normalizer=normalizer,
-    )
-    return loss_of_batch(batch, logprobs, entropy)
+        checks.check_tensor("entropy", entropy, logprobs.shape, logprobs)
+        checks.check_floating("entropy", entropy)
 
 
-def loss_of_batch(batch: LossBatch, logprobs: Tensor, entropy: Tensor | None) -> PolicyLoss:
-    """The weighted sum over tokens of the specification's loss, minus the entropy bonus."""
-    flat, flat_entropy = _rows(batch, logprobs), _rows(batch, entropy)
-    terms = batch.token_loss(flat)
-    loss = (batch.weight * terms.loss).sum()
-    if batch.entropy_weight is not None:
-        if flat_entropy is None:
-            raise ValueError(
-                "objective.entropy_coef != 0 needs `entropy`, the entropy of every token"
-            )
-        loss = loss - (batch.entropy_weight * flat_entropy).sum()
-    flat = flat.detach()
-    flat_entropy = None if flat_entropy is None else flat_entropy.detach()
-    return PolicyLoss(
-        loss,
-        flat.view(batch.leading),
-        None if flat_entropy is None else flat_entropy.view(batch.leading),
-        batch.metrics(flat, flat_entropy, terms),
-    )
-
-
-def _rows(batch: LossBatch, values: Tensor | None) -> Tensor | None:
+def _masked_rows(values: Tensor | None, batch: LossBatch) -> Tensor | None:
     """[...] -> (N,) in the accumulation dtype, 0 under a False mask whatever stands there."""
     if values is None:
         return None
-    flat = values.reshape(-1).to(batch.weight.dtype)
-    return flat if batch.mask is None else torch.where(batch.mask, flat, 0.0)
+    rows = values.reshape(-1).to(batch.weight.dtype)
+    return rows if batch.mask is None else torch.where(batch.mask, rows, 0.0)
+
+
+def loss_of_batch(
+    batch: LossBatch, logprobs: Tensor, entropy: Tensor | None, *, leading: torch.Size
+) -> PolicyLoss:
+    """The weighted sum over tokens of the specification's loss, minus the entropy bonus.
+
+    logprobs and entropy are (N,), 0 under a False mask; `leading` is the shape of the result.
+    """
+    terms = batch.token_loss(logprobs)
+    loss = (batch.weight * terms.loss).sum()
+    if batch.entropy_weight is not None:
+        loss = loss - (batch.entropy_weight * entropy).sum()
+    # Copies: the backward pass, or the caller, still needs the numbers that came in.
+    logprobs = logprobs.detach().clone()
+    entropy = None if entropy is None else entropy.detach().clone()
+    metrics = batch.metrics(logprobs, entropy, terms.clipped, ratio=terms.ratio, ref_kl=terms.kl)
+    return PolicyLoss(
+        loss,
+        logprobs.view(leading),
+        None if entropy is None else entropy.view(leading),
+        metrics,
+    )

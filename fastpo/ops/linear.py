@@ -1,7 +1,21 @@
 """Ops on hidden states and the LM head: `linear_policy_loss` and `linear_token_logprobs`.
 
 With N tokens, width D and vocabulary V, the head's logits are N x V numbers, the largest tensor of
-a training step. Here they exist for one chunk of tokens at a time.
+a training step. Here they exist for one chunk of tokens at a time. Which way a call goes, and why:
+
+    call                              way                                  N D V code
+    loss, token-level objective       c depends on the row alone: the       6    TokenLevelLoss
+                                      gradient is made while its chunk of
+                                      logits exists
+    loss, sequence-level objective,   c depends on the sequence: chunks of  6    SequenceLevelLoss
+    every sequence fits a chunk and   whole sequences, statistics, then
+    the host knows where they end     the gradient, the logits still there
+    loss, sequence-level, else        c is known when the logits are gone:  8    LinearTokenLogprobs
+                                      backward computes them again               and loss_of_batch
+    log-probs                         any loss may follow                   8    LinearTokenLogprobs
+
+The first two are `FusedLinearLoss`. A frozen head or frozen hidden states save their GEMM; without
+any gradient one GEMM is left. `tp_group` changes none of this: `VocabularyShard` is a backend.
 """
 
 from __future__ import annotations
@@ -10,13 +24,18 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from fastpo.objective import Objective, TokenLoss
-from fastpo.ops import _checks, _linear_fused, _linear_inputs
-from fastpo.ops._batch import LossBatch
-from fastpo.ops._linear_recompute import LinearTokenLogprobs
-from fastpo.ops._linear_sequences import SequenceLevelLoss
+from fastpo import backends
+from fastpo.objective import Objective
+from fastpo.ops import checks
+from fastpo.ops.batch import LossBatch, flat_mask, flat_rows, flat_temperature
+from fastpo.ops.checks import LossInputs
 from fastpo.ops.from_logprobs import loss_of_batch
+from fastpo.ops.linear_autograd import FusedLinearLoss, LinearTokenLogprobs, TokenLevelLoss
+from fastpo.ops.linear_checks import autocasts, check_linear_op, operand_dtype
+from fastpo.ops.linear_chunks import LinearCall
+from fastpo.ops.linear_sequences import SequenceLevelLoss
 from fastpo.ops.results import PolicyLoss, TokenLogprobs
+from fastpo.ops.tensor_parallel import VocabularyShard
 
 _UNTRACED = "its loop over chunks runs GEMMs and one kernel each: nothing there to compile"
 
@@ -43,7 +62,7 @@ def linear_policy_loss(
     logits_dtype: torch.dtype | None = None,
     chunk_tokens: int | None = None,
     tp_group: ProcessGroup | None = None,
-    live_rows: int | Tensor | None = None,
+    live_rows: int | None = None,
 ) -> PolicyLoss:
     """Policy loss from hidden states and the LM head; no [N, V] tensor is ever made.
 
@@ -69,10 +88,11 @@ def linear_policy_loss(
             nothing is shifted here.
         weight: [V, D] of the same dtype; a LoRA adapter's effective weight; tied embeddings too.
         tokens: [...] int64 or int32 sampled ids.
-        advantages: [...] per token, or [B] per sequence.
+        advantages: [...] per token, or [B] (or [B, 1]) per sequence.
         bias: [V], or None.
         objective: which loss; see `fastpo.Objective` and the presets.
-        mask: [...] bool, the tokens that count; None = all. NaN in masked rows changes nothing.
+        mask: [...] bool or 0/1 integers, the tokens that count; None = all. NaN in masked rows
+            changes nothing.
         old_logprobs: [...] of the policy that sampled; None = strictly on-policy (the ratio is 1
             and keeps its gradient).
         ref_logprobs: [...] of the reference policy; required exactly when `objective.kl_coef != 0`.
@@ -91,62 +111,58 @@ def linear_policy_loss(
         tp_group: process group over which `weight` (and `bias`) is sharded along V in rank order,
             in parts of any size. All ranks pass the same tokens and hidden states, and get the same
             loss, the whole gradient of the hidden states and their own shard's of the weight.
-        live_rows: the number of True in `mask`, or its copy on the host, which a trainer has when
-            it builds the batch. One that contradicts `mask` raises on CPU and gives NaN on GPU.
+        live_rows: the number of True in `mask`, which a trainer knows on the host when it builds
+            the batch. A wrong one raises on CPU and gives NaN on GPU.
 
     Raises:
         ValueError, TypeError: see the message: what was got, what is expected, what to do.
         RuntimeError: on a second backward through a gradient that the forward pass made.
     """
-    hidden, weight, bias = _linear_inputs.operands(hidden, weight, bias)
+    options = {
+        "logit_scale": logit_scale,
+        "softcap": softcap,
+        "logits_dtype": logits_dtype,
+        "chunk_tokens": chunk_tokens,
+        "tp_group": tp_group,
+        "live_rows": live_rows,
+    }
+    given = LossInputs(
+        objective,
+        advantages,
+        mask,
+        old_logprobs,
+        ref_logprobs,
+        importance_weights,
+        cu_seqlens,
+        normalizer,
+    )
+    check_linear_op(hidden, weight, bias, tokens, mask, temperature, **options)
     leading = hidden.shape[:-1]
-    batch = LossBatch.make(
-        objective=objective,
-        leading=leading,
-        like=hidden,
-        advantages=advantages,
-        mask=mask,
-        old_logprobs=old_logprobs,
-        ref_logprobs=ref_logprobs,
-        importance_weights=importance_weights,
-        cu_seqlens=cu_seqlens,
-        normalizer=normalizer,
-    )
-    call = _linear_inputs.linear_call(
-        hidden,
-        weight,
-        tokens,
-        mask=mask,
-        temperature=temperature,
-        backend=backend,
-        logit_scale=logit_scale,
-        softcap=softcap,
-        logits_dtype=logits_dtype,
-        chunk_tokens=chunk_tokens,
-        tp_group=tp_group,
-        live_rows=live_rows,
-    )
-    hidden = _linear_inputs.flat_hidden(hidden)
+    checks.check_loss(given, leading, hidden)
+    call = _linear_call(hidden, weight, tokens, mask, temperature, backend, **options)
+    hidden, weight, bias = _operands(hidden, weight, bias)
+    batch = LossBatch.from_inputs(given, leading, hidden)
     if objective.is_token_level:
-        chunk_loss = _linear_fused.TokenLevelLoss(inputs=batch.row_inputs(), objective=objective)
+        chunk_loss = TokenLevelLoss(inputs=batch.row_inputs(), objective=objective)
     else:
-        chunk_loss = SequenceLevelLoss.of(batch, call, weight)
+        chunk_loss = SequenceLevelLoss.from_batch(batch, call, weight)
     if chunk_loss is None:
-        logprobs, entropy = call.visible(*LinearTokenLogprobs.apply(hidden, weight, bias, call))
-        return loss_of_batch(batch, logprobs.view(leading), entropy.view(leading))
+        logprobs, entropy = call.checked(*LinearTokenLogprobs.apply(hidden, weight, bias, call))
+        return loss_of_batch(batch, logprobs, entropy, leading=leading)
     needs = tuple(
         torch.is_grad_enabled() and x is not None and x.requires_grad
         for x in (hidden, weight, bias)
     )
-    loss, logprobs, entropy, clipped = _linear_fused.FusedLinearLoss.apply(
+    loss, logprobs, entropy, clipped = FusedLinearLoss.apply(
         hidden, weight, bias, call, chunk_loss, needs
     )
-    with torch.no_grad():
-        terms = batch.token_loss(logprobs)
-    metrics = batch.metrics(
-        logprobs, entropy, TokenLoss(terms.loss, terms.ratio, terms.kl, clipped)
-    )
-    (loss,) = call.visible(loss)
+    terms = {"backend": call.backend}
+    if not objective.is_token_level:
+        with torch.no_grad():
+            whole = batch.token_loss(logprobs)
+        terms = {"ratio": whole.ratio, "ref_kl": whole.kl}
+    metrics = batch.metrics(logprobs, entropy, clipped, **terms)
+    (loss,) = call.checked(loss)
     return PolicyLoss(loss, logprobs.view(leading), entropy.view(leading), metrics)
 
 
@@ -165,7 +181,7 @@ def linear_token_logprobs(
     chunk_tokens: int | None = None,
     tp_group: ProcessGroup | None = None,
     backend: str | None = None,
-    live_rows: int | Tensor | None = None,
+    live_rows: int | None = None,
 ) -> TokenLogprobs:
     """Log-prob and entropy of every token from hidden states, both differentiable.
 
@@ -176,23 +192,89 @@ def linear_token_logprobs(
     Raises:
         ValueError, TypeError: see the message: what was got, what is expected, what to do.
     """
-    hidden, weight, bias = _linear_inputs.operands(hidden, weight, bias)
+    options = {
+        "logit_scale": logit_scale,
+        "softcap": softcap,
+        "logits_dtype": logits_dtype,
+        "chunk_tokens": chunk_tokens,
+        "tp_group": tp_group,
+        "live_rows": live_rows,
+    }
+    check_linear_op(hidden, weight, bias, tokens, mask, temperature, **options)
     leading = hidden.shape[:-1]
-    _checks.check_mask(mask, leading, hidden)
-    call = _linear_inputs.linear_call(
-        hidden,
-        weight,
-        tokens,
-        mask=mask,
-        temperature=temperature,
-        backend=backend,
-        logit_scale=logit_scale,
-        softcap=softcap,
+    call = _linear_call(hidden, weight, tokens, mask, temperature, backend, **options)
+    operands = _operands(hidden, weight, bias)
+    logprobs, entropy = call.checked(*LinearTokenLogprobs.apply(*operands, call))
+    return TokenLogprobs(logprobs.view(leading), entropy.view(leading))
+
+
+def _linear_call(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    mask: Tensor | None,
+    temperature: float | Tensor,
+    backend: str | None,
+    *,
+    logit_scale: float,
+    softcap: float | None,
+    logits_dtype: torch.dtype | None,
+    chunk_tokens: int | None,
+    tp_group: ProcessGroup | None,
+    live_rows: int | None,
+) -> LinearCall:
+    """What `check_linear_op` has checked, as rows."""
+    logits_dtype = logits_dtype or checks.wide_dtype(operand_dtype(hidden))
+    rows = backends.load(backends.resolve(backend, hidden.device, logits_dtype))
+    if tp_group is not None:
+        rows = VocabularyShard(rows, tp_group, weight)
+        if checks.inspects_values(hidden):
+            checks.check_token_range(tokens, int(rows.vocabulary), mask)
+    mask = flat_mask(mask)
+    index, wrong_count = _unmasked_rows(mask, live_rows)
+    return LinearCall(
+        tokens=flat_rows(tokens, torch.int64),
+        temperature=flat_temperature(temperature, hidden),
+        logit_scale=float(logit_scale),
+        softcap=None if softcap is None else float(softcap),
         logits_dtype=logits_dtype,
         chunk_tokens=chunk_tokens,
-        tp_group=tp_group,
-        live_rows=live_rows,
+        backend=rows,
+        mask=mask,
+        index=index,
+        wrong_count=wrong_count,
     )
-    hidden = _linear_inputs.flat_hidden(hidden)
-    logprobs, entropy = call.visible(*LinearTokenLogprobs.apply(hidden, weight, bias, call))
-    return TokenLogprobs(logprobs.view(leading), entropy.view(leading))
+
+
+def _unmasked_rows(
+    mask: Tensor | None, live_rows: int | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """(n,) rows under the mask, or None for all, and whether `live_rows` is wrong (0-d bool).
+
+    On GPU, counting them would wait for the device: there it takes the caller's count, and whether
+    that is right is left on the device.
+    """
+    if mask is None or (live_rows is None and mask.device.type != "cpu"):
+        return None, None
+    if mask.device.type == "cpu" and checks.inspects_values(mask):
+        index, wrong_count = mask.nonzero()[:, 0], None
+    else:
+        size = min(live_rows, mask.numel())
+        index = torch.nonzero_static(mask, size=size, fill_value=0)[:, 0]
+        wrong_count = mask.sum() != live_rows
+    return None if index.numel() == mask.numel() else index, wrong_count
+
+
+def _operands(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """In one dtype, autocast's where that is on; [B, T, D] as (N, D) where strides allow:
+    `hidden[:, :-1]` stays as it is, without a copy."""
+    if autocasts(hidden):
+        dtype = operand_dtype(hidden)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    merges = hidden.ndim == 3 and (
+        hidden.shape[0] <= 1 or hidden.stride(0) == hidden.shape[1] * hidden.stride(1)
+    )
+    return hidden.flatten(0, 1) if merges else hidden, weight, bias

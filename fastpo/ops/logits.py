@@ -1,19 +1,30 @@
-"""Ops on logits: `policy_loss` and `token_logprobs`. Validate, flatten, call the row primitives."""
+"""Ops on logits: `policy_loss` and `token_logprobs`. Check, flatten to rows, call the primitives.
+
+policy_loss     token-level objective: `row_policy_loss` makes the gradient in the forward pass,
+                one read and one write of the logits (`FusedPolicyLoss`)
+                sequence-level objective, fp16 logits, torch.compile: as below, then the loss of
+                `fastpo.ops.from_logprobs`
+token_logprobs  `row_stats` forward, `row_grad` backward (`LogitsTokenLogprobs`)
+"""
 
 from __future__ import annotations
+
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from fastpo import backends
-from fastpo.objective import Objective, TokenLoss
-from fastpo.ops import _checks
-from fastpo.ops._batch import LossBatch
-from fastpo.ops._logits_fused import FusedCall, FusedPolicyLoss
-from fastpo.ops._logits_two_step import LogitsTokenLogprobs
-from fastpo.ops._rows import flat_rows, flat_temperature
+from fastpo.backends.base import RowInputs, RowLosses, RowStats
+from fastpo.objective import Objective
+from fastpo.ops import checks
+from fastpo.ops.autograd import first_order, row_grads, save, saved
+from fastpo.ops.batch import LossBatch, flat_mask, flat_rows, flat_temperature, of_rows
+from fastpo.ops.checks import LossInputs
 from fastpo.ops.from_logprobs import loss_of_batch
 from fastpo.ops.results import PolicyLoss, TokenLogprobs
+
+_Rows = TypeVar("_Rows", bound=tuple)
 
 
 def policy_loss(
@@ -43,9 +54,10 @@ def policy_loss(
         logits: [N, V] or [B, T, V] fp32, bf16 or fp16 (fp64 on the torch backend), unit stride
             along V. `logits[i]` scores `tokens[i]`: nothing is shifted here.
         tokens: [...] int64 or int32 sampled ids.
-        advantages: [...] per token, or [B] per sequence.
+        advantages: [...] per token, or [B] (or [B, 1]) per sequence.
         objective: which loss; see `fastpo.Objective` and the presets.
-        mask: [...] bool, the tokens that count; None = all. Masked rows are never read.
+        mask: [...] bool or 0/1 integers, the tokens that count; None = all. Masked rows are never
+            read.
         old_logprobs: [...] of the policy that sampled; None = strictly on-policy (the ratio is 1
             and keeps its gradient).
         ref_logprobs: [...] of the reference policy; required exactly when `objective.kl_coef != 0`.
@@ -63,24 +75,23 @@ def policy_loss(
     Raises:
         ValueError, TypeError: see the message: what was got, what is expected, what to do.
     """
-    _checks.check_matrix("logits", logits, "V")
-    leading = logits.shape[:-1]
-    batch = LossBatch.make(
-        objective=objective,
-        leading=leading,
-        like=logits,
-        advantages=advantages,
-        mask=mask,
-        old_logprobs=old_logprobs,
-        ref_logprobs=ref_logprobs,
-        importance_weights=importance_weights,
-        cu_seqlens=cu_seqlens,
-        normalizer=normalizer,
+    given = LossInputs(
+        objective,
+        advantages,
+        mask,
+        old_logprobs,
+        ref_logprobs,
+        importance_weights,
+        cu_seqlens,
+        normalizer,
     )
-    backend = _prepare(logits, tokens, mask, temperature, inplace, backend)
-    temperature = flat_temperature(temperature, logits)
+    checks.check_logits_op(logits, tokens, mask, temperature, inplace=inplace)
+    leading = logits.shape[:-1]
+    checks.check_loss(given, leading, logits)
+    backend = backends.resolve(backend, logits.device, logits.dtype)
+    batch = LossBatch.from_inputs(given, leading, logits)
+    tokens, temperature = flat_rows(tokens, torch.int64), flat_temperature(temperature, logits)
     needs_grad = torch.is_grad_enabled() and logits.requires_grad
-    tokens = flat_rows(tokens).long()
     compiling = torch.compiler.is_compiling()
     # An fp16 gradient, about p / N, underflows before a loss scale is multiplied in.
     needs_loss_scale = needs_grad and logits.dtype == torch.float16
@@ -90,14 +101,12 @@ def policy_loss(
         logprobs, entropy = LogitsTokenLogprobs.apply(
             logits, tokens, batch.mask, temperature, backend, inplace and not compiling
         )
-        return loss_of_batch(batch, logprobs.view(leading), entropy.view(leading))
-    call = FusedCall(tokens, batch.row_inputs(), objective, temperature, backend)
-    loss, logprobs, entropy, clipped = FusedPolicyLoss.apply(logits, call, needs_grad, inplace)
-    with torch.no_grad():
-        terms = batch.token_loss(logprobs)
-    metrics = batch.metrics(
-        logprobs, entropy, TokenLoss(terms.loss, terms.ratio, terms.kl, clipped)
+        return loss_of_batch(batch, logprobs, entropy, leading=leading)
+    settings = (objective, temperature, backend, needs_grad, inplace)
+    loss, logprobs, entropy, clipped = FusedPolicyLoss.apply(
+        logits, tokens, batch.row_inputs(), *settings
     )
+    metrics = batch.metrics(logprobs, entropy, clipped, backend=backends.load(backend))
     return PolicyLoss(loss, logprobs.view(leading), entropy.view(leading), metrics)
 
 
@@ -107,6 +116,7 @@ def token_logprobs(
     *,
     mask: Tensor | None = None,
     temperature: float | Tensor = 1.0,
+    inplace: bool = False,
     inplace_backward: bool = False,
     backend: str | None = None,
 ) -> TokenLogprobs:
@@ -119,49 +129,203 @@ def token_logprobs(
         logits: [N, V] or [B, T, V] fp32, bf16 or fp16 (fp64 on the torch backend), unit stride
             along V.
         tokens: [...] int64 or int32; `logits[i]` scores `tokens[i]`.
-        mask: [...] bool; masked rows are never read, their outputs and gradients are 0.
+        mask: [...] bool or 0/1 integers; masked rows are never read, their outputs and gradients
+            are 0.
         temperature: a float or one per token [...].
-        inplace_backward: the gradient overwrites the logits; a second backward raises.
+        inplace: the gradient overwrites the logits; a second backward raises.
+        inplace_backward: another name of `inplace`.
         backend: as in `policy_loss`.
 
     Raises:
         ValueError, TypeError: see the message: what was got, what is expected, what to do.
     """
-    _checks.check_matrix("logits", logits, "V")
+    inplace = inplace or inplace_backward
+    checks.check_logits_op(logits, tokens, mask, temperature, inplace=inplace)
     leading = logits.shape[:-1]
-    _checks.check_mask(mask, leading, logits)
-    backend = _prepare(logits, tokens, mask, temperature, inplace_backward, backend)
-    live = flat_rows(mask)
-    inplace_backward = inplace_backward and not torch.compiler.is_compiling()
+    backend = backends.resolve(backend, logits.device, logits.dtype)
     logprobs, entropy = LogitsTokenLogprobs.apply(
         logits,
-        flat_rows(tokens).long(),
-        live,
+        flat_rows(tokens, torch.int64),
+        flat_mask(mask),
         flat_temperature(temperature, logits),
         backend,
-        inplace_backward,
+        inplace and not torch.compiler.is_compiling(),
     )
     return TokenLogprobs(logprobs.view(leading), entropy.view(leading))
 
 
-def _prepare(logits, tokens, mask, temperature, inplace: bool, backend: str | None) -> str:
-    """Check what both ops take and choose the backend."""
-    leading = logits.shape[:-1]
-    _checks.check_tokens(tokens, leading, logits.shape[-1], mask, logits)
-    _checks.check_temperature(temperature, leading, mask, logits)
-    if inplace and _overlaps(logits):
-        raise ValueError(
-            "inplace on expanded or overlapping logits would write one row's gradient over "
-            "another's: clone them"
+class FusedPolicyLoss(torch.autograd.Function):
+    """Gradient in forward. The first backward hands its buffer over; another recomputes it."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        logits: Tensor,
+        tokens: Tensor,
+        inputs: RowInputs,
+        objective: Objective,
+        temperature: float | Tensor,
+        backend: str,
+        needs_grad: bool,
+        inplace: bool,
+    ):
+        grad = None
+        if needs_grad:
+            grad = logits.detach() if inplace else torch.empty_like(logits)
+        rows = _row_losses(logits, tokens, inputs, objective, temperature, backend, grad)
+        ctx.grad, ctx.backend, ctx.inplace = grad, backend, inplace
+        if needs_grad and not inplace:
+            per_row = temperature if isinstance(temperature, Tensor) else None
+            save(ctx, logits, tokens, per_row, *inputs)
+            ctx.objective, ctx.temperature = objective, temperature
+        ctx.mark_non_differentiable(rows.logprobs, rows.entropy, rows.clipped)
+        ctx.set_materialize_grads(False)
+        return rows.loss.sum(), rows.logprobs, rows.entropy, rows.clipped
+
+    @staticmethod
+    @first_order
+    def backward(ctx, loss_grad: Tensor | None, *_):
+        if loss_grad is None:
+            return (None,) * 8
+        grad, ctx.grad = ctx.grad, None
+        if grad is None:
+            if ctx.inplace:
+                raise RuntimeError(
+                    "backward through an inplace policy_loss a second time: its gradient buffer "
+                    "was the logits themselves and is gone; pass inplace=False to keep the graph"
+                )
+            logits, tokens, per_row, *inputs = saved(ctx)
+            temperature = ctx.temperature if per_row is None else per_row
+            grad = torch.empty_like(logits)
+            settings = (ctx.objective, temperature, ctx.backend)
+            _row_losses(logits, tokens, RowInputs(*inputs), *settings, grad)
+        for view in row_views(grad):
+            backends.load(ctx.backend).scale_(view, loss_grad)
+        return grad, *(None,) * 7
+
+
+def _row_losses(
+    logits: Tensor,
+    tokens: Tensor,
+    inputs: RowInputs,
+    objective: Objective,
+    temperature: float | Tensor,
+    backend: str,
+    grad: Tensor | None,
+) -> RowLosses:
+    """`row_policy_loss` over all rows; the gradient goes to `grad`, of the shape of `logits`."""
+    views = row_views(logits.detach())
+    outs = [None] * len(views) if grad is None else matching_views(grad, views)
+    parts = []
+    for view, out, cut in zip(views, outs, slices(views), strict=True):
+        own = RowInputs(*(of_rows(x, cut) for x in inputs))
+        row_policy_loss = backends.load(backend).row_policy_loss
+        parts.append(
+            row_policy_loss(view, tokens[cut], own, objective, of_rows(temperature, cut), out)
         )
-    return backends.resolve(backend, logits.device, logits.dtype)
+    return concatenate(parts)
 
 
-def _overlaps(tensor: Tensor) -> bool:
-    """Whether elements of `tensor` may share memory, as those of an expanded view do."""
-    last = 0  # the last element, in memory, of the dimensions so far
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1 and stride <= last:
-            return True
-        last += stride * (size - 1)
-    return False
+class LogitsTokenLogprobs(torch.autograd.Function):
+    """`row_stats` forward, `row_grad` backward."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        logits: Tensor,
+        tokens: Tensor,
+        mask: Tensor | None,
+        temperature: float | Tensor,
+        backend: str,
+        inplace: bool,
+    ):
+        row_stats = backends.load(backend).row_stats
+        views = row_views(logits.detach())
+        stats = concatenate(
+            [
+                row_stats(view, tokens[cut], of_rows(temperature, cut), of_rows(mask, cut))
+                for view, cut in zip(views, slices(views), strict=True)
+            ]
+        )
+        ctx.set_materialize_grads(False)
+        per_row = temperature if isinstance(temperature, Tensor) else None
+        save(ctx, logits, tokens, mask, per_row, *stats)
+        ctx.temperature, ctx.backend, ctx.inplace = temperature, backend, inplace
+        # Copies: whoever edits a returned log-prob must not edit what the backward pass reads.
+        return stats.logprobs.clone(), stats.entropy.clone()
+
+    @staticmethod
+    @first_order
+    def backward(ctx, logprob_grad: Tensor | None, entropy_grad: Tensor | None):
+        if logprob_grad is None and entropy_grad is None:
+            return (None,) * 6
+        if ctx.inplace:
+            _refuse_second_backward(ctx)
+        logits, tokens, mask, per_row, *stats = saved(ctx)
+        stats = RowStats(*stats)
+        temperature = ctx.temperature if per_row is None else per_row
+        dtype = stats.logprobs.dtype
+        logprob_grad = row_grads(logprob_grad, mask, dtype)
+        if logprob_grad is None:
+            logprob_grad = torch.zeros_like(stats.logprobs)
+        entropy_grad = row_grads(entropy_grad, mask, dtype)
+        grad = logits.detach() if ctx.inplace else torch.empty_like(logits)
+        views = row_views(logits.detach())
+        for view, out, cut in zip(views, matching_views(grad, views), slices(views), strict=True):
+            backends.load(ctx.backend).row_grad(
+                view,
+                tokens[cut],
+                RowStats(*(x[cut] for x in stats)),
+                logprob_grad[cut],
+                of_rows(entropy_grad, cut),
+                of_rows(temperature, cut),
+                out,
+            )
+        return grad, *(None,) * 5
+
+
+def _refuse_second_backward(ctx) -> None:
+    if getattr(ctx, "consumed", False):
+        raise RuntimeError(
+            "backward through an inplace loss a second time: the first one overwrote the logits "
+            "with their gradient; pass inplace=False to keep the graph"
+        )
+    ctx.consumed = True
+
+
+def row_views(matrix: Tensor) -> list[Tensor]:
+    """(n, V) views that cover a [N, V] or [B, T, V] tensor in order, one where strides allow.
+
+    `logits[:, :-1]`, the usual shift, cannot merge its batch and time dimensions: it becomes one
+    view per sequence instead of a copy of the logits.
+    """
+    if matrix.ndim == 2:
+        return [matrix]
+    batch, width, vocabulary = matrix.shape
+    if batch <= 1 or width == 1 or matrix.stride(0) == width * matrix.stride(1):
+        return [matrix.flatten(0, 1)] if batch else [matrix.reshape(0, vocabulary)]
+    return list(matrix.unbind(0))
+
+
+def matching_views(grad: Tensor, views: list[Tensor]) -> list[Tensor]:
+    """Views of `grad`, which is contiguous or the viewed tensor itself, cut as `views` are."""
+    own = row_views(grad)
+    if len(own) == len(views):
+        return own
+    return [grad.flatten(0, 1)[cut] for cut in slices(views)]
+
+
+def slices(views: list[Tensor]) -> list[slice]:
+    """Where the rows of each view stand among all rows."""
+    cuts, start = [], 0
+    for view in views:
+        cuts.append(slice(start, start + view.shape[0]))
+        start += view.shape[0]
+    return cuts
+
+
+def concatenate(parts: list[_Rows]) -> _Rows:
+    """Join named tuples of (n,) tensors along the rows."""
+    if len(parts) == 1:
+        return parts[0]
+    return type(parts[0])(*(torch.cat(columns) for columns in zip(*parts, strict=True)))

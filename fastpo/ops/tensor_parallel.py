@@ -7,9 +7,10 @@ from types import ModuleType
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from fastpo.backends.base import RowInputs, RowLosses, RowStats
-from fastpo.objective import Objective, token_loss
+from fastpo.backends.base import RowInputs, RowLosses, RowStats, token_level_loss, two_step
+from fastpo.objective import Objective
 
 
 class VocabularyShard:
@@ -19,14 +20,12 @@ class VocabularyShard:
     whole vocabulary; gradients are of the local columns. Token ids are the whole vocabulary's.
     """
 
-    def __init__(self, backend: ModuleType, group: dist.ProcessGroup, local: int, like: Tensor):
-        """local: this rank's number of columns; `like` gives the device."""
-        self.backend, self.group, self.local = backend, group, local
+    def __init__(self, backend: ModuleType, group: dist.ProcessGroup, weight: Tensor):
+        """weight: this rank's part (V_local, D) of the head."""
+        self.backend, self.group, self.local = backend, group, weight.shape[0]
         self.scale_ = backend.scale_
-        sizes = _gather(torch.tensor([local], device=like.device), group)[:, 0]  # (ranks,)
-        # On device: reading the offset on the host would wait for the GPU.
-        self._start = sizes[: dist.get_rank(group)].sum()
-        self.vocabulary = sizes.sum()
+        # On device: reading them on the host would wait for the GPU.
+        self.start, self.vocabulary = _place_of(weight, group)
 
     def row_stats(
         self,
@@ -82,48 +81,37 @@ class VocabularyShard:
         out: Tensor | None,
     ) -> RowLosses:
         """Statistics, then the specification's loss on (n,) numbers, then the gradient."""
-        entropy_weight = inputs.entropy_weight
-        live = inputs.weight != 0
-        if entropy_weight is not None:
-            live |= entropy_weight != 0
-        stats = self.row_stats(logits, tokens, temperature, live)
-        losses, logprob_grad = row_losses(inputs, objective, stats, live, gradient=out is not None)
-        if out is not None:
-            entropy_grad = None if entropy_weight is None else -entropy_weight
-            self.row_grad(logits, tokens, stats, logprob_grad, entropy_grad, temperature, out)
-        return losses
+        live = inputs.live
+        loss_of = token_level_loss(inputs, objective, live)
+        return two_step(self, logits, tokens, temperature, out, live=live, loss_of=loss_of)
 
     def sum_(self, hidden_grad: Tensor) -> None:
         """Add up the shards' contributions to the gradient of the hidden states."""
         dist.all_reduce(hidden_grad, group=self.group)
 
     def _local_tokens(self, tokens: Tensor) -> Tensor:
-        return tokens - self._start
+        return tokens - self.start
 
     def _outside(self, tokens: Tensor) -> Tensor:
         return (tokens < 0) | (tokens >= self.vocabulary)
 
 
-def row_losses(
-    inputs: RowInputs, objective: Objective, stats: RowStats, live: Tensor, *, gradient: bool
-) -> tuple[RowLosses, Tensor | None]:
-    """Losses of rows and, if `gradient`, their derivative in the log-prob, by autograd."""
-    with torch.set_grad_enabled(gradient):  # inference mode knows no requires_grad_
-        logprobs = stats.logprobs.detach().requires_grad_(gradient)
-        terms = token_loss(
-            objective,
-            logprobs,
-            inputs.advantages,
-            old_logprobs=inputs.old_logprobs,
-            ref_logprobs=inputs.ref_logprobs,
-            mask=live,
-        )
-        loss = inputs.weight * terms.loss
-        logprob_grad = torch.autograd.grad(loss.sum(), logprobs)[0] if gradient else None
-    loss = loss.detach()
-    if inputs.entropy_weight is not None:
-        loss = loss - inputs.entropy_weight * stats.entropy
-    return RowLosses(loss, stats.logprobs, stats.entropy, terms.clipped), logprob_grad
+_places = WeakTensorKeyDictionary()  # of heads: {group: (first column, columns in all)}
+
+
+def _place_of(weight: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """The first of this rank's columns, and the size of the whole vocabulary. 0-d, on device.
+
+    Gathered once per head, not per call. The key is the tensor itself: every rank asks for its part
+    of the same head at the same time, while two heads may have shards of one size on this rank and
+    of different sizes on another, which would then gather alone and wait forever.
+    """
+    known = _places.setdefault(weight, {})
+    if group not in known:
+        own = torch.full((1,), weight.shape[0], device=weight.device)
+        sizes = _gather(own, group)[:, 0]  # (ranks,)
+        known[group] = sizes[: dist.get_rank(group)].sum(), sizes.sum()
+    return known[group]
 
 
 def _gather(local: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -137,7 +125,9 @@ def _gather(local: Tensor, group: dist.ProcessGroup) -> Tensor:
 def _merge(packed: Tensor, outside: Tensor, live: Tensor | None) -> RowStats:
     """packed (ranks, n, 4): row max, log sum, mean shift, shifted target logit; to (n,) each."""
     maxima, log_sums, shifts, targets = packed.unbind(-1)  # (ranks, n)
-    empty = maxima == -torch.inf  # a shard of -inf logits: its own statistics are NaN
+    # A shard of -inf logits alone (padded vocabulary rows) has NaN statistics, -inf minus -inf.
+    # It has no part in the sum, but its NaN would have one in the maximum and in 0 * NaN below.
+    empty = maxima == -torch.inf
     log_sums, targets = log_sums.masked_fill(empty, 0), targets.masked_fill(empty, -torch.inf)
     row_max = maxima.amax(0)
     offsets = maxima - row_max

@@ -1,0 +1,187 @@
+"""The per-token numbers of a loss call, as rows in the accumulation dtype, and what is summed of
+them. What users passed has been checked (`fastpo.ops.checks`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastpo.backends.base import Backend, RowInputs
+from fastpo.objective import (
+    CLIPPED_HIGH,
+    CLIPPED_LOW,
+    CLIPPED_MAX,
+    MAX_LOG_RATIO,
+    Objective,
+    TokenLoss,
+    entropy_weights,
+    kl_term,
+    token_loss,
+    token_weights,
+)
+from fastpo.ops.checks import LossInputs, is_per_sequence, sequence_count, wide_dtype
+from fastpo.segments import Segments
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossBatch:
+    """Everything a policy loss needs but the policy's own log-probs. Tensors are (N,)."""
+
+    objective: Objective
+    segments: Segments
+    mask: Tensor | None
+    advantages: Tensor
+    old_logprobs: Tensor | None
+    ref_logprobs: Tensor | None
+    importance_weights: Tensor | None
+    sequence_weights: Tensor | None  # (B,), importance weights given per sequence
+    weight: Tensor
+    entropy_weight: Tensor | None
+
+    @classmethod
+    def from_inputs(cls, given: LossInputs, leading: torch.Size, like: Tensor) -> LossBatch:
+        """Flatten checked inputs; `like` gives the device, and float64 keeps float64."""
+        objective, dtype = given.objective, wide_dtype(like.dtype)
+        count = sequence_count(leading, given.cu_seqlens)
+        segments = Segments.from_batch(leading, flat_rows(given.cu_seqlens), like.device)
+        mask = flat_mask(given.mask)
+
+        def rows(value: Tensor | None) -> Tensor | None:
+            return flat_rows(value, dtype)
+
+        advantages, weights = given.advantages, given.importance_weights
+        per_sequence = weights is not None and is_per_sequence(weights, leading, count)
+        if is_per_sequence(advantages, leading, count):
+            advantages = segments.spread(rows(advantages))
+        options = {"normalizer": given.normalizer, "dtype": dtype}
+        return cls(
+            objective=objective,
+            segments=segments,
+            mask=mask,
+            advantages=rows(advantages),
+            old_logprobs=rows(given.old_logprobs),
+            ref_logprobs=rows(given.ref_logprobs),
+            importance_weights=None if per_sequence else rows(weights),
+            sequence_weights=rows(weights) if per_sequence else None,
+            weight=token_weights(objective, mask, segments, **options),
+            entropy_weight=entropy_weights(objective, mask, segments, **options),
+        )
+
+    def row_inputs(self) -> RowInputs:
+        """The inputs of `row_policy_loss`: importance weights multiply the advantage."""
+        advantages = self.advantages
+        if self.importance_weights is not None:
+            advantages = advantages * self.importance_weights
+        if self.sequence_weights is not None:
+            advantages = advantages * self.segments.spread(self.sequence_weights)
+        return RowInputs(
+            self.weight, advantages, self.old_logprobs, self.ref_logprobs, self.entropy_weight
+        )
+
+    def token_loss(self, logprobs: Tensor) -> TokenLoss:
+        """The specification's per-token terms for log-probs (N,)."""
+        return token_loss(
+            self.objective,
+            logprobs,
+            self.advantages,
+            old_logprobs=self.old_logprobs,
+            ref_logprobs=self.ref_logprobs,
+            importance_weights=self.importance_weights,
+            sequence_weights=self.sequence_weights,
+            mask=self.mask,
+            segments=self.segments,
+        )
+
+    def metrics(
+        self,
+        logprobs: Tensor,
+        entropy: Tensor | None,
+        clipped: Tensor,
+        *,
+        ratio: Tensor | None = None,
+        ref_kl: Tensor | None = None,
+        backend: Backend | None = None,
+    ) -> dict[str, Tensor]:
+        """Sums and counts over tokens under the mask (see `PolicyLoss.metrics`).
+
+        Inputs (N,), detached. A sequence-level objective brings its own `ratio` and `ref_kl`; those
+        of a token-level one follow from the log-probs. One table and one sum, for on GPU every
+        operation here is a launch; a backend may do it all in one (`metric_sums`).
+        """
+        if ratio is None and (fused := getattr(backend, "metric_sums", None)) is not None:
+            return fused(self.objective, logprobs, entropy, clipped, self)
+        old = logprobs if self.old_logprobs is None else self.old_logprobs
+        log_ratio = (logprobs - old).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+        ratio = log_ratio.exp() if ratio is None else ratio
+        columns = {
+            "tokens": torch.ones_like(logprobs) if self.mask is None else self.mask,
+            "ratio": ratio,
+            "old_kl": log_ratio.expm1() - log_ratio,  # exact near 0, as k3
+            "clip_low": (clipped & CLIPPED_LOW) != 0,
+            "clip_high": (clipped & CLIPPED_HIGH) != 0,
+            "clip_max": (clipped & CLIPPED_MAX) != 0,
+        }
+        if entropy is not None:
+            columns["entropy"] = entropy
+        if self.ref_logprobs is not None:
+            if ref_kl is None:
+                ref_kl = kl_term(self.objective, logprobs - self.ref_logprobs, ratio)
+            columns["ref_kl"] = ref_kl
+        table = torch.stack(list(columns.values()))  # flags become floats
+        if self.mask is not None:
+            table = table.masked_fill_(~self.mask, 0)
+        return dict(zip(columns, table.sum(1).unbind(), strict=True))
+
+
+def loss_of_rows(batch: LossBatch) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The loss of a batch as the `loss_of` of `fastpo.backends.base.two_step`."""
+
+    def loss_of(logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor]:
+        terms = batch.token_loss(logprobs)
+        loss = batch.weight * terms.loss
+        if batch.entropy_weight is not None:
+            loss = loss - batch.entropy_weight * entropy
+        return loss, terms.clipped
+
+    return loss_of
+
+
+def flat_rows(values: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
+    """[...] as contiguous (N,) without gradient: kernels read neighbours.
+
+    A copy of what was made under inference mode: autograd refuses to save such tensors.
+    """
+    if values is None:
+        return None
+    values = values.detach()
+    if not (torch.compiler.is_compiling() or torch.is_inference_mode_enabled()):
+        values = values.clone() if values.is_inference() else values
+    values = values.reshape(-1).contiguous()
+    return values if dtype is None else values.to(dtype)
+
+
+def flat_mask(mask: Tensor | None) -> Tensor | None:
+    """[...] bool or integers as (N,) bool."""
+    return flat_rows(mask, torch.bool)
+
+
+def flat_temperature(temperature: float | Tensor, like: Tensor) -> float | Tensor:
+    """A float, or (N,) in the accumulation dtype: the temperature of the rows of `like` [..., V].
+
+    Under torch.compile always (N,): a float would be part of the graph, another one compile anew.
+    """
+    wide = wide_dtype(like.dtype)
+    if isinstance(temperature, Tensor):
+        return flat_rows(temperature, wide)
+    if not torch.compiler.is_compiling():
+        return float(temperature)
+    rows = like.shape[:-1].numel()
+    return torch.full((rows,), temperature, dtype=wide, device=like.device)
+
+
+def of_rows(values: float | Tensor | None, rows: slice | Tensor) -> float | Tensor | None:
+    """Some rows of a (N,) tensor; a number or None is all rows' own."""
+    return values[rows] if isinstance(values, Tensor) else values

@@ -1,0 +1,346 @@
+"""What users pass to the ops, checked before anything is built. Every message is one line that says
+what was got, what is expected, and what to do.
+
+`check_logits_op` and `check_loss` (and `fastpo.ops.linear_checks` for hidden states and a head) are
+the places where a call is checked; the rest is what they share.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from numbers import Real
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastpo.objective import Objective
+
+_debug = False
+
+
+def set_debug(enabled: bool) -> None:
+    """Also check on GPU what costs a host synchronization there: token range, temperature values,
+    cu_seqlens. CPU tensors are always checked. Off by default."""
+    global _debug
+    _debug = bool(enabled)
+
+
+def inspects_values(tensor: Tensor) -> bool:
+    """Whether reading values of `tensor` on the host is allowed: on CPU, or in debug mode."""
+    return not torch.compiler.is_compiling() and (tensor.device.type == "cpu" or _debug)
+
+
+class LossInputs(NamedTuple):
+    """The arguments that every policy loss takes beside its log-probs, as the user gave them."""
+
+    objective: Objective
+    advantages: Tensor
+    mask: Tensor | None
+    old_logprobs: Tensor | None
+    ref_logprobs: Tensor | None
+    importance_weights: Tensor | None
+    cu_seqlens: Tensor | None
+    normalizer: Tensor | float | None
+
+
+def check_logits_op(
+    logits: object, tokens: object, mask: object, temperature: object, *, inplace: bool
+) -> None:
+    """What `policy_loss` and `token_logprobs` share."""
+    check_matrix("logits", logits, "V")
+    check_rows(tokens, mask, temperature, logits)
+    check_token_range(tokens, logits.shape[-1], mask)
+    if inplace and _overlaps(logits):
+        raise ValueError(
+            "inplace on expanded or overlapping logits would write one row's gradient over "
+            "another's: clone them"
+        )
+
+
+def check_loss(given: LossInputs, leading: torch.Size, like: Tensor) -> None:
+    """The objective and every number that a policy loss takes per token or per sequence."""
+    objective = given.objective
+    check_objective(objective)
+    check_mask(given.mask, leading, like)
+    check_normalizer(given.normalizer)
+    _check_sequences(leading, given.cu_seqlens, objective, like)
+    for name in ("old_logprobs", "ref_logprobs"):
+        value = getattr(given, name)
+        if value is not None:
+            check_tensor(name, value, leading, like)
+            check_floating(name, value)
+    for name in ("advantages", "importance_weights"):
+        value = getattr(given, name)
+        if value is not None or name == "advantages":
+            _check_per_token_or_sequence(name, value, leading, given.cu_seqlens, like)
+    if objective.kl_coef != 0 and given.ref_logprobs is None:
+        raise ValueError(
+            f"objective {objective.name!r} has kl_coef={objective.kl_coef} but ref_logprobs is "
+            "None: pass the reference policy's log-probs, or set kl_coef=0"
+        )
+    if objective.kl_coef == 0 and given.ref_logprobs is not None:
+        raise ValueError(
+            f"ref_logprobs are given but objective {objective.name!r} has kl_coef=0 and would "
+            "ignore them: set kl_coef, or pass ref_logprobs=None"
+        )
+
+
+def check_rows(tokens: object, mask: object, temperature: object, like: Tensor) -> None:
+    """tokens, mask and temperature: one per row of `like` [..., V or D]."""
+    leading = like.shape[:-1]
+    check_mask(mask, leading, like)
+    check_tensor("tokens", tokens, leading, like, what=" (one id per row; the ops never shift)")
+    if tokens.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"tokens have dtype {tokens.dtype}, expected int64 or int32")
+    _check_temperature(temperature, leading, mask, like)
+
+
+def check_token_range(tokens: Tensor, vocabulary: int, mask: Tensor | None) -> None:
+    """Ids inside the vocabulary under a True mask, where values may be read."""
+    if not inspects_values(tokens) or tokens.numel() == 0:
+        return
+    lowest, highest = (int(x) for x in tokens.aminmax())
+    if lowest >= 0 and highest < vocabulary:
+        return
+    outside = (tokens < 0) | (tokens >= vocabulary)
+    if mask is not None:
+        outside &= mask.bool()
+    if outside.any():
+        where = outside.nonzero()[0].tolist()
+        value = tokens[tuple(where)].item()
+        hint = "mask positions that carry no token"
+        if value == -100:
+            hint = "-100 marks ignored labels elsewhere, here pass mask=tokens != -100"
+        raise ValueError(f"tokens{where} is {value}, expected an id in [0, {vocabulary}): {hint}")
+
+
+def check_tensor(
+    name: str, value: object, shape: torch.Size, like: Tensor, *, what: str = ""
+) -> None:
+    """`value` is a tensor of `shape` on the device of `like`."""
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"{name} is {type(value).__name__}, expected a tensor of shape {list(shape)}"
+        )
+    if value.shape != shape:
+        raise ValueError(f"{name} has shape {list(value.shape)}, expected {list(shape)}{what}")
+    check_device(name, value, like)
+
+
+def check_device(name: str, value: Tensor, like: Tensor) -> None:
+    """`value` lives where `like` does."""
+    if value.device != like.device:
+        raise ValueError(f"{name} is on {value.device}, expected {like.device}: move it there")
+
+
+def check_floating(name: str, value: Tensor) -> None:
+    """`value` has a floating dtype."""
+    if not value.dtype.is_floating_point:
+        raise TypeError(f"{name} has dtype {value.dtype}, expected a floating dtype")
+
+
+def check_matrix(
+    name: str, value: object, last: str, *, leading: tuple[str, ...] = ("N", "B, T")
+) -> None:
+    """Logits, hidden states or a head: floating, [leading, last], unit stride in the last dim."""
+    expected = " or ".join(f"[{dims}, {last}]" for dims in leading)
+    if isinstance(value, nn.Module):
+        raise TypeError(
+            f"{name} is a module, {type(value).__name__}, expected a tensor {expected}: pass its "
+            "weight (and bias=its bias, if there is one)"
+        )
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is {type(value).__name__}, expected a tensor {expected}")
+    check_not_sharded(name, value)
+    if value.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise TypeError(f"{name} has dtype {value.dtype}, expected float32, bfloat16 or float16")
+    if value.ndim not in [dims.count(",") + 2 for dims in leading]:
+        raise ValueError(f"{name} has shape {list(value.shape)}, expected {expected}")
+    if value.shape[-1] == 0:
+        raise ValueError(f"{name} has shape {list(value.shape)}: {last} is 0, expected at least 1")
+    if value.shape[-1] > 1 and value.numel() > 0 and value.stride(-1) != 1:
+        raise ValueError(
+            f"{name} has stride {value.stride(-1)} in its last dimension, expected 1: call "
+            ".contiguous()"
+        )
+
+
+def check_not_sharded(name: str, value: Tensor) -> None:
+    """Not a DTensor, whose local shard would silently be taken for the whole."""
+    if type(value).__name__ == "DTensor":
+        raise TypeError(
+            f"{name} is a sharded DTensor, expected a plain tensor: call the loss inside the "
+            "model's forward, where FSDP has gathered it, or pass value.full_tensor(), or tp_group "
+            "for a vocabulary shard"
+        )
+
+
+def check_mask(mask: object, leading: torch.Size, like: Tensor) -> None:
+    """mask: None, or bool or 0/1 integers of the leading shape."""
+    if mask is None:
+        return
+    check_tensor("mask", mask, leading, like)
+    if mask.dtype.is_floating_point or mask.dtype.is_complex:
+        raise TypeError(f"mask has dtype {mask.dtype}, expected torch.bool: call mask.bool()")
+    if mask.dtype != torch.bool and inspects_values(mask) and mask.numel():
+        lowest, highest = (int(x) for x in mask.aminmax())
+        if lowest < 0 or highest > 1:
+            raise ValueError(
+                f"mask holds {lowest if lowest < 0 else highest}, expected bool, or integers that "
+                "are 0 or 1: call mask.bool()"
+            )
+
+
+def check_positive(name: str, value: object, *, what: str = "a number") -> None:
+    """A finite number > 0."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} is {type(value).__name__}, expected {what}")
+    if not 0 < value < math.inf:  # Dynamo traces a comparison, not math.isfinite
+        raise ValueError(f"{name} is {value}, expected a finite number > 0")
+
+
+def _check_temperature(
+    temperature: object, leading: torch.Size, mask: Tensor | None, like: Tensor
+) -> None:
+    """A finite number > 0, or a tensor of them with the leading shape."""
+    if not isinstance(temperature, Tensor):
+        return check_positive("temperature", temperature, what="a float or a tensor")
+    check_tensor("temperature", temperature, leading, like, what=" or a Python float")
+    check_floating("temperature", temperature)
+    if inspects_values(temperature):
+        good = temperature.isfinite() & (temperature > 0)
+        if not (good if mask is None else good | ~mask.bool()).all():
+            raise ValueError(
+                "temperature holds a value that is not finite and positive on a live row"
+            )
+
+
+def check_normalizer(normalizer: object) -> None:
+    """normalizer: None, a finite number >= 0, or a 0-d tensor."""
+    if normalizer is None:
+        return
+    if isinstance(normalizer, Tensor):
+        if normalizer.ndim != 0:
+            raise ValueError(
+                f"normalizer has shape {list(normalizer.shape)}, expected a 0-d tensor or a number"
+            )
+        if normalizer.dtype == torch.bool or normalizer.is_complex():
+            raise TypeError(f"normalizer has dtype {normalizer.dtype}, expected a count")
+        if not inspects_values(normalizer):
+            return
+    elif isinstance(normalizer, bool) or not isinstance(normalizer, Real):
+        raise TypeError(
+            f"normalizer is {type(normalizer).__name__}, expected a number or a 0-d tensor"
+        )
+    if not 0 <= normalizer < math.inf:  # Dynamo traces a comparison, not math.isfinite
+        raise ValueError(f"normalizer is {normalizer}, expected a finite count >= 0")
+
+
+def check_objective(objective: object) -> None:
+    """objective: a fastpo.Objective."""
+    if isinstance(objective, Objective):
+        return
+    if isinstance(objective, Callable) and getattr(objective, "__module__", "") == (
+        "fastpo.presets"
+    ):
+        name = objective.__name__
+        raise TypeError(
+            f"objective is the preset {name} itself, expected what it returns: call it, "
+            f"fastpo.{name}()"
+        )
+    raise TypeError(
+        f"objective is {type(objective).__name__}, expected a fastpo.Objective, e.g. fastpo.dapo()"
+    )
+
+
+def sequence_count(leading: torch.Size, cu_seqlens: Tensor | None) -> int | None:
+    """How many sequences a batch has; None for [N] rows without cu_seqlens, which do not say."""
+    if len(leading) == 2:
+        return leading[0]
+    return None if cu_seqlens is None else cu_seqlens.numel() - 1
+
+
+def is_per_sequence(value: Tensor, leading: torch.Size, count: int | None) -> bool:
+    """Whether a tensor holds one number per sequence, [B] or [B, 1], and not one per token."""
+    return value.shape != leading and count is not None and value.shape in ((count,), (count, 1))
+
+
+def _check_per_token_or_sequence(
+    name: str, value: object, leading: torch.Size, cu_seqlens: Tensor | None, like: Tensor
+) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is {type(value).__name__}, expected a tensor")
+    check_floating(name, value)
+    check_device(name, value, like)
+    count = sequence_count(leading, cu_seqlens)
+    if value.shape != leading and not is_per_sequence(value, leading, count):
+        per_sequence = "" if count is None else f" or one per sequence, [{count}]"
+        raise ValueError(
+            f"{name} has shape {list(value.shape)}, expected one per token, "
+            f"{list(leading)}{per_sequence}"
+        )
+
+
+def check_sequences(leading: torch.Size, cu_seqlens: object, like: Tensor) -> None:
+    """A batch that says where its sequences end: [B, T], or [N] with cu_seqlens."""
+    if len(leading) == 1 and cu_seqlens is None:
+        raise ValueError(
+            f"a packed [N] batch, {list(leading)}, needs cu_seqlens (B + 1,) int32, the offsets of "
+            "its sequences; or pass a [B, T] batch"
+        )
+    _check_sequences(leading, cu_seqlens, None, like)
+
+
+def _check_sequences(
+    leading: torch.Size, cu_seqlens: object, objective: Objective | None, like: Tensor
+) -> None:
+    """The leading shape or cu_seqlens must say where sequences end, if the objective asks."""
+    if len(leading) == 2:
+        if cu_seqlens is not None:
+            raise ValueError(
+                f"cu_seqlens is given for a [B, T] batch {list(leading)}, where every batch row "
+                "is a sequence: flatten the batch to [N], or leave cu_seqlens None"
+            )
+    elif cu_seqlens is not None:
+        _check_cu_seqlens(cu_seqlens, leading[0], like)
+    elif objective is not None and objective.needs_sequences:
+        raise ValueError(
+            f"objective {objective.name!r} ({objective.aggregation}) needs to know the sequences "
+            "of a packed [N] batch: pass cu_seqlens (B + 1,) int32, or a [B, T] batch"
+        )
+
+
+def _check_cu_seqlens(cu_seqlens: object, rows: int, like: Tensor) -> None:
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(
+            f"cu_seqlens is {type(cu_seqlens).__name__}, expected an int32 tensor (B + 1,)"
+        )
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens has dtype {cu_seqlens.dtype}, expected int32")
+    if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 1:
+        raise ValueError(f"cu_seqlens has shape {list(cu_seqlens.shape)}, expected (B + 1,)")
+    check_device("cu_seqlens", cu_seqlens, like)
+    if not inspects_values(cu_seqlens):
+        return
+    if cu_seqlens[0] != 0 or cu_seqlens[-1] != rows or (cu_seqlens.diff() < 0).any():
+        raise ValueError(
+            f"cu_seqlens is {cu_seqlens[:4].tolist()}...{cu_seqlens[-1].item()}, expected "
+            f"non-decreasing offsets from 0 to the number of rows, {rows}"
+        )
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums over `dtype` accumulate in, and per-token numbers beside it are."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether elements of `tensor` may share memory, as those of an expanded view do."""
+    last = 0  # the last element, in memory, of the dimensions so far
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride <= last:
+            return True
+        last += stride * (size - 1)
+    return False

@@ -1,0 +1,212 @@
+"""The autograd functions of the linear ops, and the token-level loss of a chunk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fastpo.backends.base import RowInputs, RowLosses, RowStats
+from fastpo.objective import Objective
+from fastpo.ops.autograd import first_order, row_grads, save, saved
+from fastpo.ops.batch import of_rows
+from fastpo.ops.checks import wide_dtype
+from fastpo.ops.head import Head
+from fastpo.ops.linear_chunks import Chunk, ChunkRows, LinearCall, LinearGrads, Workspace, put
+
+
+class ChunkLoss(Protocol):
+    """A loss that can be finished, with its gradient, from the logits of one chunk."""
+
+    def chunks(
+        self, call: LinearCall, head: Head, *, gradient: bool
+    ) -> tuple[list[ChunkRows], list[ChunkRows]]:
+        """Chunks that need a gradient, and chunks whose losses and statistics are enough."""
+
+    def losses(self, call: LinearCall, chunk: Chunk, temperature: float | Tensor) -> RowLosses:
+        """Losses of a chunk's rows; fills `chunk.grad` where there is one."""
+
+
+class FusedLinearLoss(torch.autograd.Function):
+    """loss, logprobs, entropy, clip flags of (hidden, weight, bias). One backward only.
+
+    The gradient is made in the forward pass, while a chunk's logits exist: 6 N D V operations. Per
+    chunk: logits GEMM, the row primitives over it in place, dH GEMM, dW GEMM into an fp32 sum.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        call: LinearCall,
+        chunk_loss: ChunkLoss,
+        needs: tuple[bool, bool, bool],
+    ):
+        head, hidden = call.head(weight, bias), hidden.detach()
+        with_gradient, without = chunk_loss.chunks(call, head, gradient=any(needs))
+        covers = call.index is None and not without
+        grads = LinearGrads(head, hidden, needs, all_rows=covers) if any(needs) else None
+        workspace = Workspace(call, head, with_gradient + without, gradient=any(needs))
+        parts = []
+        for number, rows in enumerate(with_gradient + without):
+            chunk = workspace.load(hidden, rows, gradient=number < len(with_gradient))
+            parts.append(chunk_loss.losses(call, chunk, call.row_temperature(rows, head)))
+            if chunk.grad is not None:
+                grads.add(chunk, workspace.linear_grad(chunk))
+        if grads is not None:
+            grads.finish(call.backend)
+        losses = _gather_rows(call, hidden, with_gradient + without, parts)
+        ctx.grads, ctx.backend = grads, call.backend
+        ctx.mark_non_differentiable(losses.logprobs, losses.entropy, losses.clipped)
+        ctx.set_materialize_grads(False)
+        return losses.loss.sum(), losses.logprobs, losses.entropy, losses.clipped
+
+    @staticmethod
+    @first_order
+    def backward(ctx, loss_grad: Tensor | None, *_):
+        if loss_grad is None:
+            return (None,) * 6
+        grads, ctx.grads = ctx.grads, None
+        if grads is None:
+            raise RuntimeError(
+                "backward through linear_policy_loss a second time: the first one handed over the "
+                "gradient, which was made in the forward pass; call linear_policy_loss again"
+            )
+        return *grads.scaled(loss_grad, ctx.backend), None, None, None
+
+
+def _gather_rows(
+    call: LinearCall, hidden: Tensor, chunks: list[ChunkRows], parts: list[RowLosses]
+) -> RowLosses:
+    """The losses of all rows, 0 where no chunk was."""
+    if len(parts) == 1 and isinstance(chunks[0], slice):
+        return parts[0]  # a slice that is alone is all rows
+    dtype = wide_dtype(hidden.dtype)
+    numbers = torch.zeros((3, call.tokens.numel()), dtype=dtype, device=hidden.device)
+    losses = RowLosses(*numbers, torch.zeros_like(call.tokens, dtype=torch.uint8))
+    for rows, part in zip(chunks, parts, strict=True):
+        for full, values in zip(losses, part, strict=True):
+            put(full, rows, values)
+    return losses
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenLevelLoss:
+    """A token-level objective: one launch of `row_policy_loss` finishes any set of rows."""
+
+    inputs: RowInputs
+    objective: Objective
+
+    def chunks(
+        self, call: LinearCall, head: Head, *, gradient: bool
+    ) -> tuple[list[ChunkRows], list[ChunkRows]]:
+        """With A = 0 and neither KL penalty nor entropy bonus a row's gradient is 0."""
+        if not gradient:
+            return [], call.chunks(head)
+        if not call.reads_values or self.objective.kl_coef != 0 or self.objective.entropy_coef != 0:
+            return call.chunks(head), []
+        has_gradient = self.inputs.advantages != 0
+        if bool(has_gradient.all()):
+            return call.chunks(head), []
+        return call.chunks(head, only=has_gradient), call.chunks(head, only=~has_gradient)
+
+    def losses(self, call: LinearCall, chunk: Chunk, temperature: float | Tensor) -> RowLosses:
+        """See `ChunkLoss`."""
+        return call.backend.row_policy_loss(
+            chunk.logits,
+            call.tokens[chunk.rows],
+            RowInputs(*(of_rows(x, chunk.rows) for x in self.inputs)),
+            self.objective,
+            temperature,
+            chunk.grad,
+        )
+
+
+class LinearTokenLogprobs(torch.autograd.Function):
+    """logprobs, entropy of (hidden, weight, bias), for any loss: statistics forward, the logits
+    once more backward. Saves four numbers per token, 8 N D V operations in all."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: LinearCall):
+        stats = _statistics(call, call.head(weight, bias), hidden.detach())
+        ctx.set_materialize_grads(False)
+        save(ctx, hidden, weight, bias, *stats)
+        ctx.call = call
+        # Copies: whoever edits a returned log-prob must not edit what the backward pass reads.
+        return stats.logprobs.clone(), stats.entropy.clone()
+
+    @staticmethod
+    @first_order
+    def backward(ctx, logprob_grad: Tensor | None, entropy_grad: Tensor | None):
+        if logprob_grad is None and entropy_grad is None:
+            return None, None, None, None
+        hidden, weight, bias, *stats = saved(ctx)
+        call, stats = ctx.call, RowStats(*stats)
+        incoming = [
+            row_grads(grad, call.mask, stats.logprobs.dtype)
+            for grad in (logprob_grad, entropy_grad)
+        ]
+        head = call.head(weight, bias)
+        grads = _chunk_grads(call, head, hidden.detach(), stats, *incoming, ctx.needs_input_grad)
+        return *grads.scaled(None, call.backend), None
+
+
+def _statistics(call: LinearCall, head: Head, hidden: Tensor) -> RowStats:
+    """Statistics of all rows, 0 on masked ones."""
+    count, dtype = call.tokens.numel(), wide_dtype(hidden.dtype)
+    stats = RowStats(*torch.zeros((4, count), dtype=dtype, device=hidden.device))
+    chunks = call.chunks(head)
+    workspace = Workspace(call, head, chunks, gradient=False)
+    for rows in chunks:
+        part = call.backend.row_stats(
+            workspace.load(hidden, rows, gradient=False).logits,
+            call.tokens[rows],
+            call.row_temperature(rows, head),
+            call.row_mask(rows),
+        )
+        for full, values in zip(stats, part, strict=True):
+            put(full, rows, values)
+    return stats
+
+
+def _chunk_grads(
+    call: LinearCall,
+    head: Head,
+    hidden: Tensor,
+    stats: RowStats,
+    logprob_grad: Tensor | None,
+    entropy_grad: Tensor | None,
+    needs: tuple[bool, ...],
+) -> LinearGrads:
+    """Compute each chunk's logits again and push the incoming gradients (N,) through them."""
+    if logprob_grad is None:
+        logprob_grad = torch.zeros_like(stats.logprobs)
+    only = None
+    if call.reads_values:  # clipped tokens, and A = 0, have no gradient to push
+        only = logprob_grad != 0
+        if entropy_grad is not None:
+            only |= entropy_grad != 0
+        if bool(only.all()):
+            only = None
+    chunks = call.chunks(head, only)
+    covers = call.index is None and only is None
+    grads = LinearGrads(head, hidden, needs[:3], all_rows=covers)
+    workspace = Workspace(call, head, chunks, gradient=True)
+    for rows in chunks:
+        chunk = workspace.load(hidden, rows, gradient=True)
+        call.backend.row_grad(
+            chunk.logits,
+            call.tokens[rows],
+            RowStats(*(x[rows] for x in stats)),
+            logprob_grad[rows],
+            of_rows(entropy_grad, rows),
+            call.row_temperature(rows, head),
+            chunk.grad,
+        )
+        grads.add(chunk, workspace.linear_grad(chunk))
+    grads.finish(call.backend)
+    return grads

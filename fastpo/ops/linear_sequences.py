@@ -1,0 +1,134 @@
+"""Sequence-level objectives where every sequence fits a chunk: the logits are computed once."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fastpo.backends.base import RowLosses, two_step
+from fastpo.ops.batch import LossBatch
+from fastpo.ops.head import Head
+from fastpo.ops.linear_chunks import Chunk, ChunkRows, LinearCall
+from fastpo.segments import Segments
+
+_PER_TOKEN = (
+    "mask",
+    "advantages",
+    "old_logprobs",
+    "ref_logprobs",
+    "importance_weights",
+    "weight",
+    "entropy_weight",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceLevelLoss:
+    """Chunks of whole sequences: `row_stats`, the specification on (n,) numbers, `row_grad`."""
+
+    batch: LossBatch
+    offsets: list[int]  # B + 1, of the sequences among all rows
+    unmasked_offsets: list[int]  # B + 1, among the rows that enter the GEMMs
+
+    @classmethod
+    def from_batch(
+        cls, batch: LossBatch, call: LinearCall, weight: Tensor
+    ) -> SequenceLevelLoss | None:
+        """None where a sequence is longer than a chunk, or only the device knows the lengths."""
+        offsets = _host_offsets(batch.segments)
+        if offsets is None or (call.index is not None and not call.reads_values):
+            return None
+        unmasked = offsets
+        if call.index is not None:
+            # call.index rises: rows before a sequence's first row stand before it there, too.
+            unmasked = torch.searchsorted(call.index, torch.tensor(offsets)).tolist()
+        longest = max((b - a for a, b in itertools.pairwise(unmasked)), default=0)
+        if longest > call.chunk_rows(unmasked[-1], weight):
+            return None
+        return cls(batch=batch, offsets=offsets, unmasked_offsets=unmasked)
+
+    def chunks(
+        self, call: LinearCall, head: Head, *, gradient: bool
+    ) -> tuple[list[ChunkRows], list[ChunkRows]]:
+        """Consecutive sequences, as many as fit. See `fastpo.ops.linear_autograd.ChunkLoss`."""
+        offsets = self.unmasked_offsets
+        size = call.chunk_rows(offsets[-1], head.weight)
+        cuts = [0]
+        for number, (_, end) in enumerate(itertools.pairwise(offsets)):
+            if end - offsets[cuts[-1]] > size:
+                cuts.append(number)
+        cuts.append(len(offsets) - 1)
+        rows = [slice(offsets[a], offsets[b]) for a, b in itertools.pairwise(cuts)]
+        rows = [each for each in rows if each.start < each.stop]
+        if call.index is not None:
+            rows = [call.index[each] for each in rows]
+        return (rows, []) if gradient else ([], rows)
+
+    def losses(self, call: LinearCall, chunk: Chunk, temperature: float | Tensor) -> RowLosses:
+        """See `fastpo.ops.linear_autograd.ChunkLoss`."""
+        rows = chunk.rows
+        part, inside = self._sequences_of(rows)
+
+        def loss_of(logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor]:
+            # 0 in the sequences' masked rows, which are not in this chunk
+            full = torch.zeros_like(part.weight)
+            full[inside] = logprobs
+            terms = part.token_loss(full)
+            loss = (part.weight * terms.loss)[inside]
+            if part.entropy_weight is not None:
+                loss = loss - part.entropy_weight[inside] * entropy
+            return loss, terms.clipped[inside]
+
+        return two_step(
+            call.backend,
+            chunk.logits,
+            call.tokens[rows],
+            temperature,
+            chunk.grad,
+            live=call.row_mask(rows),
+            loss_of=loss_of,
+        )
+
+    def _sequences_of(self, rows: ChunkRows) -> tuple[LossBatch, ChunkRows]:
+        """The batch of the sequences that `rows` belong to, and where in it they are."""
+        if isinstance(rows, slice):
+            first, last = rows.start, rows.stop - 1
+        else:
+            first, last = int(rows[0]), int(rows[-1])
+        # The sequence of a row is the last one that begins at or before it: empty ones, which begin
+        # there too, come earlier.
+        offsets, ends = torch.tensor(self.offsets), torch.tensor([first, last])
+        begin, end = torch.searchsorted(offsets, ends, right=True).tolist()
+        span = slice(self.offsets[begin - 1], self.offsets[end])
+        if isinstance(rows, slice):
+            inside = slice(first - span.start, last + 1 - span.start)
+        else:
+            inside = rows - span.start
+        return _cut(self.batch, begin - 1, end, span), inside
+
+
+def _host_offsets(segments: Segments) -> list[int] | None:
+    """Offsets of the sequences on the host, where knowing them synchronizes nothing."""
+    if segments.offsets is None:
+        return [number * segments.width for number in range(segments.count + 1)]
+    return segments.offsets.tolist() if segments.offsets.device.type == "cpu" else None
+
+
+def _cut(batch: LossBatch, begin: int, end: int, span: slice) -> LossBatch:
+    """Sequences begin ... end - 1 of a batch, which are the rows `span`."""
+    if batch.segments.offsets is None:
+        segments = Segments.padded(end - begin, batch.segments.width, batch.segments.device)
+    else:
+        offsets = batch.segments.offsets[begin : end + 1] - span.start
+        segments = Segments.packed(offsets, span.stop - span.start)
+    weights = batch.sequence_weights
+    rows = {name: getattr(batch, name) for name in _PER_TOKEN}
+    return replace(
+        batch,
+        segments=segments,
+        sequence_weights=None if weights is None else weights[begin:end],
+        **{name: None if value is None else value[span] for name, value in rows.items()},
+    )

@@ -1,0 +1,85 @@
+"""How `exp_logits` cuts E into tiles, per architecture, and what its rows have in common.
+
+Figures from ahead-of-time compilation (tests/test_exp_aot.py), registers under Triton 3.6 / 3.9:
+
+    sm_90     128 x 256 x 64, TMA       178 / 248   229,920 bytes of shared memory of 232,448
+    sm_100    the same, 3 stages        174 / 188   4 stages in two parts spill 110
+    others    128 x 128 x 64, pointers  244 / 172   128 x 256 spills
+
+The larger a tile, the fewer bytes of L2 an operation takes: 48 bytes a clock and SM for 128 x 256,
+64, which is all that an SM's port has, for 128 x 128. Which is fastest only a GPU can tell:
+benchmarks/exp_logits_gpu.py measures.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+PAD_COLUMNS = 8
+"""Rows of E start every multiple of this many: 16 bytes, as TMA and GEMMs of 2-byte data need."""
+
+
+class ExpTile(NamedTuple):
+    """Constants of a compiled `exp_logits`."""
+
+    M: int  # rows
+    N: int  # columns
+    K: int  # depth per step
+    PARTS: int  # of a tile's columns that leave through one staging buffer, one after the other
+    TMA: bool  # operands and E by descriptors
+    FLATTEN: bool  # one loop over tiles and depth: the next tile loads during an epilogue
+    GROUP: int  # tiles of rows that pass over a tile of the weight while it is in L2
+    num_warps: int
+    num_stages: int
+
+    def tiles(self, V: int) -> int:
+        """Tiles along the vocabulary: each leaves one partial sum per row."""
+        return -(-V // self.N)
+
+
+_BY_POINTERS = ExpTile(128, 128, 64, 1, False, False, 16, 8, 3)
+_BY_TMA = {  # by major compute capability
+    9: ExpTile(128, 256, 64, 2, True, True, 16, 8, 4),
+    10: ExpTile(128, 256, 64, 1, True, True, 16, 8, 3),
+}
+
+
+def exp_tile(hidden: Tensor, weight: Tensor) -> ExpTile:
+    """The tile for all rows of `hidden` (n, D) and `weight` (V, D) on the device that runs."""
+    tile = _BY_TMA.get(_capability() // 10)
+    return tile if tile is not None and _tma_can_read(hidden, weight) else _BY_POINTERS
+
+
+def redo_tile(tile: ExpTile) -> ExpTile:
+    """The tile for listed rows. They are gathered, so by pointers; of the width of `tile`, so that
+    their sums have the same places; of fewer rows, for there are few, and 128 x 256 spills."""
+    return _BY_POINTERS._replace(M=64 if tile.N > 128 else tile.M, N=tile.N)
+
+
+def _tma_can_read(*matrices: Tensor) -> bool:
+    """Addresses and row strides of 16 bytes."""
+    return all(x.data_ptr() % 16 == 0 and x.stride(0) % PAD_COLUMNS == 0 for x in matrices)
+
+
+def _capability() -> int:
+    """80, 90, 100, ... of the device that kernels run on; the interpreter plays a Hopper."""
+    if not isinstance(triton.language.sum, triton.JITFunction):
+        return 90
+    return triton.runtime.driver.active.get_current_target().arch
+
+
+def persistent_programs(device: torch.device) -> int:
+    """One program per SM, each with tile after tile; a few where there is no GPU."""
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def on_device(x: Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device, whatever its arguments are on."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

@@ -1,0 +1,166 @@
+"""All that lies between the GEMMs of a token-level objective, one launch over n numbers.
+
+Statistics of the rows, the loss and its slope c by the rule of _token_loss.py, and what `diag(f) E`
+needs to be the gradient of the logits: E_y and f. With an entropy gradient c goes out instead, to
+exp_entropy_grad.py.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._exp_rows import load_rows, statistics, store_gradient
+from ._exp_tiles import on_device
+from ._rows import as_fp32
+from ._token_loss import token_loss
+from .exp_row_stats import NUMBERS, ROWS
+
+_INPUTS = ["weight_ptr", "advantages_ptr", "old_logprobs_ptr", "ref_logprobs_ptr"]
+_OUTPUTS = ["loss_ptr", "logprobs_ptr", "entropy_ptr", "clipped_ptr", "logprob_grad_ptr"]
+_OTHERS = ["tokens_ptr", "entropy_weight_ptr", "factors_ptr"]
+
+
+@triton.jit(
+    do_not_specialize=["n"],
+    do_not_specialize_on_alignment=[*NUMBERS, *_INPUTS, *_OUTPUTS, *_OTHERS],
+)
+def _exp_row_policy_loss_kernel(
+    e_ptr,  # (n, V) or None: no gradient, or one that exp_entropy_grad makes
+    tokens_ptr,  # (n,)
+    totals_ptr,  # (2, n)
+    targets_ptr,  # (n,)
+    slopes_ptr,  # (n,)
+    shifts_ptr,  # (n,)
+    weight_ptr,  # (n,)
+    advantages_ptr,  # (n,)
+    old_logprobs_ptr,  # (n,) or None
+    ref_logprobs_ptr,  # (n,) or None
+    entropy_weight_ptr,  # (n,) or None
+    loss_ptr,  # (n,)
+    logprobs_ptr,  # (n,)
+    entropy_ptr,  # (n,)
+    clipped_ptr,  # (n,)
+    logprob_grad_ptr,  # (n,)
+    factors_ptr,  # (n,)
+    n,
+    V,
+    e_stride,
+    gain,
+    ratio_low,
+    ratio_high,
+    ratio_max,
+    kl_coef,
+    tau_pos,
+    tau_neg,
+    SURROGATE: tl.constexpr,
+    KL: tl.constexpr,
+    KL_RATIO_WEIGHTED: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    pointers = (totals_ptr, targets_ptr, slopes_ptr, shifts_ptr)
+    row, present, numbers = load_rows(pointers, n, ROWS)
+    logprob, entropy = statistics(numbers)
+    weight = tl.load(weight_ptr + row, mask=present, other=0.0)
+    entropy_weight = tl.zeros((ROWS,), tl.float32)
+    if entropy_weight_ptr is not None:
+        entropy_weight = tl.load(entropy_weight_ptr + row, mask=present, other=0.0)
+    old_logprob, ref_logprob = logprob, tl.zeros((ROWS,), tl.float32)
+    if old_logprobs_ptr is not None:
+        old_logprob = tl.load(old_logprobs_ptr + row, mask=present, other=0.0)
+    if ref_logprobs_ptr is not None:
+        ref_logprob = tl.load(ref_logprobs_ptr + row, mask=present, other=0.0)
+    rule = (
+        as_fp32(ratio_low),
+        as_fp32(ratio_high),
+        as_fp32(ratio_max),
+        as_fp32(kl_coef),
+        as_fp32(tau_pos),
+        as_fp32(tau_neg),
+    )
+    advantage = tl.load(advantages_ptr + row, mask=present, other=0.0)
+    loss, slope, clipped = token_loss(
+        logprob, old_logprob, advantage, ref_logprob, rule, SURROGATE, KL, KL_RATIO_WEIGHTED
+    )
+    # A dead row's advantages, old and reference log-probs may be NaN; 0 * NaN is NaN.
+    dead = (weight == 0) & (entropy_weight == 0)
+    loss = weight * loss - (0.0 if entropy_weight_ptr is None else entropy_weight * entropy)
+    c = tl.where(dead, 0.0, weight * slope)
+    tl.store(loss_ptr + row, tl.where(dead, 0.0, loss), mask=present)
+    tl.store(logprobs_ptr + row, tl.where(dead, 0.0, logprob), mask=present)
+    tl.store(entropy_ptr + row, tl.where(dead, 0.0, entropy), mask=present)
+    tl.store(clipped_ptr + row, tl.where(dead, 0, clipped).to(tl.uint8), mask=present)
+    tl.store(logprob_grad_ptr + row, c, mask=present)
+    if e_ptr is not None:
+        store_gradient(
+            e_ptr, factors_ptr, tokens_ptr, row, present, numbers, c, gain, V, e_stride, HAS_SOFTCAP
+        )
+
+
+def exp_row_policy_loss(
+    e: Tensor | None,
+    tokens: Tensor,
+    totals: Tensor,
+    targets: Tensor,
+    slopes: Tensor,
+    shifts: Tensor,
+    inputs: tuple[Tensor | None, ...],
+    outputs: tuple[Tensor, ...],
+    logprob_grad: Tensor,
+    factors: Tensor,
+    *,
+    V: int,
+    gain: float = 1.0,
+    softcap: bool = False,
+    surrogate: int,
+    kl: int,
+    kl_ratio_weighted: bool,
+    ratio_low: float,
+    ratio_high: float,
+    ratio_max: float,
+    kl_coef: float,
+    tau_pos: float,
+    tau_neg: float,
+) -> None:
+    """Fill `outputs`, loss, logprobs, entropy (n,) fp32 and clip bits uint8; c and f, (n,) fp32.
+
+    `inputs` are weight, advantages, old and reference log-probs or None, entropy weight or None,
+    each (n,) fp32. With `e` (n, V), column tokens[i] is fixed as in `exp_row_grad`, and factors
+    filled. Rows whose weight and entropy weight are 0 get zeros. The last eight are the fields of
+    `fastpo.backends.base.Rule`.
+    """
+    n = targets.shape[0]
+    if n == 0:
+        return
+    with on_device(targets):
+        _exp_row_policy_loss_kernel[(triton.cdiv(n, ROWS),)](
+            e,
+            tokens,
+            totals,
+            targets,
+            slopes,
+            shifts,
+            *inputs,
+            *outputs,
+            logprob_grad,
+            factors,
+            n,
+            V,
+            0 if e is None else e.stride(0),
+            gain,
+            ratio_low,
+            ratio_high,
+            ratio_max,
+            kl_coef,
+            tau_pos,
+            tau_neg,
+            SURROGATE=surrogate,
+            KL=kl,
+            KL_RATIO_WEIGHTED=kl_ratio_weighted,
+            HAS_SOFTCAP=softcap,
+            ROWS=ROWS,
+            num_warps=4,
+            enable_fp_fusion=False,
+        )
