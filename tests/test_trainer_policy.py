@@ -1,5 +1,7 @@
 """The policy: its tokenizer, its head as real architectures have it, and what it saves."""
 
+import dataclasses
+
 import pytest
 import torch
 import transformers
@@ -8,7 +10,7 @@ import fastpo
 from fastpo.trainer.config import ModelConfig
 from fastpo.trainer.experience import Sample
 from fastpo.trainer.microbatch import MicroBatch
-from fastpo.trainer.policy import Policy, character_tokenizer, load_policy, make_policy, stop_ids
+from fastpo.trainer.policy import character_tokenizer, load_policy, make_policy, stop_ids
 from fastpo.trainer.rollout import Completion
 from fastpo.trainer.run.errors import RecipeError, TrainerError
 from fastpo.trainer.tasks import Problem
@@ -143,14 +145,6 @@ def test_shared_prompts_give_the_hidden_states_and_gradients_of_whole_rows(tmp_p
         torch.testing.assert_close(shared, rows, atol=1e-5 * rows.abs().max().item(), rtol=1e-4)
 
 
-def test_a_head_that_does_more_is_refused(monkeypatch):
-    monkeypatch.setattr(
-        Policy, "hidden_states", lambda self, ids: torch.ones(*ids.shape, 32), raising=True
-    )
-    with pytest.raises(RecipeError, match="LM head"):
-        build()
-
-
 def test_missing_models_and_missing_weights_are_one_line(tmp_path):
     with pytest.raises(RecipeError, match="cannot load a model") as caught:
         load_policy(tmp_path / "absent", ModelConfig(), CPU, stop=None)
@@ -163,6 +157,92 @@ def test_missing_models_and_missing_weights_are_one_line(tmp_path):
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(RecipeError, match="incomplete"):
         load_policy(tmp_path, ModelConfig(), CPU, stop=None)
+
+
+def test_a_bfloat16_policy_is_float32_weights_and_equals_its_own_checkpoint(tmp_path):
+    """REGRESSIONS 35: rotary buffers are not rounded, in memory or on disk."""
+    torch.manual_seed(0)
+    config = ModelConfig(hidden_size=32, layers=1, heads=2, dtype="bfloat16")
+    policy = make_policy(config, CPU, alphabet=ALPHABET, stop=None)
+    policy.save(tmp_path)
+    again = load_policy(tmp_path, config, CPU, stop=None)
+    assert {p.dtype for p in again.model.parameters()} == {torch.float32}
+    ids = torch.randint(3, 16, (2, 50))
+    hidden = policy.hidden_states(ids)
+    assert torch.equal(again.hidden_states(ids), hidden)
+    exact = make_policy_like(policy, "float32").hidden_states(ids)
+    error = ((hidden - exact).norm() / exact.norm()).item()
+    assert 1e-4 < error < 2e-2  # products are of bfloat16
+
+
+def make_policy_like(policy, dtype):
+    return dataclasses.replace(policy, config=dataclasses.replace(policy.config, dtype=dtype))
+
+
+class Habits:
+    """A tokenizer with the conventions of a family, around characters."""
+
+    def __init__(self, *, bos=None, eos_added=False, unknown=None):
+        self.inner = character_tokenizer(ALPHABET)
+        self.bos_token_id, self.eos_added = bos, eos_added
+        self.eos_token_id = self.inner.eos_token_id
+        self.sep_token_id, self.pad_token_id = None, self.inner.pad_token_id
+        self.unk_token_id = self.inner.unk_token_id if unknown is None else unknown
+
+    def __call__(self, text, add_special_tokens=True):
+        ids = self.inner(text, add_special_tokens=False)["input_ids"]
+        if add_special_tokens:
+            ids = [i for i in (self.bos_token_id,) if i is not None] + ids
+            ids += [self.eos_token_id] * self.eos_added
+        return {"input_ids": ids}
+
+
+def test_prompts_are_encoded_as_the_tokenizer_does_it_without_an_end_token():
+    """REGRESSIONS 46: BOS where the tokenizer has that habit, once; answers go on from there."""
+    policy = build()
+    plain = policy.encode("31=")
+    policy.tokenizer = Habits(bos=9, eos_added=True)
+    assert policy.encode("31=") == [9, *plain]
+    assert policy.encode_answer("13") == [*plain[:2][::-1], policy.tokenizer.eos_token_id]
+    policy.tokenizer = Habits(bos=plain[0], unknown=plain[0])  # GPT-2: one token for all
+    assert policy.encode("31=") == [plain[0], *plain]
+
+
+def test_a_chat_template_takes_the_prompt_or_the_messages():
+    policy = build()
+    policy.tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'][0] == 's' and '0' or '1' }}{{ m['content'] }}\n"
+        "{% endfor %}{% if add_generation_prompt %}2={% endif %}"
+    )
+    messages = [{"role": "user", "content": "34"}]
+    assert policy.decode(policy.encode(messages)) == "134\n2="
+    policy.config = ModelConfig(chat=True, system_prompt="99")
+    assert policy.decode(policy.encode("34")) == "099\n134\n2="
+    assert policy.decode(policy.encode([{"role": "system", "content": "7"}, *messages])) == (
+        "07\n134\n2="
+    )
+    policy.tokenizer.chat_template = None
+    with pytest.raises(RecipeError, match="chat template cannot be used") as caught:
+        policy.encode("34")
+    assert "\n" not in str(caught.value)
+
+
+def test_special_tokens_are_shown_if_asked_for():
+    policy = build()
+    ids = [0, *policy.encode("12"), policy.tokenizer.eos_token_id]
+    assert policy.decode(ids) == "12"
+    policy.config = ModelConfig(special_tokens=True)
+    assert policy.decode(ids) == "<pad>12"
+
+
+def test_prompts_beyond_the_context_are_refused_or_skipped():
+    """REGRESSIONS 46."""
+    policy = build()
+    long, short = Problem("1" * 1000, ""), Problem("12", "")
+    assert len(policy.encode_all([long, short], 24)) == 2
+    with pytest.raises(RecipeError, match=r"1000 tokens .* = 25 exceed the 1024 positions"):
+        policy.encode_all([short, long], 25)
+    assert policy.fits(2)(short) and not policy.fits(999)(long) and policy.fits(None)(long)
 
 
 def test_what_cannot_be_built_is_said():
