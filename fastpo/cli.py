@@ -8,6 +8,7 @@ Exit codes: 0 done, 1 a run failed, 2 bad input, 128 + n stopped by signal n (13
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import shlex
 import shutil
@@ -43,7 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit, too
         return 1
     except OSError as error:  # a full disk, a directory that cannot be written, ...
-        print(f"fastpo: {error}", file=sys.stderr)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        hint = "; the last checkpoint, if any, is intact, and --resume goes on from it"
+        print(f"fastpo: {error}{hint if full else ''}", file=sys.stderr)
         return 1
     except Exception as error:
         code, message = getattr(error, "exit_code", 1), str(error)

@@ -104,8 +104,9 @@ def _find(path: Path, overrides: Sequence[str]) -> tuple[Config, Path | None]:
     if not path.is_dir():
         return recipe.load(path, overrides), None
     if not (path / "config.json").exists():  # every model directory has one
-        return recipe.load(path / directory.CONFIG, overrides), checkpoint.find(path)
-    around = path.parent / directory.CONFIG
-    if not around.exists() and not any(override.startswith("task=") for override in overrides):
+        return directory.config_of(path, overrides), checkpoint.find(path)
+    if (path.parent / directory.CONFIG).exists():
+        return directory.config_of(path.parent, overrides), path
+    if not any(override.startswith("task=") for override in overrides):
         raise RecipeError(f"{path} is a model and no run: say what to ask it, e.g. task=sort")
-    return recipe.load(around if around.exists() else None, overrides), path
+    return recipe.load(None, overrides), path

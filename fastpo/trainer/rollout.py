@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastpo.trainer.config import RolloutConfig
 from fastpo.trainer.policy import Policy
+from fastpo.trainer.run import console
 from fastpo.trainer.run.errors import TrainerError
 
 SYNC_EVERY = 8  # tokens between two looks at which rows have ended, where a look stalls the GPU
@@ -106,6 +107,7 @@ class _Decoding:
                 if finished.all() or step + 1 == noise.shape[1]:
                     break
                 chosen = self._drop(finished[rows], chosen)
+                console.tell(f"token {step + 1}, {len(self.rows)} of {len(tokens)} not at an end")
             self._advance(chosen)
         if logprobs.isnan().any():  # one NaN or inf among its logits makes a whole row NaN
             raise TrainerError("the policy's logits are not finite; lower optim.learning_rate")

@@ -23,6 +23,7 @@ from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from fastpo.trainer.run import console
 from fastpo.trainer.run.errors import TrainerError
 from fastpo.trainer.run.signals import TERMINATION
 from fastpo.trainer.tasks import Problem, Task, Verdict, draw, judge
@@ -91,6 +92,7 @@ class Verifier:
 
     def _run(self, work: Any, parts: Sequence[Any]) -> list[Any]:
         """`work` on every part, each in the next worker that is free; results in order."""
+        console.tell(f"{self.name} at work")
         results, todo = [None] * len(parts), list(enumerate(parts))[::-1]
         idle, busy = self._pool[::-1], {}
         try:

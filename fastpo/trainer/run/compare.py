@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,8 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fastpo.trainer.run import recipe
-from fastpo.trainer.run.directory import CONFIG, SUMMARY, read_metrics
+from fastpo.trainer.run import directory, recipe, report
 from fastpo.trainer.run.errors import RecipeError
 
 OWN = {"seed", "run_dir", "existing", "steps"}  # settings that are no difference worth a column
@@ -21,7 +19,7 @@ LAST_SHARE = 10  # the reward shown is the mean of the last tenth of the steps
 
 
 def compare(runs: Sequence[Path], out: Console | None = None) -> None:
-    """Print a row for every run, the settings in which they differ, and the mean of several.
+    """Print a row for every run with the settings that differ; for those that are alike, the mean.
 
     Raises:
         RecipeError: a directory is no run, or a run has no metrics yet.
@@ -34,13 +32,11 @@ def compare(runs: Sequence[Path], out: Console | None = None) -> None:
     ]
     table = Table(title="Held-out accuracy and training reward", title_justify="left")
     table.add_column("run", overflow="fold")
-    for key in differing:
-        table.add_column(key, overflow="fold")
     for heading in ("steps", "before", "after", "best", "change", "reward", "min"):
         table.add_column(heading, justify="right", no_wrap=True)
     for each in found:
-        settings = [escape(str(each["settings"].get(key))) for key in differing]
-        table.add_row(escape(each["name"]), *settings, *_cells(each))
+        settings = [f"{key}={each['settings'].get(key)}" for key in differing]
+        table.add_row(escape("\n".join([each["name"], *settings])), *_cells(each))
     if len(found) > 1 and not differing:
         table.add_section()
         table.add_row("mean", *_over(found, statistics.fmean, NUMBERS))
@@ -49,18 +45,17 @@ def compare(runs: Sequence[Path], out: Console | None = None) -> None:
 
 
 def _read(run: Path) -> dict[str, Any]:
-    rows = read_metrics(run)
+    rows = directory.read_metrics(run)
     trained = [row for row in rows if isinstance(row.get("reward"), int | float)]
     if not trained:
         raise RecipeError(f"{run} has no metrics yet: train at least one step")
     held_out = [row["eval_accuracy"] for row in rows if "eval_accuracy" in row]
-    done = (run / SUMMARY).exists()
     last = trained[-max(1, len(trained) // LAST_SHARE) :]
-    summary = json.loads((run / SUMMARY).read_text(encoding="utf-8")) if done else {}
+    summary = report.completed(run, trained[-1]["step"]) or {}
     seconds = summary.get("seconds") or sum(row.get("step_time") or 0.0 for row in trained)
     return {
         "name": str(run),
-        "settings": recipe.flatten(recipe.load(run / CONFIG)),
+        "settings": recipe.flatten(directory.config_of(run)),
         "steps": trained[-1]["step"],
         "before": held_out[0] if held_out else None,
         "after": held_out[-1] if len(held_out) > 1 else None,
