@@ -10,7 +10,7 @@ from fastpo.trainer import experience
 from fastpo.trainer.algorithm import resolve
 from fastpo.trainer.config import AlgorithmConfig
 from fastpo.trainer.experience import assign_advantages, collect, mute_truncated
-from fastpo.trainer.metrics import rollout_metrics
+from fastpo.trainer.metrics import rollout_metrics, update_metrics
 from fastpo.trainer.rollout import Completion, Sampling
 from fastpo.trainer.run.errors import RecipeError, TrainerError
 from fastpo.trainer.tasks import Problem, ProblemStream
@@ -131,6 +131,98 @@ def test_a_nan_reward_leaves_its_group_and_is_counted(monkeypatch):
     metrics = rollout_metrics(batch)
     assert metrics["invalid_rewards"] == 2
     assert metrics["reward"] == pytest.approx(1 / 3)
+
+
+def scored(*scores, parts=()):
+    made = []
+    for index, score in enumerate(scores):
+        completion = Completion(tokens=[1] * (index + 1), logprobs=[], finished=index > 0)
+        made.append(
+            experience.Sample(
+                problem=Problem("a"),
+                prompt=[1],
+                completion=completion,
+                text="",
+                score=score,
+                reward=score,
+                parts=dict(parts),
+            )
+        )
+    return made
+
+
+def test_a_group_teaches_by_its_verdicts_or_by_its_rewards():
+    """A reward that is no number neither makes a group informative nor counts as right or wrong."""
+    for scores, by_correct, by_reward in (
+        ([1.0, 0.0], True, True),
+        ([1.0, 1.0, math.nan], False, False),
+        ([math.inf, 1.0, 1.0], False, False),
+        ([0.2, 0.4], False, True),
+        ([0.3, 0.3], False, False),
+        ([-math.inf, 0.0], False, False),
+    ):
+        assert experience.is_informative(scored(*scores)) is by_correct
+        assert experience.is_informative(scored(*scores), "reward") is by_reward
+
+
+def test_continuous_rewards_are_learned_from_when_told_so(monkeypatch):
+    partial = [0.1, 0.9, 0.4, 0.4]
+    with pytest.raises(TrainerError, match="dynamic_sampling_by=reward"):
+        gather(monkeypatch, Script(partial), overlong_cache=0)
+    batch = gather(monkeypatch, Script(partial), overlong_cache=0, dynamic_sampling_by="reward")
+    assert batch.rounds == 1 and len(batch.groups) == 2
+    with pytest.raises(TrainerError, match="no group had different rewards"):
+        gather(monkeypatch, Script([0.4] * 4), overlong_cache=0, dynamic_sampling_by="reward")
+
+
+def test_surplus_groups_are_left_out(monkeypatch):
+    """The second round asks for a tenth more than is missing."""
+    batch = gather(monkeypatch, Script(MIXED, WRONG, MIXED, MIXED), prompts=3)
+    assert len(batch.groups) == 3
+    assert sum(experience.is_informative(group) for group in batch.sampled) > 3
+
+
+def test_metrics_are_these_numbers():
+    """REGRESSIONS 30, 41: of everything sampled; NaN and inf are neither right nor wrong."""
+    kept = scored(1.0, 0.0, math.nan, math.inf, parts={"format": 0.5})
+    lost = scored(0.0, 0.0, 0.0, 0.0)
+    lost[0].parts = {"format": 1.5}
+    batch = experience.Batch(groups=[kept], sampled=[kept, lost], rounds=2)
+    assert rollout_metrics(batch) == pytest.approx(
+        {
+            "reward": 1 / 6,
+            "reward_std": 0.5**0.5 / 2,
+            "frac_reward_zero_std": 0.5,
+            "accuracy": 1 / 6,
+            "completions/mean_length": 2.5,
+            "completions/min_length": 1,
+            "completions/max_length": 4,
+            "completions/clipped_ratio": 0.25,
+            "completions/mean_terminated_length": 3.0,
+            "groups_kept": 0.5,
+            "groups_trained": 1,
+            "gen_batches": 2,
+            "invalid_rewards": 2,
+            "rewards/format/mean": 0.7,
+            "rewards/format/std": 0.2**0.5,
+        }
+    )
+    sums = {"loss": 6.0, "grad_norm": 4.0, "updates": 2.0, "tokens": 10.0, "entropy": 5.0}
+    sums |= {"clip_low": 1.0, "clip_high": 2.0, "clip_max": 3.0, "old_kl": 0.5, "ref_kl": 2.5}
+    sums |= {"sampled_difference": 0.6, "sampled": 3.0}
+    assert update_metrics(sums) == pytest.approx(
+        {
+            "loss": 3.0,
+            "grad_norm": 2.0,
+            "entropy": 0.5,
+            "clip_ratio/low_mean": 0.1,
+            "clip_ratio/high_mean": 0.2,
+            "clip_ratio/region_mean": 0.6,
+            "old_kl": 0.05,
+            "sampling/sampling_logp_difference/mean": 0.2,
+            "kl": 0.25,
+        }
+    )
 
 
 def test_presets_set_the_techniques_and_each_can_be_switched():

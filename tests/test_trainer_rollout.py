@@ -1,13 +1,18 @@
 """The sampler: log-probs of the right tokens, ends by position, padding that changes nothing."""
 
+import collections
+import math
+
 import pytest
 import torch
 
+from fastpo.trainer import rollout
 from fastpo.trainer.config import ModelConfig
-from fastpo.trainer.policy import make_policy
+from fastpo.trainer.policy import _wrap, character_tokenizer, make_policy
 from fastpo.trainer.rollout import Sampling, sample
 from fastpo.trainer.run.errors import TrainerError
 
+CPU = torch.device("cpu")
 PROMPTS = [[3, 4, 5], [6], [7, 8, 9, 10, 11], [12, 3]]
 
 
@@ -87,6 +92,101 @@ def test_the_seed_decides_and_batches_do_not_change_which_prompt_is_answered(pol
     whole = draw(policy, temperature=0.0, group_size=2)
     cut = draw(policy, temperature=0.0, group_size=2, batch_size=2)
     assert [c.tokens for c in whole] == [c.tokens for c in cut]
+
+
+def test_how_many_are_decoded_side_by_side_changes_no_completion(policy):
+    """One random number per token, by row and position: no draw depends on its neighbours."""
+    whole = [c.tokens for c in draw(policy)]
+    for batch_size in (6, 13, 18):
+        assert [c.tokens for c in draw(policy, batch_size=batch_size)] == whole
+
+
+def test_looking_seldom_at_which_rows_have_ended_changes_nothing(policy, monkeypatch):
+    """As on a GPU, where a look waits for it."""
+    often = draw(policy, max_new_tokens=20)
+    monkeypatch.setattr(rollout._Decoding, "_is_time_to_look", lambda self, step: step % 8 == 7)
+    assert [c.tokens for c in draw(policy, max_new_tokens=20)] == [c.tokens for c in often]
+
+
+def test_the_cache_is_appended_to_not_concatenated(policy, monkeypatch):
+    """A token copies itself, and the whole cache only when its room doubles."""
+    copied, grown = [], rollout._Buffer.update
+
+    def update(self, keys, values, *rest):
+        before = self.room
+        out = grown(self, keys, values, *rest)
+        copied.append(self.room is not before)
+        return out
+
+    monkeypatch.setattr(rollout._Buffer, "update", update)
+    monkeypatch.setattr(policy, "stop_ids", torch.tensor([], dtype=torch.long))
+    longest = draw(policy, group_size=1, max_new_tokens=64)
+    assert {len(c.tokens) for c in longest} == {64}
+    layers = 2
+    assert len(copied) == 63 * layers and sum(copied) <= 4 * layers
+    for prompt, completion in zip(PROMPTS, longest, strict=True):
+        expected = rescored(policy, prompt, completion.tokens, 0.7)
+        found = torch.tensor(completion.logprobs, dtype=torch.float64)
+        torch.testing.assert_close(found, expected, atol=5e-5, rtol=0)
+
+
+def test_a_greedy_group_is_decoded_once(policy, monkeypatch):
+    rows, honest = [], rollout.choose
+    monkeypatch.setattr(
+        rollout, "choose", lambda logits, *rest: rows.append(len(logits)) or honest(logits, *rest)
+    )
+    group = draw(policy, [[3, 4]], group_size=5, temperature=0.0)
+    assert set(rows) == {1} and len(group) == 5 and len({tuple(c.tokens) for c in group}) == 1
+
+
+@pytest.mark.parametrize("every", [1, 8])
+def test_a_stop_string_that_no_token_holds_ends_a_completion(policy, monkeypatch, every):
+    """REGRESSIONS 46: matched on text, and nothing behind it counts."""
+    free = draw(policy, group_size=50, max_new_tokens=20)
+    stop = collections.Counter(
+        text[i : i + 2] for c in free if len(text := policy.decode(c.tokens)) > 4 for i in (2,)
+    ).most_common(1)[0][0]
+    monkeypatch.setattr(policy, "stop", stop)
+    monkeypatch.setattr(
+        rollout._Decoding, "_is_time_to_look", lambda self, step: step % every == every - 1
+    )
+    stopped = draw(policy, group_size=50, max_new_tokens=20)
+    assert sum(stop in policy._text(c.tokens) for c in stopped) > 3
+    for whole, completion in zip(free, stopped, strict=True):
+        text = policy._text(whole.tokens)
+        if stop in text:
+            assert policy._text(completion.tokens) == text[: text.index(stop) + 2]
+            assert completion.finished and policy.decode(completion.tokens) == text.split(stop)[0]
+            assert len(completion.logprobs) == len(completion.tokens)
+        else:
+            assert completion.tokens == whole.tokens
+
+
+def test_unequal_prompts_and_learned_positions():
+    """Left padding must not shift positions: GPT-2 sees the difference, rotary models do not."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=14, n_embd=32, n_layer=1, n_head=2, eos_token_id=1, bos_token_id=1
+    )
+    model = transformers.GPT2LMHeadModel(config)
+    for parameter in model.parameters():
+        parameter.data.mul_(3)
+    gpt2 = _wrap(model, character_tokenizer("0123456789="), ModelConfig(), CPU, None)
+    for index, completion in enumerate(draw(gpt2)):
+        expected = rescored(gpt2, PROMPTS[index // 6], completion.tokens, 0.7)
+        found = torch.tensor(completion.logprobs, dtype=torch.float64)
+        torch.testing.assert_close(found, expected, atol=5e-5, rtol=0)
+
+
+def test_choices_follow_the_distribution_to_its_ends():
+    logits = torch.tensor([[0.0, -math.inf, 2.0, -math.inf]]).expand(4, 4)
+    noise = torch.tensor([0.0, 0.1, 0.2, 1 - 2**-53], dtype=torch.float64)
+    tokens, logprobs = rollout.choose(logits, 1.0, noise)
+    assert tokens.tolist() == [0, 0, 2, 2]  # exp(0) / (exp(0) + exp(2)) = 0.12
+    expected = logits.log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)
+    torch.testing.assert_close(logprobs, expected)
 
 
 def test_non_finite_logits_are_one_clear_line(policy, monkeypatch):

@@ -175,6 +175,88 @@ def test_samples_without_loss_change_nothing_whatever_they_hold():
     assert learner.updates == 3 and not sums
 
 
+def test_dead_samples_count_as_sequences():
+    """A mean over sequences divides by all of them: filtering must not turn the step up."""
+    learner = make(objective=fastpo.grpo(), max_grad_norm=1e9)
+    samples = samples_of(learner.policy)
+    alone, _ = gradients(learner, samples[:7])
+    for s in samples[7:]:
+        s.live = False
+    gradient, _ = gradients(learner, samples)
+    torch.testing.assert_close(gradient, alone * 7 / 12, atol=1e-7, rtol=1e-5)
+
+
+def test_a_non_finite_gradient_under_a_finite_loss_stops_before_the_parameters_change(monkeypatch):
+    learner = make()
+    samples = samples_of(learner.policy)
+    before = [p.detach().clone() for p in learner.parameters]
+    honest = Learner._loss
+
+    def poisoned(self, *arguments):
+        result = honest(self, *arguments)
+        root = (learner.parameters[0] * 0).sum().sqrt()  # 0, with a gradient of 0 * inf
+        return result._replace(loss=result.loss + root)
+
+    monkeypatch.setattr(Learner, "_loss", poisoned)
+    with pytest.raises(TrainerError, match="gradient norm nan: not finite"):
+        learner.update(samples, Sums(), on_policy=True)
+    assert all(torch.equal(p, b) for p, b in zip(learner.parameters, before, strict=True))
+    assert not learner.optimizer.state
+
+
+def test_epochs_take_the_samples_in_another_order_by_the_given_generator(monkeypatch):
+    learner, seen = make(epochs=3, updates_per_batch=2), []
+    samples = samples_of(learner.policy)
+    monkeypatch.setattr(
+        Learner, "update", lambda self, part, *_, **__: seen.append([id(s) for s in part])
+    )
+    orders = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(len(orders))  # the global generator has no say
+        learner.learn(samples, torch.Generator().manual_seed(seed))
+        orders.append([a + b for a, b in zip(seen[::2], seen[1::2], strict=True)])
+        seen.clear()
+    assert orders[0] == orders[1] != orders[2]
+    assert len(set(map(tuple, orders[0]))) == 3
+    assert all(sorted(order) == sorted(map(id, samples)) for order in orders[0])
+
+
+def test_the_recipe_reaches_the_optimizer_and_scores_keep_no_graph():
+    learner = make(beta1=0.7, beta2=0.8, weight_decay=0.3)
+    group = learner.optimizer.param_groups[0]
+    assert (group["betas"], group["weight_decay"]) == ((0.7, 0.8), 0.3)
+    scored = learner._score(learner.policy, MicroBatch.of(samples_of(learner.policy), CPU))
+    assert not scored.requires_grad and scored.isfinite().all()
+
+
+def test_the_difference_to_the_sampler_is_that_of_the_first_update_alone():
+    learner = make(updates_per_batch=2, learning_rate=3e-2, max_grad_norm=100.0)
+    samples = samples_of(learner.policy)
+    sums = learner.learn(samples, torch.Generator().manual_seed(0)).read()
+    assert 0 < sums["sampled"] < sum(s.length for s in samples)
+    assert sums["sampled_difference"] / sums["sampled"] < 1e-5
+
+
+@pytest.mark.parametrize("rate", [1e-5, 1e-6])
+def test_bfloat16_moves_the_weights_as_float32_does(rate):
+    """REGRESSIONS 34: rounded into bfloat16 weights, most of such steps are lost."""
+    moved = []
+    for dtype in ("float32", "bfloat16"):
+        learner = make(learning_rate=rate, temperature=1.0, objective=fastpo.reinforce())
+        learner.policy.config = dataclasses.replace(learner.policy.config, dtype=dtype)
+        before = torch.cat([p.detach().flatten() for p in learner.parameters])
+        answers = [
+            reference_sample(learner.policy, Problem(f"{n}="), str(n)[::-1]) for n in range(40, 60)
+        ]
+        for _ in range(10):
+            learner.update(answers, Sums(), on_policy=True)
+        moved.append(torch.cat([p.detach().flatten() for p in learner.parameters]) - before)
+    exact, low = moved
+    assert (low != 0).float().mean() > 0.95
+    assert torch.cosine_similarity(exact, low, dim=0) > 0.98
+    assert low.norm() / exact.norm() == pytest.approx(1, abs=0.02)
+
+
 def test_a_non_finite_loss_stops_before_the_parameters_change():
     learner = make()
     samples = samples_of(learner.policy)
@@ -256,6 +338,7 @@ def test_micro_batches_keep_to_the_budget_and_lose_nothing():
         )
         for n, s in enumerate(samples_of(make().policy), start=1)
     ]
+    samples = [samples[(5 * n) % len(samples)] for n in range(len(samples))]  # not by length
     for packed in (False, True):
         parts = list(by_token_budget(samples, 40, packed=packed))
         assert sum(len(part) for part in parts) == len(samples) and len(parts) > 2

@@ -9,6 +9,7 @@ from __future__ import annotations
 import resource
 import statistics
 import sys
+from collections import defaultdict
 
 import torch
 
@@ -35,10 +36,21 @@ def rollout_metrics(batch: Batch, by: str = "correct") -> dict[str, float]:
         "groups_trained": len(batch.groups),
         "gen_batches": batch.rounds,
         "invalid_rewards": sum(not sample.judged for sample in samples),
-    } | {
-        f"rewards/{name}/mean": _mean([s.parts[name] for s in samples if name in s.parts])
-        for name in sorted({name for sample in samples for name in sample.parts})
+        **_part_metrics(samples),
     }
+
+
+def _part_metrics(samples: list[Sample]) -> dict[str, float]:
+    """Mean and standard deviation of every named component of the task's reward."""
+    parts = defaultdict(list)
+    for sample in samples:
+        for name, value in sample.parts.items():
+            parts[name].append(value)
+    found = {}
+    for name, values in sorted(parts.items()):
+        found[f"rewards/{name}/mean"] = _mean(values)
+        found[f"rewards/{name}/std"] = statistics.stdev(values) if len(values) > 1 else 0.0
+    return found
 
 
 def update_metrics(sums: dict[str, float]) -> dict[str, float]:
