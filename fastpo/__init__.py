@@ -2,6 +2,7 @@
 
 from fastpo.advantages import GroupAdvantages, group_advantages
 from fastpo.critic import Gae, ValueLoss, gae, value_loss
+from fastpo.masks import completion_mask
 from fastpo.objective import Objective
 from fastpo.ops.checks import set_debug
 from fastpo.ops.from_logprobs import policy_loss_from_logprobs
@@ -36,6 +37,7 @@ __all__ = [
     "ValueLoss",
     "bnpo",
     "cispo",
+    "completion_mask",
     "dapo",
     "dr_grpo",
     "gae",

@@ -8,6 +8,8 @@ import importlib
 import torch
 from torch import Tensor
 
+from fastpo._compile import constant
+
 
 @functools.cache
 def load_error() -> str | None:
@@ -33,7 +35,7 @@ def build_info() -> dict[str, object]:
     return importlib.import_module("fastpo._C").build_info()
 
 
-@torch.compiler.assume_constant_result  # Dynamo cannot trace imports, and need not
+@constant  # Dynamo cannot trace imports, and need not
 def devices() -> tuple[str, ...]:
     """The device types that the compiled operators serve; () without the extension."""
     if load_error() is not None:

@@ -9,6 +9,7 @@ Shapes: N token positions ("rows"), B sequences. Units: log-probabilities and en
 
 from __future__ import annotations
 
+import difflib
 import math
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
@@ -87,6 +88,12 @@ class Objective:
     """VESPO's gamma shape where A < 0."""
     vespo_lambda_neg: float = 2.0
     """VESPO's gamma rate where A < 0."""
+
+    def __new__(cls, **options: object) -> Objective:
+        for name in options:
+            if name not in cls.__dataclass_fields__:
+                raise unknown_option("Objective", name)
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -495,3 +502,32 @@ def count_or_one(count: Tensor | float, like: Tensor) -> Tensor | float:
         count = count.to(like.dtype)  # a 0-d CPU tensor combines with any device, without a copy
         return torch.where(count == 0, torch.ones_like(count), count)
     return 1.0 if count == 0 else count
+
+
+FOREIGN_NAMES = {  # what other libraries call our fields
+    "beta": "kl_coef",
+    "kl_loss_coef": "kl_coef",
+    "kl_loss_type": "kl_estimator",
+    "delta": "ratio_max",
+    "clip_ratio_c": "ratio_max",
+    "epsilon": "clip_low",
+    "clip_ratio": "clip_low",
+    "clip_ratio_low": "clip_low",
+    "epsilon_high": "clip_high",
+    "clip_ratio_high": "clip_high",
+    "loss_agg_mode": "aggregation",
+    "loss_type": "aggregation",
+    "importance_sampling_level": "ratio_level",
+    "entropy_coeff": "entropy_coef",
+    "use_bias_correction_kl": "kl_ratio_weighted",
+}
+
+
+def unknown_option(caller: str, name: str) -> TypeError:
+    """The error for an option that no field has, with the field that was likely meant."""
+    names = tuple(field.name for field in fields(Objective))
+    hint = FOREIGN_NAMES.get(name) or difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
+    return TypeError(
+        f"{caller}() got an unknown override {name!r}; did you mean {hint!r}? "
+        f"Fields: {', '.join(names)}"
+    )

@@ -20,11 +20,10 @@ raises for bad values.
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import fields
 from typing import Any
 
-from fastpo.objective import Objective
+from fastpo.objective import Objective, unknown_option
 
 __all__ = [
     "bnpo",
@@ -191,9 +190,5 @@ def reinforce(**overrides: Any) -> Objective:
 def _make(name: str, overrides: dict[str, Any], **defaults: Any) -> Objective:
     for key in overrides:
         if key not in _FIELDS:
-            nearest = difflib.get_close_matches(key, _FIELDS, n=1, cutoff=0.0)[0]
-            raise TypeError(
-                f"{name}() got an unknown override {key!r}; did you mean {nearest!r}? "
-                f"Fields: {', '.join(_FIELDS)}"
-            )
+            raise unknown_option(name, key)
     return Objective(**{"name": name, **defaults, **overrides})

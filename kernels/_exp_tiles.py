@@ -1,10 +1,11 @@
-"""How `exp_logits` cuts E into tiles, per architecture, and what its rows have in common.
+"""How `exp_logits` cuts E into tiles, per architecture and head, and what its launches share.
 
-Figures from ahead-of-time compilation (tests/test_exp_aot.py), registers under Triton 3.6 / 3.9:
+Registers under Triton 3.6 / 3.9, without spills (tests/test_exp_aot.py):
 
-    sm_90     128 x 256 x 64, TMA       178 / 248   229,920 bytes of shared memory of 232,448
-    sm_100    the same, 3 stages        174 / 188   4 stages in two parts spill 110
-    others    128 x 128 x 64, pointers  244 / 172   128 x 256 spills
+    sm_90     128 x 256 x 64, TMA        178 / 250   229,920 bytes of shared memory of 232,448
+    sm_100    the same, 3 stages         172 / 188   4 stages in two parts spill 110
+    a bias    128 x 128 x 64, TMA        134 / 134   a bias is 64 more registers: 128 x 256 spills
+    others    128 x 128 x 64, pointers   247 / 229   128 x 256 spills 156 on sm_80
 
 The larger a tile, the fewer bytes of L2 an operation takes: 48 bytes a clock and SM for 128 x 256,
 64, which is all that an SM's port has, for 128 x 128. Which is fastest only a GPU can tell:
@@ -43,16 +44,23 @@ class ExpTile(NamedTuple):
 
 
 _BY_POINTERS = ExpTile(128, 128, 64, 1, False, False, 16, 8, 3)
+_NARROW = ExpTile(128, 128, 64, 1, True, True, 16, 8, 4)
 _BY_TMA = {  # by major compute capability
     9: ExpTile(128, 256, 64, 2, True, True, 16, 8, 4),
     10: ExpTile(128, 256, 64, 1, True, True, 16, 8, 3),
 }
 
 
-def exp_tile(hidden: Tensor, weight: Tensor) -> ExpTile:
-    """The tile for all rows of `hidden` (n, D) and `weight` (V, D) on the device that runs."""
-    tile = _BY_TMA.get(_capability() // 10)
-    return tile if tile is not None and _tma_can_read(hidden, weight) else _BY_POINTERS
+def exp_tile(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: bool) -> ExpTile:
+    """The tile for all rows of `hidden` (n, D) and a head of `weight` (V, D) on this device.
+
+    It decides the order of a row's sums: one head has one tile, whatever its rows are for.
+    """
+    major = _capability() // 10
+    if major not in _BY_TMA or not _tma_can_read(hidden, weight):
+        return _BY_POINTERS
+    spills = bias is not None or (softcap and major == 10)
+    return _NARROW if spills else _BY_TMA[major]
 
 
 def redo_tile(tile: ExpTile) -> ExpTile:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -60,3 +62,35 @@ def test_fp16_gradient_of_logits_survives_a_loss_scale(inplace):
         loss = fastpo.policy_loss(rows, case.tokens, case.advantages, **options, **changes).loss
         (loss * scale).backward()
     assert (logits.grad - exact.grad).norm() < 1e-3 * exact.grad.norm()
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight", None])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("level", OBJECTIVES)
+@pytest.mark.parametrize("op", OPS)
+def test_inputs_made_under_inference_mode(op, level, backend, frozen):
+    """A rollout's tensors, and a frozen head or trunk that was loaded there, train as any other."""
+    case, objective = LinearCase.random(), OBJECTIVES[level]
+    names = ("tokens", "mask", "advantages", "old_logprobs", "ref_logprobs")
+    with torch.inference_mode():
+        made = replace(case, **{name: getattr(case, name).clone() for name in names})
+        temperature = torch.full(case.tokens.shape, 0.7)
+        heads = {name: getattr(case, name).clone() for name in ("hidden", "weight")}
+    assert made.tokens.is_inference()
+    normal = replace(case, temperature=temperature.clone())
+    grads = []
+    for each, frozen_ones in ((normal, {}), (replace(made, temperature=temperature), heads)):
+        leaves = {name: getattr(case, name).clone() for name in ("hidden", "weight")}
+        if frozen is not None and "linear" in op:
+            leaves[frozen] = frozen_ones.get(frozen, leaves[frozen])
+        needs = [x.requires_grad_() for name, x in leaves.items() if name != frozen]
+        if "linear" in op:
+            inputs = (leaves["hidden"], leaves["weight"])
+        else:
+            inputs = (torch.einsum("btd,vd->btv", *leaves.values()),)
+        options = {"mask": each.mask, "temperature": each.temperature, "backend": backend}
+        if "policy_loss" in op:
+            options |= {"advantages": each.advantages} | each.options(objective)
+        loss = getattr(fastpo, op)(*inputs, each.tokens, **options)[0].sum()
+        grads.append(torch.autograd.grad(loss, needs, allow_unused=True))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))

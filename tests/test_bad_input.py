@@ -99,6 +99,11 @@ BAD = {
         TypeError,
         r"objective is str, expected a fastpo.Objective, e.g. fastpo.dapo\(\)",
     ),
+    "objective is a preset that was not called": (
+        {"objective": fastpo.dapo},
+        TypeError,
+        r"objective is the preset dapo itself, .*: call it, fastpo.dapo\(\)",
+    ),
     "KL without a reference": (
         {"objective": fastpo.dapo(kl_coef=0.1)},
         ValueError,
@@ -111,6 +116,12 @@ BAD = {
     ),
     "temperature 0": ({"temperature": 0.0}, ValueError, r"is 0.0, expected a finite number > 0"),
     "temperature NaN": ({"temperature": float("nan")}, ValueError, r"is nan, expected a finite"),
+    "temperature infinite": ({"temperature": float("inf")}, ValueError, r"is inf, expected a fin"),
+    "infinite temperature of a token": (
+        {"temperature": torch.tensor([[1.0, 1.0, torch.inf]] * B)},
+        ValueError,
+        r"not finite and positive on a live row",
+    ),
     "temperature is a string": ({"temperature": "hot"}, TypeError, r"temperature is str"),
     "negative temperature of a token": (
         {"temperature": torch.tensor([[1.0, 1.0, -1.0]] * B)},
@@ -145,7 +156,6 @@ BAD = {
         r"flatten the batch to \[N\], or leave cu_seqlens None",
     ),
     "unknown backend": ({"backend": "cudnn"}, ValueError, r"'cudnn', expected one of torch, cpp"),
-    "cuda backend": ({"backend": "cuda"}, ValueError, r"backend 'cuda' cannot run on cpu"),
     "importance weights of a wrong shape": (
         {"importance_weights": torch.ones(T)},
         ValueError,
@@ -259,6 +269,41 @@ def test_inplace_on_rows_that_share_memory(strides):
             objective=fastpo.dapo(),
             inplace=True,
         )
+
+
+def test_integer_masks_and_one_number_per_sequence_as_a_column():
+    """What tokenizers and trainers hand over: an int64 mask, and [B, 1] advantages."""
+    call = good(advantages=torch.tensor([0.5, -2.0]), importance_weights=torch.tensor([0.9, 1.2]))
+    call["mask"][:, 2] = False
+    logits, tokens = call.pop("logits"), call.pop("tokens")
+    expected = fastpo.policy_loss(logits, tokens, **call).loss
+    for name in ("advantages", "importance_weights"):
+        call[name] = call[name][:, None]
+    for dtype in (torch.int64, torch.int32, torch.uint8):
+        call["mask"] = call["mask"].to(dtype)
+        assert torch.equal(fastpo.policy_loss(logits, tokens, **call).loss, expected)
+        scored = fastpo.token_logprobs(logits, tokens, mask=call["mask"])
+        assert torch.equal(scored.logprobs != 0, call["mask"] != 0)
+    hidden, weight = torch.randn(B, T, 4), torch.randn(V, 4)
+    linear = [
+        fastpo.linear_policy_loss(hidden, weight, tokens, **(call | {"mask": mask})).loss
+        for mask in (call["mask"], call["mask"].bool())
+    ]
+    assert torch.equal(*linear)
+
+
+def test_debug_reads_values_on_every_device():
+    """Off, values of GPU tensors are not read, for that would wait for the device."""
+    from fastpo.ops import checks
+
+    elsewhere = torch.empty(1, device="meta")
+    assert not checks.inspects_values(elsewhere) and checks.inspects_values(torch.empty(1))
+    fastpo.set_debug(True)
+    try:
+        assert checks.inspects_values(elsewhere)
+    finally:
+        fastpo.set_debug(False)
+    assert not checks.inspects_values(elsewhere)
 
 
 def test_bad_values_under_a_false_mask_are_fine():

@@ -176,6 +176,10 @@ def test_merged_statistics_are_those_of_the_whole_row():
         parts.append(torch.stack([shard.row_max, shard.log_sum, shift, target], 1))
         start += size
     merged = _merge(torch.stack(parts), torch.zeros(6, dtype=torch.bool), None)
+    outside = torch.arange(6) == 2
+    marked = _merge(torch.stack(parts), outside, None)
+    assert torch.equal(marked.logprobs.isnan(), outside)  # its row only, and only there
+    assert torch.equal(marked.entropy, merged.entropy)
     for name, value in merged._asdict().items():
         torch.testing.assert_close(value, getattr(whole, name), rtol=1e-12, atol=1e-12, msg=name)
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastpo
 from fastpo.testing.linear import LinearCase
@@ -52,15 +53,47 @@ def test_gradient_through_logprobs_and_entropy(which):
         assert (grad - expected).norm() < 1e-12 * expected.norm()
 
 
-def test_upstream_gradient_scales_the_result():
-    case = LinearCase.random()
-    hidden, weight = case.leaves()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("level", OBJECTIVES)
+def test_upstream_gradient_scales_the_result(level, dtype):
+    """Loss / accumulation steps, a GradScaler: all three gradients carry the factor."""
+    case = LinearCase.random(bias=True, dtype=dtype)
+    leaves = case.leaves()
     result = fastpo.linear_policy_loss(
-        hidden, weight, case.tokens, case.advantages, **case.options(fastpo.dapo())
+        *leaves[:2],
+        case.tokens,
+        case.advantages,
+        bias=leaves[2],
+        **case.options(OBJECTIVES[level]),
     )
-    (result.loss * -3.5).backward()
-    for leaf, grad in zip((hidden, weight), case.fused(fastpo.dapo())[1], strict=True):
-        torch.testing.assert_close(leaf.grad, -3.5 * grad)
+    (result.loss * -4.0).backward()  # a power of two: exact in every dtype
+    for leaf, grad in zip(leaves, case.fused(OBJECTIVES[level])[1], strict=True):
+        assert leaf.grad.dtype == dtype and grad.any()
+        torch.testing.assert_close(leaf.grad, -4.0 * grad, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("op", ["policy_loss", "token_logprobs"])
+def test_a_frozen_head_costs_no_gemm(op):
+    """REGRESSIONS 6: neither way computes dW of a weight that does not ask for it."""
+    case = LinearCase.random(shape=(2, 32), width=16, vocabulary=300)
+    counts = {}
+    for name in ("hidden", "weight"):
+        leaves = dict(zip(("hidden", "weight"), case.leaves(), strict=True))
+        leaves["weight" if name == "hidden" else "hidden"].requires_grad_(False)
+        with FlopCounterMode(display=False) as counter:
+            if op == "policy_loss":
+                loss = fastpo.linear_policy_loss(
+                    *leaves.values(),
+                    case.tokens,
+                    torch.ones(2),
+                    objective=fastpo.reinforce(),
+                ).loss
+            else:
+                loss = fastpo.linear_token_logprobs(*leaves.values(), case.tokens).logprobs.sum()
+            loss.backward()
+        counts[name] = counter.get_total_flops()
+    gemms = 2 if op == "policy_loss" else 3
+    assert set(counts.values()) == {gemms * 2 * 64 * 16 * 300}
 
 
 def test_fp16_gradient_survives_a_loss_scale():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fastpo
-from fastpo.ops import head, linear_chunks
+from fastpo.ops import head, linear, linear_chunks
 from fastpo.ops.linear_chunks import Workspace
 from fastpo.testing.linear import LinearCase
 
@@ -23,6 +23,29 @@ def test_chunks_are_even_multiples_within_the_budget(rows, row_bytes):
     assert size * row_bytes <= budget or size <= 256
     assert size % 256 == 0 or count == 1
     assert size - (rows - (count - 1) * size) < 256 * count  # the last one is not a sliver
+
+
+def test_a_softcap_takes_two_buffers_of_the_budget():
+    """The tanh must outlive the row primitive, so half as many rows fit."""
+    rows = []
+    for options in ({}, {"softcap": 3.0}):
+        case = LinearCase.random(shape=(1, 4), width=4, vocabulary=2**15, **options)
+        call = linear._linear_call(
+            case.hidden,
+            case.weight,
+            case.tokens,
+            None,
+            1.0,
+            None,
+            logit_scale=1.0,
+            softcap=case.softcap,
+            logits_dtype=None,
+            chunk_tokens=None,
+            tp_group=None,
+            live_rows=None,
+        )
+        rows.append(call.chunk_rows(10**6, case.weight))
+    assert rows == [1024, 512]
 
 
 def test_cut_covers_every_row_once():

@@ -51,6 +51,27 @@ def test_defaults(name):
     assert objective.is_token_level == (name not in SEQUENCE_LEVEL)
 
 
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("beta", "kl_coef"),
+        ("kl_loss_coef", "kl_coef"),
+        ("delta", "ratio_max"),
+        ("clip_ratio_c", "ratio_max"),
+        ("epsilon", "clip_low"),
+        ("epsilon_high", "clip_high"),
+        ("loss_agg_mode", "aggregation"),
+        ("loss_type", "aggregation"),
+        ("importance_sampling_level", "ratio_level"),
+        ("clip_hihg", "clip_high"),
+    ],
+)
+def test_names_that_people_bring(theirs, ours):
+    for make in (presets.grpo, Objective):
+        with pytest.raises(TypeError, match=f"unknown override {theirs!r}; did you mean {ours!r}"):
+            make(**{theirs: 0.1})
+
+
 @pytest.mark.parametrize("name", DEFAULTS)
 def test_any_field_can_be_overridden(name):
     overrides = {"kl_coef": 0.04, "kl_estimator": "k1+", "aggregation": "constant", "max_length": 7}

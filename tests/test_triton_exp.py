@@ -280,11 +280,7 @@ def test_losses_equal_the_row_kernels(device):
         assert (mine - out).norm() < 4e-3 * out.norm()
 
 
-def test_what_cannot_take_this_way_is_refused(device):
-    assert "float16" in triton_exp.refusal(torch.float16)
-    assert "float32" in triton_exp.refusal(torch.float32)
-    assert "logits_dtype" in triton_exp.refusal(torch.bfloat16, torch.bfloat16)
-    assert triton_exp.refusal(torch.bfloat16, torch.float32) is None
+def test_an_entropy_gradient_needs_e_without_the_tanh_slope(device):
     batch = Batch(device, softcap=3.0)
     rows = batch.rows(tanh_slope=True)
     with pytest.raises(ValueError, match="tanh_slope=False"):

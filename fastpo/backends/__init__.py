@@ -7,12 +7,20 @@ from types import ModuleType
 
 import torch as pytorch  # `torch` will be this package's own submodule, backends/torch.py
 
+from fastpo._compile import constant
+
 _MODULES = {
     "torch": "fastpo.backends.torch",
     "cpp": "fastpo.backends.cpp",
     "triton": "fastpo.backends.triton",
 }
-BACKENDS = (*_MODULES, "cuda")
+BACKENDS = tuple(_MODULES)
+_LINEAR_MODULES = {
+    "triton-exp": "fastpo.backends.triton_exp",
+    "triton-exp-kept": "fastpo.backends.triton_exp",
+}
+LINEAR_BACKENDS = tuple(_LINEAR_MODULES)
+"""Of the linear ops alone, by name alone: they make the logits, or never have any."""
 _loaded: dict[str, ModuleType] = {}
 _PREFERENCE = {"cpu": ("cpp", "torch"), "cuda": ("triton", "torch")}  # ROCm devices are "cuda" too
 
@@ -23,26 +31,34 @@ def unavailable(name: str, device: pytorch.device | str = "cpu") -> str | None:
     Raises:
         ValueError: there is no backend of that name.
     """
-    if name not in BACKENDS:
+    known = _MODULES | _LINEAR_MODULES
+    if name not in known:
         raise ValueError(f"backend is {name!r}, expected one of {', '.join(BACKENDS)} or None")
-    if name == "cuda":
-        return "the row-resident CUDA kernel is not in this release: use backend='triton'"
     try:
-        module = _loaded[name] = importlib.import_module(_MODULES[name])
+        module = _loaded[name] = importlib.import_module(known[name])
     except ImportError as error:
-        return f"{_MODULES[name]} does not import ({error})"
+        return f"{known[name]} does not import ({error})"
     return module.unavailable(pytorch.device(device))
 
 
-@pytorch.compiler.assume_constant_result  # Dynamo cannot trace imports, and need not
-def resolve(name: str | None, device: pytorch.device, dtype: pytorch.dtype) -> str:
+@constant  # Dynamo cannot trace imports, and need not
+def resolve(
+    name: str | None, device: pytorch.device, dtype: pytorch.dtype, *, linear: bool = False
+) -> str:
     """The backend to run on `device`: `name` itself if it can, the best available one for None.
+
+    `linear`: for an op on hidden states, which LINEAR_BACKENDS serve too.
 
     Raises:
         ValueError: an explicitly requested backend cannot run here. It never falls back silently.
     """
     if name is None:
         return _best(device, dtype)
+    if name in LINEAR_BACKENDS and not linear:
+        raise ValueError(
+            f"backend {name!r} makes exponentials from hidden states and a head, got logits: use "
+            "backend='triton', or a linear op"
+        )
     reason = unavailable(name, device)
     if reason is not None:
         raise ValueError(f"backend {name!r} cannot run on {device}: {reason}")

@@ -47,21 +47,6 @@ def unavailable(device: torch.device | None = None) -> str | None:
     return None
 
 
-def refusal(dtype: torch.dtype, logits_dtype: torch.dtype | None = None) -> str | None:
-    """Why operands of `dtype` cannot take this way, in one line, or None."""
-    if dtype != torch.bfloat16:
-        return (
-            f"backend 'triton-exp' stores exponentials in bfloat16, got {dtype} operands: cast "
-            "hidden and weight to bfloat16, or use backend='triton'"
-        )
-    if logits_dtype not in (None, torch.float32):
-        return (
-            f"logits_dtype is {logits_dtype}, but backend 'triton-exp' never stores logits: leave "
-            "logits_dtype=None, or use backend='triton'"
-        )
-    return None
-
-
 class Shard(Protocol):
     """A vocabulary split over ranks: column 0 of the weight is token `start` of `vocabulary`."""
 
@@ -198,7 +183,8 @@ def _sums(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Fill E. Returns S and M (2, n), the shifts that it ended with, and how many were replaced."""
     tiles, gemm, sums = (_kernel(name) for name in ("_exp_tiles", "exp_logits", "exp_sums"))
-    tile, n = tiles.exp_tile(hidden, head.weight), hidden.shape[0]
+    tile = tiles.exp_tile(hidden, head.weight, head.bias, head.softcap is not None)
+    n = hidden.shape[0]
     partials = slopes.new_empty(2, tile.tiles(head.weight.shape[0]), n)
     totals, tops = slopes.new_empty(2, n), slopes.new_empty(1, n)
     operands = (hidden, head.weight, e, head.bias, slopes)

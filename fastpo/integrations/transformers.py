@@ -1,50 +1,323 @@
-"""Hugging Face transformers: from a causal LM and token ids to the policy loss, without logits.
+"""Hugging Face transformers: the policy loss inside a causal LM's own forward, without logits.
 
-    result = causal_lm_policy_loss(
-        model, input_ids, advantages, completion_mask=mask, objective=fastpo.dapo()
+    model = attach(model)  # before or after peft, DDP, FSDP2, accelerate, torch.compile
+    result = model(
+        input_ids=ids,
+        policy_loss=dict(advantages=advantages, completion_mask=mask, objective=fastpo.dapo()),
     )
     result.loss.backward()
 
-Under FSDP2 call it inside the wrapped model's forward, where the head's weight is gathered.
+Every other call of the model, `generate` too, is what it was. `causal_lm_policy_loss` is the same
+for a bare model, in one call.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import inspect
+import types
+import weakref
+from typing import Any, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor, nn
 
-from fastpo.ops.linear import linear_policy_loss
+from fastpo.integrations._lm_head import output_embeddings, read_head
+from fastpo.integrations._tap import close_tap, head_state, run, tapped
+from fastpo.ops.linear import linear_policy_loss, linear_token_logprobs
 from fastpo.ops.results import PolicyLoss
 
+Model = TypeVar("Model", bound=nn.Module)
 
-def lm_head(model: nn.Module) -> dict[str, Any]:
-    """`weight`, `bias`, `logit_scale` and `softcap` of a causal LM, as the linear ops take them.
+_compared: weakref.WeakKeyDictionary[nn.Module, object] = weakref.WeakKeyDictionary()
 
-    Reads what families put after the product: a final softcap (Gemma), a factor (Cohere, Falcon-H1,
-    HyperCLOVA X), a divisor (Granite, MiniCPM3).
+
+class CausalLMPolicyLoss(NamedTuple):
+    """What `model(..., policy_loss=...)` returns; [B, T - 1] as `input_ids[:, 1:]`."""
+
+    loss: Tensor
+    """0-d fp32, differentiable: the policy loss alone."""
+    logprobs: Tensor
+    """[B, T - 1] fp32, detached, 0 where the mask is False."""
+    entropy: Tensor
+    """[B, T - 1] fp32, detached, nats."""
+    metrics: dict[str, Tensor]
+    """As in `fastpo.PolicyLoss`: sums and counts."""
+    aux_loss: Tensor | None
+    """A mixture of experts' router loss, differentiable, unweighted, where the model makes one
+    (`output_router_logits`): add `config.router_aux_loss_coef * aux_loss` to train with it."""
+
+
+class CausalLMLogprobs(NamedTuple):
+    """What `model(..., token_logprobs=...)` returns; [B, T - 1] as `input_ids[:, 1:]`."""
+
+    logprobs: Tensor
+    """[B, T - 1] fp32, differentiable, 0 where the mask is False."""
+    entropy: Tensor
+    """[B, T - 1] fp32, differentiable, nats."""
+    aux_loss: Tensor | None
+    """A mixture of experts' router loss, as in `CausalLMPolicyLoss`."""
+
+
+def attach(model: Model) -> Model:
+    """Teach a causal LM, bare or wrapped, the keywords `policy_loss` and `token_logprobs`.
+
+    `model(input_ids=[B, T], ..., policy_loss=dict(advantages=, completion_mask=, objective=, ...))`
+    runs the model's own forward through all that wraps it, puts `fastpo.linear_policy_loss` in the
+    place of the LM head, and returns a `CausalLMPolicyLoss`. The dict holds
+
+    * `advantages`: [B] per sequence, or [B, T - 1] per predicted token, prompts included;
+    * `completion_mask`: [B, T] bool or 0/1, the tokens that were sampled and count; its first
+      column, which nothing predicts, is ignored;
+    * any other keyword of `linear_policy_loss` (objective, old_logprobs, temperature, normalizer,
+      logits_dtype, ...), per-token ones [B, T - 1] fp32, that is, as `input_ids[:, 1:]`.
+
+    `token_logprobs=dict(completion_mask=, ...)` takes keywords of `fastpo.linear_token_logprobs`
+    and returns `CausalLMLogprobs`: old and reference log-probs, or the base of a loss of your own.
+    With the model's `logits_to_keep=K` only the last K positions are scored, and T - 1 means K - 1.
+    Positions that the caller leaves out follow the attention mask where padding is on the left.
+
+    On the first scored call, and when the head has changed, a few rows are compared with the
+    model's own logits.
+
+    Returns:
+        `model`, its innermost transformers model changed in place; `detach` undoes it.
+
+    Raises:
+        TypeError: no causal LM of transformers inside.
+        ValueError: at the call: a head that fastpo cannot express, named by its class.
     """
-    head = model.get_output_embeddings()
-    if head is None:
-        raise ValueError(f"{type(model).__name__} has no LM head: expected a causal language model")
-    config = model.config.get_text_config()
-    return {
-        "weight": head.weight,
-        "bias": getattr(head, "bias", None),
-        "logit_scale": _logit_scale(config),
-        "softcap": getattr(config, "final_logit_softcapping", None),
-    }
+    inner = innermost(model)
+    if "_fastpo_forward" not in inner.__dict__:
+        output_embeddings(inner)
+        inner._fastpo_forward = inner.__dict__.get("forward")
+        inner._fastpo_hook = inner.register_forward_pre_hook(
+            _keep_dtypes, prepend=True, with_kwargs=True
+        )
+        inner.forward = types.MethodType(_attached_forward(type(inner).forward), inner)
+    return model
 
 
-def _logit_scale(config: Any) -> float:
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        factor = getattr(config, name, None)
-        if factor is not None:
-            return float(factor)
-    divisor = getattr(config, "logits_scaling", None)
-    if divisor is None:
-        return 1.0
-    return float(divisor) if config.model_type == "hyperclovax" else 1.0 / divisor
+def detach(model: Model) -> Model:
+    """Undo `attach`: the model's forward and LM head are what they were.
+
+    Raises:
+        ValueError: something else has replaced the forward since: undo that first.
+    """
+    inner = innermost(model)
+    if "_fastpo_forward" not in inner.__dict__:
+        return model
+    if not hasattr(inner.forward, "_fastpo"):
+        raise ValueError(
+            f"{type(inner).__name__}.forward has been replaced since attach (accelerate does so): "
+            "undo that first, as accelerator.unwrap_model(model, keep_fp32_wrapper=False) does"
+        )
+    previous = inner._fastpo_forward
+    del inner.forward
+    if previous is not None:
+        inner.forward = previous
+    inner._fastpo_hook.remove()
+    del inner._fastpo_forward, inner._fastpo_hook
+    close_tap(output_embeddings(inner))
+    return model
+
+
+def innermost(model: nn.Module) -> nn.Module:
+    """The transformers model inside DDP, FSDP, peft and torch.compile wrappers."""
+    inner = model
+    while True:
+        if hasattr(type(inner), "get_output_embeddings"):
+            return inner
+        if hasattr(type(inner), "get_base_model"):  # peft
+            inner = inner.get_base_model()
+            continue
+        modules = getattr(inner, "_modules", {})
+        wrapped = [
+            modules[n] for n in ("_orig_mod", "module", "_fsdp_wrapped_module") if n in modules
+        ]
+        if not wrapped:
+            raise TypeError(
+                f"model is {type(model).__name__}, expected a causal LM of transformers (with "
+                "get_output_embeddings), or DDP, FSDP, peft or torch.compile around one"
+            )
+        inner = wrapped[0]
+
+
+class _Opaque:
+    """A request that FSDP's cast_forward_inputs cannot look into, and so not round to bf16."""
+
+    def __init__(self, options: dict[str, Any]):
+        self.options = options
+
+
+_KEYWORDS = ("policy_loss", "token_logprobs")
+
+
+def _keep_dtypes(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+    """Prepended forward pre-hook: runs before FSDP2's, if the model was sharded first."""
+    hidden = {k: _Opaque(kwargs[k]) for k in _KEYWORDS if isinstance(kwargs.get(k), dict)}
+    return args, {**kwargs, **hidden}
+
+
+def _attached_forward(original: Any) -> Any:
+    """A forward with two more keywords. It has `original`'s signature, which `generate` reads."""
+
+    @functools.wraps(original)
+    def forward(
+        self: nn.Module,
+        *args: Any,
+        policy_loss: dict[str, Any] | None = None,
+        token_logprobs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if policy_loss is None and token_logprobs is None:
+            return _own_forward(self)(*args, **kwargs)
+        return _scored(self, args, kwargs, policy_loss, token_logprobs)
+
+    forward._fastpo = True
+    return forward
+
+
+def _own_forward(model: nn.Module) -> Any:
+    """The forward under ours; looked up anew, so that a deep copy of the model runs itself."""
+    previous = model.__dict__.get("_fastpo_forward")
+    return types.MethodType(type(model).forward, model) if previous is None else previous
+
+
+@torch.compiler.disable(recursive=False)
+def _scored(
+    model: nn.Module,
+    args: tuple,
+    kwargs: dict[str, Any],
+    policy_loss: dict[str, Any] | None,
+    token_logprobs: dict[str, Any] | None,
+) -> CausalLMPolicyLoss | CausalLMLogprobs:
+    """One forward with a loss or log-probs in the head's place. Compiled code runs beneath it."""
+    if policy_loss is not None and token_logprobs is not None:
+        raise ValueError("policy_loss and token_logprobs are both given, expected one of them")
+    kwargs = _model_inputs(model, args, kwargs)
+    asked = token_logprobs if policy_loss is None else policy_loss
+    options = dict(asked.options if isinstance(asked, _Opaque) else asked)
+    request = _Request(type(model).__name__, options, kwargs["input_ids"])
+    consume = request.logprobs if policy_loss is None else request.loss
+    result, outputs = run(model, _own_forward(model), consume, **kwargs)
+    aux_loss = getattr(outputs, "aux_loss", None)
+    if policy_loss is None:
+        logprobs, entropy = result.unbind(-1)
+        return CausalLMLogprobs(logprobs, entropy, aux_loss)
+    return CausalLMPolicyLoss(result, *request.made[1:], aux_loss)
+
+
+class _Request:
+    """What one call asks for, and what stands in the LM head's place for it."""
+
+    def __init__(self, name: str, options: dict[str, Any], ids: Tensor):
+        self.name = name  # the model's class
+        self.options = options
+        self.ids = ids  # (B, T)
+        self.made: PolicyLoss | None = None
+        if "completion_mask" not in options:
+            raise TypeError(
+                "completion_mask is missing, expected a [B, T] bool tensor: True for the tokens "
+                "that were sampled and count"
+            )
+        self.mask = options.pop("completion_mask")
+        if not isinstance(self.mask, Tensor) or self.mask.shape != ids.shape:
+            found = list(self.mask.shape) if isinstance(self.mask, Tensor) else type(self.mask)
+            raise ValueError(
+                f"completion_mask has shape {found}, expected {list(ids.shape)} as input_ids: one "
+                "flag per token, prompts included"
+            )
+
+    def loss(self, hidden: Tensor, head: dict[str, Any]) -> Tensor:
+        """0-d loss of hidden states [B, K, D]."""
+        inputs = self._inputs(hidden, head)
+        self.made = linear_policy_loss(**inputs)
+        return self.made.loss
+
+    def logprobs(self, hidden: Tensor, head: dict[str, Any]) -> Tensor:
+        """[B, K - 1, 2] log-probs and entropies of hidden states [B, K, D]."""
+        return torch.stack(linear_token_logprobs(**self._inputs(hidden, head)), -1)
+
+    def _inputs(self, hidden: Tensor, head: dict[str, Any]) -> dict[str, Any]:
+        if hidden.ndim != 3 or hidden.shape[0] != self.ids.shape[0]:
+            raise ValueError(
+                f"{self.name} gives its LM head hidden states {list(hidden.shape)}, expected "
+                f"[{self.ids.shape[0]}, K, D]: one row per sequence"
+            )
+        kept = hidden.shape[1]
+        if kept > self.ids.shape[1]:
+            raise ValueError(
+                f"{self.name} gives its LM head {kept} positions for {self.ids.shape[1]} tokens: "
+                "which of them predict tokens is not known (prompt tuning, added image tokens)"
+            )
+        tokens = self.ids[:, self.ids.shape[1] - kept :][:, 1:]
+        mask = (self.mask[:, self.mask.shape[1] - kept :] != 0)[:, 1:]
+        options = dict(self.options)
+        for name in _PER_TOKEN:
+            if isinstance(options.get(name), Tensor):
+                options[name] = _per_token(name, options[name], tokens.shape)
+        hidden = _in_weights_dtype(hidden, head["weight"])
+        return {"hidden": hidden[:, :-1], "tokens": tokens, "mask": mask, **head, **options}
+
+
+_PER_TOKEN = ("advantages", "old_logprobs", "ref_logprobs", "importance_weights", "temperature")
+_PER_SEQUENCE = ("advantages", "importance_weights")
+
+
+def _per_token(name: str, value: Tensor, shape: torch.Size) -> Tensor:
+    """`value` as the ops take it, or a line that says that prompts are included."""
+    if value.dtype in (torch.bfloat16, torch.float16):
+        raise TypeError(
+            f"{name} arrived as {value.dtype}, expected float32: if FSDP2 rounded it on the way "
+            "in, call attach after fully_shard, or use MixedPrecisionPolicy("
+            "cast_forward_inputs=False)"
+        )
+    rows, tokens = shape
+    if name in _PER_SEQUENCE and value.shape in ((rows,), (rows, 1)) and shape != (rows, 1):
+        return value.reshape(rows)
+    if name == "temperature" and value.ndim == 0:
+        return value.expand(shape)
+    if value.shape != shape and not (name in _PER_SEQUENCE and value.shape == (rows,)):
+        either = f"[{rows}] or " if name in _PER_SEQUENCE else ""
+        raise ValueError(
+            f"{name} has shape {list(value.shape)}, expected {either}[{rows}, {tokens}] = "
+            "[B, T - 1]: one per predicted token as input_ids[:, 1:], prompts included"
+        )
+    return value
+
+
+def _in_weights_dtype(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Hidden states for a head that was cast to fp32 are cast, too, unless autocast decides."""
+    return hidden if torch.is_autocast_enabled(hidden.device.type) else hidden.to(weight.dtype)
+
+
+def _model_inputs(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The model's keyword arguments: no cache, no labels, positions that skip padding."""
+    accepted = inspect.signature(type(model).forward).parameters
+    kwargs = {**dict(zip(list(accepted)[1:], args, strict=False)), **kwargs}
+    ids = kwargs.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.ndim != 2:
+        found = list(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
+        raise ValueError(
+            f"input_ids is {found}, expected [B, T] ids, prompts and completions: the policy loss "
+            "reads the tokens that it scores from them"
+        )
+    if kwargs.get("labels") is not None:
+        raise ValueError("labels are given beside policy_loss, which has its own: leave them out")
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())
+    if "use_cache" in accepted or takes_any:
+        kwargs["use_cache"] = False
+    mask = kwargs.get("attention_mask")
+    if (
+        "position_ids" in accepted
+        and "position_ids" not in kwargs
+        and isinstance(mask, Tensor)
+        and mask.shape == ids.shape
+        and not hasattr(model.base_model, "get_rope_index")  # it counts images, too
+    ):
+        kwargs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp_(min=0)
+    return kwargs
 
 
 def causal_lm_policy_loss(
@@ -57,30 +330,108 @@ def causal_lm_policy_loss(
     model_inputs: dict[str, Any] | None = None,
     **options: Any,
 ) -> PolicyLoss:
-    """`fastpo.linear_policy_loss` on a causal LM: position t scores token t + 1.
+    """`fastpo.linear_policy_loss` on a bare causal LM: position t scores token t + 1.
 
     Args:
-        model: a transformers causal LM; its trunk is `model.base_model`.
+        model: a transformers causal LM, not wrapped: for DDP, FSDP, peft, accelerate and
+            torch.compile, `attach` keeps the wrapper in the path.
         input_ids: [B, T] prompts and completions.
         advantages: [B] per sequence, or [B, T - 1] per predicted token.
         completion_mask: [B, T] bool, the tokens that were sampled and count; its first column,
             which nothing predicts, is ignored.
-        attention_mask: [B, T] for the model, if there is padding on the left.
-        model_inputs: further keyword arguments of the trunk.
-        options: keywords of `linear_policy_loss` (objective, old_logprobs, ...); per-token ones
-            have shape [B, T - 1], that of `input_ids[:, 1:]`.
+        attention_mask: [B, T] for the model, if there is padding on the left; without
+            `position_ids` in `model_inputs`, positions count from the first token that it keeps.
+        model_inputs: further keyword arguments of the model's forward.
+        options: keywords of `linear_policy_loss` (objective, old_logprobs, logits_dtype, ...);
+            per-token ones have shape [B, T - 1], that of `input_ids[:, 1:]`.
 
     Returns:
-        PolicyLoss over [B, T - 1].
+        PolicyLoss over [B, T - 1]. A router loss is left to `attach`.
+
+    Raises:
+        TypeError: a wrapper.
+        ValueError: a head that fastpo cannot express, named by its class.
     """
-    outputs = model.base_model(
-        input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **(model_inputs or {})
-    )
-    return linear_policy_loss(
-        outputs.last_hidden_state[:, :-1],
-        tokens=input_ids[:, 1:],
-        advantages=advantages,
-        mask=completion_mask[:, 1:],
-        **lm_head(model),
-        **options,
-    )
+    _check_bare(model)
+    inputs = {"input_ids": input_ids, **(model_inputs or {})}
+    if attention_mask is not None:
+        inputs["attention_mask"] = attention_mask
+    asked = {"advantages": advantages, "completion_mask": completion_mask, **options}
+    with tapped(model):
+        return PolicyLoss(*_scored(model, (), inputs, asked, None)[:4])
+
+
+def _check_bare(model: nn.Module) -> None:
+    from torch.distributed.fsdp import FSDPModule
+
+    wrapper = None
+    if not hasattr(type(model), "get_output_embeddings") or isinstance(model, FSDPModule):
+        wrapper = type(model).__name__
+    elif "_original_forward" in model.__dict__:
+        wrapper = f"{type(model).__name__} prepared by accelerate"
+    elif model._compiled_call_impl is not None:
+        wrapper = f"{type(model).__name__} compiled in place"
+    if wrapper is not None:
+        raise TypeError(
+            f"model is {wrapper}, expected a bare causal LM of transformers: call fastpo."
+            "integrations.transformers.attach(model), then model(input_ids=..., policy_loss=...), "
+            "which goes through the wrapper"
+        )
+
+
+def hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
+    """[B, K, D]: what `model(**inputs)` hands to its LM head, differentiable. No logits are made.
+
+    With `lm_head` this is all that the linear ops need, for every class: whatever stands before
+    the head (a transform, a multiplier) is in it.
+    """
+    with tapped(model):
+        return run(model, _own_forward(model), lambda hidden, head: hidden, **inputs)[0]
+
+
+def lm_head(model: nn.Module, *, trunk: bool = True) -> dict[str, Any]:
+    """`weight`, `bias`, `logit_scale` and `softcap` of a causal LM, as the linear ops take them.
+
+    LoRA and DoRA on the head are merged in the graph. Once per model, and again when another
+    adapter is on, a few tokens are scored and compared with the model's own logits.
+
+    Args:
+        model: a bare causal LM.
+        trunk: True if the head is for `model.base_model(...).last_hidden_state`, which some
+            families change before their head; False if it is for `hidden_states(model, ...)`.
+
+    Raises:
+        ValueError: the model does more in its head than that, or cannot be run on ids alone.
+    """
+    reading = read_head(model)
+    if isinstance(model, nn.Module):
+        state = (head_state(output_embeddings(model)), trunk)
+        if _compared.get(model) != state:
+            _compare(model, reading["weight"], trunk)
+            _compared[model] = state
+    return reading
+
+
+@torch.no_grad()
+def _compare(model: nn.Module, weight: Tensor, trunk: bool) -> None:
+    """One forward of a few tokens; the tap compares what the model makes of them."""
+    ids = torch.arange(min(4, weight.shape[0]), device=weight.device)[None]
+    name = type(model).__name__
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        hidden = hidden_states(model, input_ids=ids)
+        found = model.base_model(input_ids=ids)[0] if trunk else hidden
+    except Exception as error:  # models raise many kinds
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(
+            reason if name in reason else f"{name} cannot be run on token ids alone: {reason}"
+        ) from error
+    finally:
+        for module in training:
+            module.training = True
+    if found.shape != hidden.shape or not torch.allclose(found, hidden, rtol=1e-2, atol=1e-3):
+        raise ValueError(
+            f"{name} changes its trunk's hidden states before its LM head: take them from "
+            "hidden_states(model, ...), the head from lm_head(model, trunk=False)"
+        )

@@ -25,22 +25,29 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from fastpo import backends
+from fastpo._compile import untraced
 from fastpo.objective import Objective
 from fastpo.ops import checks
 from fastpo.ops.batch import LossBatch, flat_mask, flat_rows, flat_temperature
 from fastpo.ops.checks import LossInputs
 from fastpo.ops.from_logprobs import loss_of_batch
 from fastpo.ops.linear_autograd import FusedLinearLoss, LinearTokenLogprobs, TokenLevelLoss
-from fastpo.ops.linear_checks import autocasts, check_linear_op, operand_dtype
+from fastpo.ops.linear_checks import (
+    autocasts,
+    check_exponentials,
+    check_linear_op,
+    operand_dtype,
+)
 from fastpo.ops.linear_chunks import LinearCall
+from fastpo.ops.linear_exp import ExpShard
 from fastpo.ops.linear_sequences import SequenceLevelLoss
 from fastpo.ops.results import PolicyLoss, TokenLogprobs
 from fastpo.ops.tensor_parallel import VocabularyShard
 
-_UNTRACED = "its loop over chunks runs GEMMs and one kernel each: nothing there to compile"
+_untraced = untraced("its loop over chunks runs GEMMs and one kernel each: nothing to compile")
 
 
-@torch.compiler.disable(reason=_UNTRACED)
+@_untraced
 def linear_policy_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -102,7 +109,10 @@ def linear_policy_loss(
         normalizer: global token count (token_mean) or sequence count (other aggregations), for
             gradient accumulation and data parallelism; None = this batch's own.
         backend: "torch", "cpp" or "triton"; None = the best available. An explicit request never
-            falls back.
+            falls back. "triton-exp", for bf16 operands on GPUs from compute capability 8.0: the
+            first GEMM stores exponentials in place of logits, which no kernel then sweeps over
+            (docs/gpu.md); "triton-exp-kept" keeps them for the backward of `linear_token_logprobs`,
+            2 bytes times N V for 6 N D V in place of 8.
         logit_scale: factor on the logits (Cohere's logit_scale, 1 / Granite's logits_scaling).
         softcap: Gemma's final_logit_softcapping; None = none.
         logits_dtype: None = float32, which keeps the GEMM's fp32 sums; torch.bfloat16 (for bf16
@@ -166,7 +176,7 @@ def linear_policy_loss(
     return PolicyLoss(loss, logprobs.view(leading), entropy.view(leading), metrics)
 
 
-@torch.compiler.disable(reason=_UNTRACED)
+@_untraced
 def linear_token_logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -224,10 +234,14 @@ def _linear_call(
     live_rows: int | None,
 ) -> LinearCall:
     """What `check_linear_op` has checked, as rows."""
+    exponentials = backend in backends.LINEAR_BACKENDS
+    if exponentials:
+        check_exponentials(backend, operand_dtype(hidden), logits_dtype)
     logits_dtype = logits_dtype or checks.wide_dtype(operand_dtype(hidden))
-    rows = backends.load(backends.resolve(backend, hidden.device, logits_dtype))
+    rows = backends.load(backends.resolve(backend, hidden.device, logits_dtype, linear=True))
     if tp_group is not None:
-        rows = VocabularyShard(rows, tp_group, weight)
+        shard = ExpShard if exponentials else VocabularyShard
+        rows = shard(rows, tp_group, weight)
         if checks.inspects_values(hidden):
             checks.check_token_range(tokens, int(rows.vocabulary), mask)
     mask = flat_mask(mask)
@@ -243,6 +257,8 @@ def _linear_call(
         mask=mask,
         index=index,
         wrong_count=wrong_count,
+        exponentials=exponentials,
+        keeps_exponentials=backend == "triton-exp-kept" and torch.is_grad_enabled(),
     )
 
 

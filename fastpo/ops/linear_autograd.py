@@ -14,11 +14,16 @@ from fastpo.ops.autograd import first_order, row_grads, save, saved
 from fastpo.ops.batch import of_rows
 from fastpo.ops.checks import wide_dtype
 from fastpo.ops.head import Head
-from fastpo.ops.linear_chunks import Chunk, ChunkRows, LinearCall, LinearGrads, Workspace, put
+from fastpo.ops.linear_chunks import Chunk, ChunkRows, LinearCall, LinearGrads, put
+from fastpo.ops.linear_exp import ExpChunk, make_grads, make_workspace
 
 
 class ChunkLoss(Protocol):
     """A loss that can be finished, with its gradient, from the logits of one chunk."""
+
+    @property
+    def has_entropy_gradient(self) -> bool:
+        """Whether the loss may depend on the entropies."""
 
     def chunks(
         self, call: LinearCall, head: Head, *, gradient: bool
@@ -49,8 +54,17 @@ class FusedLinearLoss(torch.autograd.Function):
         head, hidden = call.head(weight, bias), hidden.detach()
         with_gradient, without = chunk_loss.chunks(call, head, gradient=any(needs))
         covers = call.index is None and not without
-        grads = LinearGrads(head, hidden, needs, all_rows=covers) if any(needs) else None
-        workspace = Workspace(call, head, with_gradient + without, gradient=any(needs))
+        grads = None
+        if any(needs):
+            one_chunk = len(with_gradient) == 1
+            grads = make_grads(call, head, hidden, needs, all_rows=covers, one_chunk=one_chunk)
+        workspace = make_workspace(
+            call,
+            head,
+            with_gradient + without,
+            gradient=any(needs),
+            entropy_gradient=chunk_loss.has_entropy_gradient,
+        )
         parts = []
         for number, rows in enumerate(with_gradient + without):
             chunk = workspace.load(hidden, rows, gradient=number < len(with_gradient))
@@ -101,6 +115,11 @@ class TokenLevelLoss:
     inputs: RowInputs
     objective: Objective
 
+    @property
+    def has_entropy_gradient(self) -> bool:
+        """See `ChunkLoss`."""
+        return self.inputs.entropy_weight is not None
+
     def chunks(
         self, call: LinearCall, head: Head, *, gradient: bool
     ) -> tuple[list[ChunkRows], list[ChunkRows]]:
@@ -128,14 +147,16 @@ class TokenLevelLoss:
 
 class LinearTokenLogprobs(torch.autograd.Function):
     """logprobs, entropy of (hidden, weight, bias), for any loss: statistics forward, the logits
-    once more backward. Saves four numbers per token, 8 N D V operations in all."""
+    once more backward. Saves four numbers per token, 8 N D V operations in all; or, where the call
+    keeps exponentials, those, 2 bytes times N V, for 6 N D V."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: LinearCall):
-        stats = _statistics(call, call.head(weight, bias), hidden.detach())
+        keep = call.keeps_exponentials and any(ctx.needs_input_grad)
+        stats, kept = _statistics(call, call.head(weight, bias), hidden.detach(), keep=keep)
         ctx.set_materialize_grads(False)
         save(ctx, hidden, weight, bias, *stats)
-        ctx.call = call
+        ctx.call, ctx.kept = call, kept
         # Copies: whoever edits a returned log-prob must not edit what the backward pass reads.
         return stats.logprobs.clone(), stats.entropy.clone()
 
@@ -146,31 +167,38 @@ class LinearTokenLogprobs(torch.autograd.Function):
             return None, None, None, None
         hidden, weight, bias, *stats = saved(ctx)
         call, stats = ctx.call, RowStats(*stats)
+        # The gradient takes the kept chunks' place: a second backward makes them again.
+        kept, ctx.kept = ctx.kept, []
         incoming = [
             row_grads(grad, call.mask, stats.logprobs.dtype)
             for grad in (logprob_grad, entropy_grad)
         ]
-        head = call.head(weight, bias)
-        grads = _chunk_grads(call, head, hidden.detach(), stats, *incoming, ctx.needs_input_grad)
+        head, needs = call.head(weight, bias), ctx.needs_input_grad
+        grads = _chunk_grads(call, head, hidden.detach(), stats, *incoming, needs, kept)
         return *grads.scaled(None, call.backend), None
 
 
-def _statistics(call: LinearCall, head: Head, hidden: Tensor) -> RowStats:
-    """Statistics of all rows, 0 on masked ones."""
+def _statistics(
+    call: LinearCall, head: Head, hidden: Tensor, *, keep: bool
+) -> tuple[RowStats, list[ExpChunk]]:
+    """Statistics of all rows, 0 on masked ones, and the chunks they come from if to `keep`."""
     count, dtype = call.tokens.numel(), wide_dtype(hidden.dtype)
     stats = RowStats(*torch.zeros((4, count), dtype=dtype, device=hidden.device))
-    chunks = call.chunks(head)
-    workspace = Workspace(call, head, chunks, gradient=False)
+    chunks, kept = call.chunks(head), []
+    workspace = make_workspace(call, head, chunks, gradient=False, entropy_gradient=True)
     for rows in chunks:
+        chunk = workspace.load(hidden, rows, gradient=keep)
+        if keep:
+            kept.append(chunk)
         part = call.backend.row_stats(
-            workspace.load(hidden, rows, gradient=False).logits,
+            chunk.logits,
             call.tokens[rows],
             call.row_temperature(rows, head),
             call.row_mask(rows),
         )
         for full, values in zip(stats, part, strict=True):
             put(full, rows, values)
-    return stats
+    return stats, kept
 
 
 def _chunk_grads(
@@ -181,23 +209,28 @@ def _chunk_grads(
     logprob_grad: Tensor | None,
     entropy_grad: Tensor | None,
     needs: tuple[bool, ...],
+    kept: list[ExpChunk],
 ) -> LinearGrads:
-    """Compute each chunk's logits again and push the incoming gradients (N,) through them."""
+    """Compute each chunk's logits again, unless they are kept, and push the incoming gradients (N,)
+    through them."""
     if logprob_grad is None:
         logprob_grad = torch.zeros_like(stats.logprobs)
     only = None
-    if call.reads_values:  # clipped tokens, and A = 0, have no gradient to push
+    if call.reads_values and not kept:  # clipped tokens, and A = 0, have no gradient to push
         only = logprob_grad != 0
         if entropy_grad is not None:
             only |= entropy_grad != 0
         if bool(only.all()):
             only = None
-    chunks = call.chunks(head, only)
+    chunks = [chunk.rows for chunk in kept] or call.chunks(head, only)
     covers = call.index is None and only is None
-    grads = LinearGrads(head, hidden, needs[:3], all_rows=covers)
-    workspace = Workspace(call, head, chunks, gradient=True)
-    for rows in chunks:
-        chunk = workspace.load(hidden, rows, gradient=True)
+    one_chunk = len(chunks) == 1
+    grads = make_grads(call, head, hidden, needs[:3], all_rows=covers, one_chunk=one_chunk)
+    workspace = make_workspace(
+        call, head, chunks, gradient=True, entropy_gradient=entropy_grad is not None
+    )
+    for number, rows in enumerate(chunks):
+        chunk = kept[number] if kept else workspace.load(hidden, rows, gradient=True)
         call.backend.row_grad(
             chunk.logits,
             call.tokens[rows],

@@ -116,3 +116,17 @@ def _check_live_rows(live_rows: object, mask: Tensor | None) -> None:
             f"live_rows is {live_rows}, mask has {int(mask.sum())} True: pass the count of the "
             "same mask"
         )
+
+
+def check_exponentials(backend: str, operands: torch.dtype, logits_dtype: object) -> None:
+    """What the backends that make exponentials in place of logits cannot take."""
+    if operands != torch.bfloat16:
+        raise ValueError(
+            f"backend {backend!r} stores exponentials in bfloat16, got {operands} operands: cast "
+            "hidden and weight to bfloat16, or use backend='triton'"
+        )
+    if logits_dtype not in (None, torch.float32):
+        raise ValueError(
+            f"logits_dtype is {logits_dtype}, but backend {backend!r} never stores logits: leave "
+            "logits_dtype=None, or use backend='triton'"
+        )

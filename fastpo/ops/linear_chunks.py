@@ -104,6 +104,8 @@ class LinearCall:
     mask: Tensor | None  # (N,) bool; None = all
     index: Tensor | None  # (n,) the rows under the mask, where the host knows how many; None = all
     wrong_count: Tensor | None  # 0-d bool: `live_rows` is not the mask's count, found on device
+    exponentials: bool = False  # the backend makes exponentials instead of logits (linear_exp.py)
+    keeps_exponentials: bool = False  # and they are kept from forward to backward
 
     @property
     def masked_enter(self) -> bool:
@@ -146,6 +148,8 @@ class LinearCall:
         """Tokens per chunk for `rows` tokens in all."""
         if self.chunk_tokens is not None:
             return self.chunk_tokens
+        if self.exponentials:
+            return chunk_rows(rows, 1, 2 * weight.shape[1])
         if isinstance(self.backend, VocabularyShard):
             # Ranks with ragged shards and other free memory must cut at the same tokens.
             return chunk_rows(rows, 1, SHARDED_ROWS)

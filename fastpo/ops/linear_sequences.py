@@ -33,6 +33,11 @@ class SequenceLevelLoss:
     offsets: list[int]  # B + 1, of the sequences among all rows
     unmasked_offsets: list[int]  # B + 1, among the rows that enter the GEMMs
 
+    @property
+    def has_entropy_gradient(self) -> bool:
+        """See `fastpo.ops.linear_autograd.ChunkLoss`."""
+        return self.batch.entropy_weight is not None
+
     @classmethod
     def from_batch(
         cls, batch: LossBatch, call: LinearCall, weight: Tensor

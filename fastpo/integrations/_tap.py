@@ -1,0 +1,166 @@
+"""A tap on a model's LM head: the model's own forward runs, and what would enter the head is ours.
+
+The trunk is never called by name. So whatever a class does before its head (a transform, a
+multiplier, an image tower), whatever its forward returns beside logits (a router loss), and
+whatever wraps it (DDP, FSDP, peft, autocast, torch.compile) stays as it is.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastpo.integrations._lm_head import (
+    Sample,
+    check_logits,
+    output_embeddings,
+    read_head,
+    sample,
+)
+
+CHECKED_ROWS = 4
+
+Consume = Callable[[Tensor, dict[str, Any]], Tensor]
+"""What stands in for the head's product: hidden [B, K, D] and the head -> any tensor."""
+
+
+class Tap:
+    """Closed, it lets the head do its work. Open, it hands the head's input to `consume`.
+
+    Opened by `run`, in which the model must call its head exactly once. The tensor that `consume`
+    returns leaves through the head's own hooks (FSDP's and ZeRO-3's gather the weight again before
+    its backward); the model then sees a few stand-in logits. On the first run, and again when the
+    head has changed, these are true logits of a few rows: the model finishes them (scale, softcap,
+    whatever else it does), and the result must be what `read_head` would have made of these rows.
+    """
+
+    def __init__(self) -> None:
+        self.consume: Consume | None = None
+        self.model: Any = None
+        self.result: Tensor | None = None
+        self.stand_in: Tensor | None = None
+        self.sample: Sample | None = None
+        self.checked: object = None  # the state of the head that was compared
+        self.calls = 0
+
+    @torch.compiler.disable
+    def take(self, head: nn.Module, hidden: Tensor) -> Tensor:
+        """Called in the head's place, inside its forward: weights are gathered, autocast is on."""
+        self.calls += 1
+        if self.calls > 1:
+            raise ValueError(_called(self.model, "more than once"))
+        reading = read_head(self.model, head)
+        state = head_state(head)
+        self.stand_in = hidden.new_zeros(*hidden.shape[:-1], 1)
+        if self.checked != state:
+            rows = hidden.detach().reshape(-1, hidden.shape[-1])[-CHECKED_ROWS:]
+            with torch.no_grad():
+                self.stand_in = head._fastpo_forward(rows[None])
+            self.sample = sample(reading, rows)
+            self.checked = state
+        return self.consume(hidden, reading)
+
+    def verify(self, outputs: Any) -> None:
+        """Compare the logits that the model made of the stand-in rows with the reading."""
+        if self.sample is None:
+            return
+        expected, self.sample = self.sample, None
+        logits = getattr(outputs, "logits", None)
+        try:
+            if logits is None:
+                raise ValueError(f"{type(self.model).__name__} returns no logits to compare with")
+            check_logits(self.model, expected, logits.reshape(-1, logits.shape[-1]))
+        except ValueError:
+            self.checked = None
+            raise
+
+
+def head_state(head: nn.Module) -> object:
+    """What tells one use of a head from another: its class and the adapters that are on."""
+    adapters = tuple(getattr(head, "active_adapters", None) or ())
+    return (id(head), type(head), adapters, bool(getattr(head, "disable_adapters", False)))
+
+
+def _tapped_forward(self: nn.Module, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    if self._fastpo_tap.consume is None:
+        return self._fastpo_forward(hidden, *args, **kwargs)
+    return self._fastpo_tap.take(self, hidden)
+
+
+def _deliver(head: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+    """The head's last forward hook: keeps the result, hands the stand-in to the model."""
+    tap = head._fastpo_tap
+    if tap.stand_in is None:
+        return None
+    tap.result, stand_in, tap.stand_in = output, tap.stand_in, None
+    return stand_in
+
+
+def open_tap(head: nn.Module) -> Tap:
+    """Put a tap on `head`, once; it stays closed until `run`."""
+    if "_fastpo_tap" not in head.__dict__:
+        head._fastpo_forward = head.forward
+        head._fastpo_tap = Tap()
+        head._fastpo_hook = head.register_forward_hook(_deliver)
+        head.forward = types.MethodType(_tapped_forward, head)
+    return head._fastpo_tap
+
+
+def close_tap(head: nn.Module) -> None:
+    """Take the tap off `head` again."""
+    if "_fastpo_tap" not in head.__dict__:
+        return
+    head._fastpo_hook.remove()
+    previous = head._fastpo_forward
+    del head.forward
+    if getattr(previous, "__func__", None) is not type(head).forward:
+        head.forward = previous
+    del head._fastpo_forward, head._fastpo_tap, head._fastpo_hook
+
+
+def _called(model: nn.Module, times: str) -> str:
+    return (
+        f"{type(model).__name__}'s forward calls its LM head {times}, expected once: score its "
+        "logits with fastpo.policy_loss"
+    )
+
+
+@contextmanager
+def tapped(model: nn.Module) -> Iterator[Tap]:
+    """A tap for the length of one block, or the one that is there."""
+    head = output_embeddings(model)
+    kept = "_fastpo_tap" in head.__dict__
+    try:
+        yield open_tap(head)
+    finally:
+        if not kept:
+            close_tap(head)
+
+
+def run(
+    model: nn.Module, forward: Callable[..., Any], consume: Consume, *args: Any, **kwargs: Any
+) -> tuple[Tensor, Any]:
+    """`forward(*args, **kwargs)` of `model` with `consume` in its head's place.
+
+    Returns:
+        What `consume` returned, and the model's outputs, whose logits are meaningless.
+
+    Raises:
+        ValueError: the model calls its head not at all or more than once, or its logits are not
+            those of the head as read.
+    """
+    tap = open_tap(output_embeddings(model))
+    tap.model, tap.consume, tap.calls, tap.result = model, consume, 0, None
+    try:
+        outputs = forward(*args, **kwargs)
+        if not tap.calls:
+            raise ValueError(_called(model, "not at all"))
+        tap.verify(outputs)
+        return tap.result, outputs
+    finally:
+        tap.model = tap.consume = tap.result = tap.stand_in = tap.sample = None
