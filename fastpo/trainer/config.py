@@ -78,6 +78,12 @@ class RolloutConfig:
     """Problems with a longer prompt are skipped; none = every prompt must fit the context."""
     temperature: Positive = 1.0
     """Sampling temperature; log-probs of old and new policy are taken under it, too."""
+    top_k: Index = 0
+    """Only the k likeliest tokens are drawn; 0 = all. Log-probs are of the whole vocabulary."""
+    top_p: Annotated[float, Gt(0), Le(1)] = 1.0
+    """Only the likeliest tokens that together hold this share are drawn, as for `top_k`."""
+    min_p: Share = 0.0
+    """Only tokens of at least this share of the likeliest one's probability are drawn, likewise."""
     batch_size: Count = 1024
     """Completions decoded side by side: bounds the KV cache."""
 
