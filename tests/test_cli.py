@@ -539,7 +539,8 @@ def test_several_seeds_in_one_command_are_runs_of_their_own(tiny, tmp_path, caps
     assert capsys.readouterr().out.count("Held-out problems") == 1  # the other is complete
 
 
-def test_compare_names_what_differs(tiny, tmp_path, capsys):
+def test_compare_names_what_differs(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
     for rate in ("0.01", "0.02"):
         tiny(f"run_dir={tmp_path}/lr{rate}", f"optim.learning_rate={rate}")
     capsys.readouterr()

@@ -286,7 +286,7 @@ def test_long_texts_are_cut_where_they_say_least():
     screen = io.StringIO()
     long = {"prompt": "few-shot " * 100 + "2 + 2 =", "answer": None, "correct": True}
     found = {"accuracy": 1.0, "answers": [long | {"text": "4" + " and on" * 100}]}
-    report.show(Console(file=screen, width=700), found, found, Path("curves.png"), "fastpo")
+    report.show(Console(file=screen, width=2000), found, found, Path("curves.png"), "fastpo")
     output = " ".join(screen.getvalue().split())
     assert "2 + 2 =" in output and "characters before" in output and "more characters" in output
     assert len(screen.getvalue()) < 5000

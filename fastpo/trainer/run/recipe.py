@@ -18,7 +18,6 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 
 from pydantic import TypeAdapter, ValidationError
 
-from fastpo.objective import Objective
 from fastpo.trainer import config as config_module
 from fastpo.trainer.config import Config
 from fastpo.trainer.run.errors import RecipeError
@@ -29,7 +28,6 @@ else:
     import tomli as tomllib
 
 
-OBJECTIVE = {field.name for field in fields(Objective)}
 BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
@@ -137,8 +135,10 @@ def _explain(error: dict[str, Any]) -> str:
     parts = [str(part) for part in error["loc"]]
     key = next((k for n in range(len(parts), 0, -1) if (k := ".".join(parts[:n])) in known), None)
     if error["type"] == "unexpected_keyword_argument":
+        from fastpo.objective import Objective  # and torch, which no other recipe needs
+
         key = ".".join(parts)
-        if parts[0] == "algorithm" and parts[-1] in OBJECTIVE:
+        if parts[0] == "algorithm" and parts[-1] in {field.name for field in fields(Objective)}:
             return f"unknown key {key!r}; it is algorithm.objective.{parts[-1]}"
         near = difflib.get_close_matches(key, [*known, *tables], n=1, cutoff=0.0)
         return f"unknown key {key!r}; the nearest known key is {near[0]!r}"

@@ -21,7 +21,7 @@ from fastpo.trainer.run.directory import CURVES, SUMMARY
 SHOWN_ANSWERS = 3
 
 
-MOST_CHARACTERS = 200  # of a prompt or a completion in the table
+MOST_CHARACTERS = 120  # of a prompt or a completion in the table
 
 
 def digest(evaluation: Evaluation, per_problem: int) -> dict[str, Any]:
