@@ -34,9 +34,17 @@ class Problem:
 
     @classmethod
     def random(
-        cls, batch: int, length: int, width: int, vocab: int, *, device="cpu", dtype=torch.float32
+        cls,
+        batch: int,
+        length: int,
+        width: int,
+        vocab: int,
+        *,
+        device="cpu",
+        dtype=torch.float32,
+        spread: float = 1.0,
     ) -> Problem:
-        """Logits of unit variance; old log-probs are the policy's own + N(0, 0.1)."""
+        """Logits of standard deviation `spread`; old log-probs are the policy's own + N(0, 0.1)."""
         generator = torch.Generator(device).manual_seed(0)
 
         def normal(*size: int) -> Tensor:
@@ -44,7 +52,7 @@ class Problem:
 
         hidden = normal(batch, length, width).to(dtype)
         weight = torch.empty(vocab, width, device=device, dtype=dtype)
-        weight.normal_(0, width**-0.5, generator=generator)
+        weight.normal_(0, spread * width**-0.5, generator=generator)
         tokens = torch.randint(vocab, (batch, length), generator=generator, device=device)
         own = fastpo.linear_token_logprobs(hidden, weight, tokens).logprobs
         return cls(

@@ -4,60 +4,19 @@
 // fastpo.backends.base.overwrites allows; a compiler, which must know what is mutated, is only ever shown
 // the primitives with an `out` of its own.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <memory>
 #include <new>
-#include <optional>
 #include <tuple>
 #include <vector>
 
-#include "rows.h"
+#include "bind.h"
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
+using namespace fastpo::bind;
 using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
-
-constexpr int64_t kElementsPerTask = 32768;  // below this a row is not worth a thread of its own
-
-fastpo::DType dtype_of(ScalarType type) {
-  switch (type) {
-    case ScalarType::Float:
-      return fastpo::DType::kFloat32;
-    case ScalarType::BFloat16:
-      return fastpo::DType::kBFloat16;
-    case ScalarType::Half:
-      return fastpo::DType::kFloat16;
-    default:
-      STD_TORCH_CHECK(false, "the cpp backend takes float32, bfloat16 or float16 matrices; convert first");
-  }
-}
-
-fastpo::Matrix matrix(const Tensor& x, const char* name) {
-  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 2, name, " must be a 2-D CPU tensor (N, V), got ", x.dim(), "-D");
-  STD_TORCH_CHECK(x.size(1) <= 1 || x.stride(1) == 1, name, " must have unit stride along V");
-  return {x.data_ptr(), dtype_of(x.scalar_type()), x.stride(0)};
-}
-
-// The data of a contiguous (N,) vector.
-template <class T>
-T* vector(const Tensor& x, ScalarType type, int64_t rows, const char* name) {
-  STD_TORCH_CHECK(x.is_cpu() && x.scalar_type() == type && x.numel() == rows && x.is_contiguous(), name,
-                  " must be a contiguous CPU vector of the operator's dtype with ", rows, " elements");
-  return static_cast<T*>(x.data_ptr());
-}
-
-float* floats(const Tensor& x, int64_t rows, const char* name) {
-  return vector<float>(x, ScalarType::Float, rows, name);
-}
-
-const float* floats(const MaybeTensor& x, int64_t rows, const char* name) {
-  return x ? floats(*x, rows, name) : nullptr;
-}
+using Seven = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 fastpo::RowsIn rows_in(const Tensor& logits, const Tensor& tokens, double temperature,
                        const MaybeTensor& temperatures) {
@@ -73,10 +32,6 @@ fastpo::Matrix gradient(const Tensor& out, const Tensor& logits) {
   STD_TORCH_CHECK(out.scalar_type() == logits.scalar_type() || logits.scalar_type() == ScalarType::Float,
                   "out must have the dtype of logits, or a 2-byte dtype under float32 logits");
   return matrix(out, "out");
-}
-
-Tensor new_vector(const Tensor& like, ScalarType type) {
-  return torch::stable::new_empty(like, {like.size(0)}, type);
 }
 
 template <class F>
@@ -99,11 +54,8 @@ float* scratch_row(int64_t columns) {
   return row.get();
 }
 
-Four row_stats(const Tensor& logits, const Tensor& tokens, double temperature,
-               const MaybeTensor& temperatures, const MaybeTensor& live) {
+Four fill_stats(fastpo::StatsParams& p, const Tensor& logits, const MaybeTensor& live) {
   const int64_t rows = logits.size(0);
-  fastpo::StatsParams p;
-  p.in = rows_in(logits, tokens, temperature, temperatures);
   p.live = live ? vector<const bool>(*live, ScalarType::Bool, rows, "live") : nullptr;
   Tensor logprobs = new_vector(logits, ScalarType::Float), entropy = new_vector(logits, ScalarType::Float);
   Tensor row_max = new_vector(logits, ScalarType::Float), log_sum = new_vector(logits, ScalarType::Float);
@@ -114,6 +66,26 @@ Four row_stats(const Tensor& logits, const Tensor& tokens, double temperature,
   const auto& kernels = fastpo::row_kernels();
   over_rows(rows, p.in.columns, [&](int64_t begin, int64_t end) { kernels.row_stats(p, begin, end); });
   return {logprobs, entropy, row_max, log_sum};
+}
+
+Four row_stats(const Tensor& logits, const Tensor& tokens, double temperature,
+               const MaybeTensor& temperatures, const MaybeTensor& live) {
+  fastpo::StatsParams p;
+  p.in = rows_in(logits, tokens, temperature, temperatures);
+  return fill_stats(p, logits, live);
+}
+
+Seven row_details(const Tensor& logits, const Tensor& tokens, double temperature,
+                  const MaybeTensor& temperatures, const MaybeTensor& live) {
+  const int64_t rows = logits.size(0);
+  fastpo::StatsParams p;
+  p.in = rows_in(logits, tokens, temperature, temperatures);
+  Tensor squares = new_vector(logits, ScalarType::Float), mean = new_vector(logits, ScalarType::Float);
+  Tensor top1 = new_vector(logits, ScalarType::Bool);
+  p.log_sum_sq_probs = floats(squares, rows, "log_sum_sq_probs");
+  p.mean_logits = floats(mean, rows, "mean_logits");
+  p.is_top1 = vector<bool>(top1, ScalarType::Bool, rows, "is_top1");
+  return std::tuple_cat(fill_stats(p, logits, live), std::make_tuple(squares, mean, top1));
 }
 
 void row_grad(const Tensor& logits, const Tensor& tokens, const Tensor& logprobs, const Tensor& entropy,
@@ -134,27 +106,30 @@ void row_grad(const Tensor& logits, const Tensor& tokens, const Tensor& logprobs
   over_rows(rows, p.in.columns, [&](int64_t begin, int64_t end) { kernels.row_grad(p, begin, end); });
 }
 
-// `rule` lists the fields of fastpo.backends.base.Rule in order.
-fastpo::Rule rule_of(const std::vector<double>& rule) {
-  STD_TORCH_CHECK(rule.size() == 9, "rule must hold the 9 fields of Rule, got ", rule.size());
-  fastpo::Rule out;
-  out.surrogate = fastpo::Surrogate(int(rule[0]));
-  out.kl = fastpo::Kl(int(rule[1]));
-  out.kl_ratio_weighted = rule[2] != 0;
-  out.ratio_low = float(rule[3]);
-  out.ratio_high = float(rule[4]);
-  out.ratio_max = float(rule[5]);
-  out.kl_coef = float(rule[6]);
-  out.tau_pos = float(rule[7]);
-  out.tau_neg = float(rule[8]);
-  return out;
+// `numbers` lists the fields of fastpo.backends.base.Rule in order.
+fastpo::Rule rule_of(const std::vector<double>& numbers) {
+  STD_TORCH_CHECK(numbers.size() == 19, "rule must hold the 19 fields of Rule, got ", numbers.size());
+  auto next = numbers.begin();
+  fastpo::Rule rule;
+  rule.surrogate = fastpo::Surrogate(int(*next++));
+  rule.kl = fastpo::Kl(int(*next++));
+  rule.kl_ratio_weighted = *next++ != 0;
+  rule.old_kl = fastpo::Kl(int(*next++));
+  rule.gate = fastpo::Gate(int(*next++));
+  rule.two_sided = *next++ != 0;
+  for (float* field : {&rule.ratio_low, &rule.ratio_high, &rule.ratio_max, &rule.ratio_min,
+                       &rule.ratio_max_pos, &rule.power_pos, &rule.power_neg, &rule.keep_low,
+                       &rule.keep_high, &rule.kl_coef, &rule.old_kl_coef, &rule.tau_pos, &rule.tau_neg})
+    *field = float(*next++);
+  return rule;
 }
 
 Four row_policy_loss(const Tensor& logits, const Tensor& tokens, const Tensor& weight,
                      const Tensor& advantages, const MaybeTensor& old_logprobs,
                      const MaybeTensor& ref_logprobs, const MaybeTensor& entropy_weight,
-                     const std::vector<double>& rule, double temperature, const MaybeTensor& temperatures,
-                     const MaybeTensor& out) {
+                     const MaybeTensor& clip_low, const MaybeTensor& clip_high,
+                     const MaybeTensor& nll_weight, const std::vector<double>& rule, double temperature,
+                     const MaybeTensor& temperatures, const MaybeTensor& out) {
   const int64_t rows = logits.size(0);
   fastpo::LossParams p;
   p.in = rows_in(logits, tokens, temperature, temperatures);
@@ -164,6 +139,9 @@ Four row_policy_loss(const Tensor& logits, const Tensor& tokens, const Tensor& w
   p.old_logprobs = floats(old_logprobs, rows, "old_logprobs");
   p.ref_logprobs = floats(ref_logprobs, rows, "ref_logprobs");
   p.entropy_weight = floats(entropy_weight, rows, "entropy_weight");
+  p.clip_low = floats(clip_low, rows, "clip_low");
+  p.clip_high = floats(clip_high, rows, "clip_high");
+  p.nll_weight = floats(nll_weight, rows, "nll_weight");
   p.rule = rule_of(rule);
   STD_TORCH_CHECK(p.rule.kl == fastpo::Kl::kNone || ref_logprobs, "a KL penalty needs ref_logprobs");
   Tensor loss = new_vector(logits, ScalarType::Float), logprobs = new_vector(logits, ScalarType::Float);
@@ -191,7 +169,8 @@ void scale_(const Tensor& grad, const Tensor& factor) {
   "Tensor tokens, " FASTPO_STATS_ARGS "Tensor logprob_grad, Tensor? entropy_grad, " FASTPO_TEMPERATURE
 #define FASTPO_LOSS_ARGS                                                                    \
   "Tensor tokens, Tensor weight, Tensor advantages, Tensor? old_logprobs, "                 \
-  "Tensor? ref_logprobs, Tensor? entropy_weight, float[] rule, " FASTPO_TEMPERATURE
+  "Tensor? ref_logprobs, Tensor? entropy_weight, Tensor? clip_low, Tensor? clip_high, "     \
+  "Tensor? nll_weight, float[] rule, " FASTPO_TEMPERATURE
 #define FASTPO_TEMPERATURE "float temperature, Tensor? temperatures"
 #define FASTPO_FOUR ") -> (Tensor, Tensor, Tensor, Tensor)"
 
@@ -199,6 +178,8 @@ void scale_(const Tensor& grad, const Tensor& factor) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastpo, m) {
   m.def("cpp_row_stats(Tensor logits, Tensor tokens, " FASTPO_TEMPERATURE ", Tensor? live" FASTPO_FOUR);
+  m.def("cpp_row_details(Tensor logits, Tensor tokens, " FASTPO_TEMPERATURE
+        ", Tensor? live) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("cpp_row_grad(Tensor logits, " FASTPO_GRAD_ARGS ", Tensor(a!) out) -> ()");
   m.def("cpp_row_policy_loss(Tensor logits, " FASTPO_LOSS_ARGS ", Tensor(a!)? out" FASTPO_FOUR);
   m.def("cpp_scale_(Tensor(a!) grad, Tensor factor) -> ()");
@@ -206,6 +187,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastpo, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fastpo, CPU, m) {
   m.impl("cpp_row_stats", TORCH_BOX(&row_stats));
+  m.impl("cpp_row_details", TORCH_BOX(&row_details));
   m.impl("cpp_row_grad", TORCH_BOX(&row_grad));
   m.impl("cpp_row_policy_loss", TORCH_BOX(&row_policy_loss));
   m.impl("cpp_scale_", TORCH_BOX(&scale_));

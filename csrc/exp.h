@@ -11,7 +11,7 @@ namespace fastpo {
 
 // For floor <= d <= T / 2, or NaN; exactly 0 at the floor, -127 octaves down. Relative error: 1.2 ulp, and
 // what rounding T ln(2) costs: 3e-9 |d / T| at T = 1, at most 6e-8 |d / T|. Results under 2^-126 are
-// inexact, but stay under it.
+// inexact, if they are not flushed to 0, but stay under it.
 //
 // With o = T ln(2) and W = 8 or 16 steps per octave, d = o n / W + f, |f| <= o / (2 W). Adding
 // 1.5 * 2^23 / W to d / o rounds it to such a step and leaves n in the low bits of the sum, from where

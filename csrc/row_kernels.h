@@ -8,6 +8,8 @@
 #include <float.h>
 #include <math.h>
 
+#include <type_traits>
+
 #include "exp.h"
 #include "lanes.h"
 #include "rows.h"
@@ -91,12 +93,15 @@ struct RowKernels {
     float reference = -FLT_MAX;
     double exps = 0;      // of exp(d_j / T)
     double weighted = 0;  // of d_j exp(d_j / T)
+    double squares = 0;   // of exp(2 d_j / T), if details are wanted
+    double logits = 0;    // of z_j, likewise
 
     void raise(float block_max, double temperature) {
       if (!(block_max > reference)) return;
       const double change = double(reference) - block_max, factor = ::exp(change / temperature);
       weighted = factor * (weighted + change * exps);
       exps *= factor;
+      squares *= factor * factor;
       reference = block_max;
     }
   };
@@ -119,6 +124,64 @@ struct RowKernels {
     });
     sums.exps += total(plain);
     sums.weighted += total(weighted);
+  }
+
+  // What else a sweep can tell; the block loop finds the maximum first, and so where it stands first.
+  struct Details {
+    float log_sum_sq_probs;
+    float mean_logit;  // of u
+    bool is_top1;
+  };
+
+  // Adds a block's squares and logits; its exponentials are computed anew, from the first-level cache.
+  template <class T>
+  static void add_details(const T* z, int64_t columns, ScaledExp<S> exp, Sums& sums) {
+    const Vec reference = S::all(sums.reference);
+    Vec squares[kChains], logits[kChains];
+    for (Vec& s : squares) s = S::all(0);
+    for (Vec& s : logits) s = S::all(0);
+    forward(columns, [&](int chain, int64_t j, auto lanes) FASTPO_LAMBDA {
+      const Vec logit = S::load(z + j, lanes), e = exp(exp.floored(S::sub(logit, reference)));
+      squares[chain] = S::mul_add(e, e, squares[chain]);
+      if constexpr (std::is_same_v<decltype(lanes), All>) logits[chain] = S::add(logits[chain], logit);
+    });
+    for (int64_t j = columns / W * W; j < columns; ++j) sums.logits += S::first(S::load(z + j, First{1}));
+    sums.squares += total(squares);
+    sums.logits += total(logits);
+  }
+
+  // Whether the token's logit is the row's largest and the first of that size, as argmax has it.
+  // `start`: of the first block that holds the largest logit.
+  template <class T>
+  static bool is_first_max(const RowsIn& in, const T* z, int64_t start, float max, int64_t token) {
+    if (token < start || token >= start + block_size(in, start)) return false;
+    if (S::first(S::load(z + token, First{1})) != max) return false;
+    return token == start || max_logit(z + start, token - start) < max;
+  }
+
+  // First sweep for statistics alone, with details.
+  template <class T>
+  static Summary summarize(const RowsIn& in, int64_t i, Details& details) {
+    const T* z = static_cast<const T*>(in.logits.row(i));
+    const double temperature = in.temperature.of(i);
+    const ScaledExp<S> exp(temperature);
+    Sums sums;
+    float max = -INFINITY;
+    int64_t max_start = 0;
+    for (int64_t start = 0; start < in.columns; start += kBlock) {
+      const int64_t size = block_size(in, start);
+      const float block_max = max_logit(z + start, size);
+      if (block_max > max) max = block_max, max_start = start;
+      sums.raise(block_max, temperature);
+      add_block<false>(z + start, size, exp, nullptr, sums);
+      add_details(z + start, size, exp, sums);
+    }
+    const Summary row = summary_of(sums, token_logit(in, i, z), temperature);
+    details.log_sum_sq_probs = float(log(sums.squares) - 2 * log(sums.exps));
+    details.mean_logit = float(sums.logits / double(in.columns) / temperature);
+    const bool is_number = row.logprob == row.logprob;
+    details.is_top1 = is_number && is_first_max(in, z, max_start, max, in.tokens[i]);
+    return row;
   }
 
   // First sweep. Keeps the exponentials of every block, and to which logit they are relative, if kKeep.

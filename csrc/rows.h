@@ -62,6 +62,9 @@ struct StatsParams {
   float* entropy = nullptr;
   float* row_max = nullptr;
   float* log_sum = nullptr;
+  float* log_sum_sq_probs = nullptr;  // this and the next two: null, or given all three
+  float* mean_logits = nullptr;
+  bool* is_top1 = nullptr;
 };
 
 struct GradParams {
@@ -82,6 +85,9 @@ struct LossParams {
   const float* old_logprobs = nullptr;
   const float* ref_logprobs = nullptr;
   const float* entropy_weight = nullptr;
+  const float* clip_low = nullptr;
+  const float* clip_high = nullptr;
+  const float* nll_weight = nullptr;
   Rule rule;
   Matrix out;               // gradient (N, V), may lie in the logits' own rows; data null: not wanted
   float* loss = nullptr;    // (N,), out, as all below
@@ -107,6 +113,8 @@ struct Kept {
 // The scratch of a row: V exponentials, then the references.
 FASTPO_INLINE int64_t scratch_floats(int64_t columns) { return columns + columns / kBlock + 1; }
 
+struct KeptKernelTable;  // kept_rows.h
+
 // The primitives compiled for one instruction set, each over rows [begin, end).
 struct RowKernelTable {
   const char* simd;
@@ -115,6 +123,7 @@ struct RowKernelTable {
   // `scratch` holds scratch_floats(V); unused without a gradient.
   void (*row_policy_loss)(const LossParams&, int64_t begin, int64_t end, float* scratch);
   void (*scale)(const ScaleParams&, int64_t begin, int64_t end);
+  const KeptKernelTable* kept;
 };
 
 extern const RowKernelTable kPortableRows;

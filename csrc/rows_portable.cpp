@@ -1,8 +1,10 @@
+#include "kept_kernels.h"
 #include "row_table.h"
 #include "simd_portable.h"
 
 namespace fastpo {
 
-const RowKernelTable kPortableRows = RowTable<Portable>::table();
+static constexpr KeptKernelTable kPortableKept = KeptKernels<Portable>::table();
+const RowKernelTable kPortableRows = RowTable<Portable>::table(&kPortableKept);
 
 }  // namespace fastpo

@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "exp2_steps.h"
+#include "flush_to_zero.h"
 #include "lanes.h"
 #include "rows.h"
 
@@ -12,6 +13,7 @@ namespace fastpo {
 
 struct Avx2 {
   using Vec = __m256;
+  using SubnormalGuard = FlushToZero;
   static constexpr int64_t width = 8;
   static constexpr const char* name = "avx2";
 

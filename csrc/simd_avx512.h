@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include "exp2_steps.h"
+#include "flush_to_zero.h"
 #include "lanes.h"
 #include "rows.h"
 
@@ -11,6 +12,7 @@ namespace fastpo {
 
 struct Avx512 {
   using Vec = __m512;
+  using SubnormalGuard = FlushToZero;
   static constexpr int64_t width = 16;
   static constexpr const char* name = "avx512";
 

@@ -1,6 +1,8 @@
 // Any CPU: 8 float lanes in plain C++, written so that compilers vectorise the lane loops.
 #pragma once
 
+#include <float.h>
+#include <math.h>
 #include <string.h>
 
 #include "exp2_steps.h"
@@ -26,13 +28,17 @@ struct Portable {
   static FASTPO_INLINE Vec load(const T* p, First part) {
     return map([=](int k) { return k < part.count ? to_float(p[k]) : -INFINITY; });
   }
+  // Not every CPU has a switch for it: stores leave subnormals out one by one.
+  struct SubnormalGuard {};
+  static FASTPO_INLINE float flushed(float x) { return fabsf(x) < FLT_MIN ? 0.0f : x; }
+
   template <class T>
   static FASTPO_INLINE void store(T* p, const Vec& v, All) {
-    for (int k = 0; k < width; ++k) assign(p[k], v.lane[k]);
+    for (int k = 0; k < width; ++k) assign(p[k], flushed(v.lane[k]));
   }
   template <class T>
   static FASTPO_INLINE void store(T* p, const Vec& v, First part) {
-    for (int k = 0; k < part.count; ++k) assign(p[k], v.lane[k]);
+    for (int k = 0; k < part.count; ++k) assign(p[k], flushed(v.lane[k]));
   }
 
   static FASTPO_INLINE Vec all(float x) {

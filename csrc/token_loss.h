@@ -17,22 +17,45 @@
 
 namespace fastpo {
 
-enum class Surrogate : int { kClip, kCispo, kSapo, kReinforce };
+enum class Surrogate : int { kClip, kCispo, kSapo, kReinforce, kGate };
+enum class Gate : int { kNone, kRatio, kTv, kKl };
 enum class Kl : int { kNone, kK1, kK2, kK3, kAbs, kK1Plus, kK3Plus };
 
 constexpr uint8_t kClippedLow = 1, kClippedHigh = 2, kClippedMax = 4;
 constexpr float kMaxLogRatio = 20.0f;
+constexpr float kBinaryKlEps = 1e-8f;
 
 struct Rule {
   Surrogate surrogate = Surrogate::kClip;
   Kl kl = Kl::kNone;
   bool kl_ratio_weighted = false;
-  float ratio_low = 0;   // 1 - clip_low
-  float ratio_high = 0;  // 1 + clip_high
-  float ratio_max = 0;   // inf = none
+  Kl old_kl = Kl::kNone;
+  Gate gate = Gate::kNone;
+  bool two_sided = false;
+  float ratio_low = 0;  // what r, or the gate's divergence, is compared with
+  float ratio_high = 0;
+  float ratio_max = 0;  // inf = none
+  float ratio_min = 0;
+  float ratio_max_pos = 0;  // inf = none
+  float power_pos = 1;
+  float power_neg = 1;
+  float keep_low = 0;
+  float keep_high = 0;
   float kl_coef = 0;
+  float old_kl_coef = 0;
   float tau_pos = 1;
   float tau_neg = 1;
+};
+
+// The numbers of one token. A null pointer means "not given".
+struct TokenInputs {
+  float logprob = 0;
+  float advantage = 0;
+  const float* old_logprob = nullptr;  // null: on-policy
+  const float* ref_logprob = nullptr;
+  const float* clip_low = nullptr;  // in place of the rule's ratio_low and ratio_high
+  const float* clip_high = nullptr;
+  const float* nll_weight = nullptr;  // of an SFT term, -nll_weight * logprob
 };
 
 // A value and its derivative with respect to the token's log-prob.
@@ -71,11 +94,46 @@ FASTPO_SCALAR TokenLoss clip_loss(const Rule& rule, Dual ratio, float advantage)
   return {{loss, flags ? 0.0f : -advantage * ratio.slope}, flags};
 }
 
-// -sg(min(r, ratio_max)) A logp.
+// -sg(clip(r, low, high)) A logp.
 FASTPO_SCALAR TokenLoss cispo_loss(const Rule& rule, Dual ratio, float advantage, float logprob) {
-  float slope = -min_or_nan(ratio.value, rule.ratio_max) * advantage;
-  uint8_t flags = ratio.value > rule.ratio_max ? kClippedMax : 0;
+  float r = ratio.value;
+  float slope = -min_or_nan(max_or_nan(r, rule.ratio_low), rule.ratio_high) * advantage;
+  uint8_t flags = 0;
+  if (advantage < 0 && r < rule.ratio_low) flags |= kClippedLow;
+  if (advantage > 0 && r > rule.ratio_high) flags |= kClippedMax;
   return {{slope * logprob, slope}, flags};
+}
+
+// What a gate compares with its bounds: r, p - q, or the KL of the Bernoulli distributions (q, p), q old,
+// with the sign of p - q.
+FASTPO_SCALAR float gate_divergence(Gate gate, float ratio, float logprob, float old_logprob) {
+  if (gate == Gate::kNone || gate == Gate::kRatio) return ratio;
+  float q = expf(old_logprob);
+  float difference = expf(logprob) - q;
+  if (gate == Gate::kTv) return difference;
+  float rest = max_or_nan(-expm1f(logprob), 0.0f) + kBinaryKlEps;
+  float old_rest = max_or_nan(-expm1f(old_logprob), 0.0f) + kBinaryKlEps;
+  float kl = q * (old_logprob - logprob) + (1.0f - q) * logf(old_rest / rest);
+  return difference > 0 ? kl : -kl;
+}
+
+// -sg(w) A logp; w = clip(r^k, ratio_min, ratio_max) inside the gate, keep times the bound outside.
+FASTPO_SCALAR TokenLoss gate_loss(const Rule& rule, Dual ratio, float log_ratio, const TokenInputs& in,
+                                  float old_logprob) {
+  bool positive = in.advantage > 0, negative = in.advantage < 0;
+  float most = positive ? min_or_nan(rule.ratio_max_pos, rule.ratio_max) : rule.ratio_max;
+  float clamped = max_or_nan(min_or_nan(log_ratio, kMaxLogRatio), -kMaxLogRatio);
+  float powered = expf((positive ? rule.power_pos : rule.power_neg) * clamped);
+  float weight = min_or_nan(max_or_nan(powered, rule.ratio_min), most);
+  float divergence = gate_divergence(rule.gate, ratio.value, in.logprob, old_logprob);
+  bool below = divergence < rule.ratio_low && (negative || rule.two_sided);
+  bool above = divergence > rule.ratio_high && (positive || rule.two_sided);
+  if (below) weight = rule.keep_low * rule.ratio_low;
+  if (above) weight = rule.keep_high * rule.ratio_high;
+  uint8_t flags = (below ? kClippedLow : 0) | (above ? kClippedHigh : 0);
+  if (powered > most && !flags) flags = kClippedMax;
+  float slope = -weight * in.advantage;
+  return {{slope * in.logprob, slope}, flags};
 }
 
 // -A (4 / tau) g with g = sigmoid(tau (r - 1)), slope -4 A g (1 - g) r'.
@@ -86,16 +144,19 @@ FASTPO_SCALAR TokenLoss sapo_loss(const Rule& rule, Dual ratio, float advantage)
   return {{-advantage * (4.0f / tau) * gate, slope}, 0};
 }
 
-FASTPO_SCALAR TokenLoss surrogate_loss(const Rule& rule, Dual ratio, float advantage, float logprob) {
+FASTPO_SCALAR TokenLoss surrogate_loss(const Rule& rule, Dual ratio, float log_ratio, const TokenInputs& in,
+                                       float old_logprob) {
   switch (rule.surrogate) {
     case Surrogate::kClip:
-      return clip_loss(rule, ratio, advantage);
+      return clip_loss(rule, ratio, in.advantage);
     case Surrogate::kCispo:
-      return cispo_loss(rule, ratio, advantage, logprob);
+      return cispo_loss(rule, ratio, in.advantage, in.logprob);
     case Surrogate::kSapo:
-      return sapo_loss(rule, ratio, advantage);
+      return sapo_loss(rule, ratio, in.advantage);
+    case Surrogate::kGate:
+      return gate_loss(rule, ratio, log_ratio, in, old_logprob);
     default:  // kReinforce: -A logp
-      return {{-advantage * logprob, -advantage}, 0};
+      return {{-in.advantage * in.logprob, -in.advantage}, 0};
   }
 }
 
@@ -120,17 +181,31 @@ FASTPO_SCALAR Dual kl_estimate(Kl kl, float k) {
   }
 }
 
-// Surrogate + kl_coef * KL [* r]. `old_logprob` and `ref_logprob` may be null: on-policy, no reference.
-FASTPO_SCALAR TokenLoss token_loss(const Rule& rule, float logprob, float advantage,
-                                   const float* old_logprob, const float* ref_logprob) {
-  Dual ratio = importance_ratio(logprob - (old_logprob ? *old_logprob : logprob));
-  TokenLoss token = surrogate_loss(rule, ratio, advantage, logprob);
-  if (rule.kl == Kl::kNone || !ref_logprob) return token;
-  Dual kl = kl_estimate(rule.kl, logprob - *ref_logprob);
-  if (rule.kl_ratio_weighted)
-    kl = {kl.value * ratio.value, kl.slope * ratio.value + kl.value * ratio.slope};
-  token.loss.value += rule.kl_coef * kl.value;
-  token.loss.slope += rule.kl_coef * kl.slope;
+// Surrogate + kl_coef * KL [* r] + old_kl_coef * KL to the behaviour policy - nll_weight * logprob.
+FASTPO_SCALAR TokenLoss token_loss(const Rule& shared_rule, const TokenInputs& in) {
+  Rule rule = shared_rule;
+  if (in.clip_low) rule.ratio_low = *in.clip_low;
+  if (in.clip_high) rule.ratio_high = *in.clip_high;
+  float old_logprob = in.old_logprob ? *in.old_logprob : in.logprob;
+  float log_ratio = in.logprob - old_logprob;
+  Dual ratio = importance_ratio(log_ratio);
+  TokenLoss token = surrogate_loss(rule, ratio, log_ratio, in, old_logprob);
+  if (rule.kl != Kl::kNone && in.ref_logprob) {
+    Dual kl = kl_estimate(rule.kl, in.logprob - *in.ref_logprob);
+    if (rule.kl_ratio_weighted)
+      kl = {kl.value * ratio.value, kl.slope * ratio.value + kl.value * ratio.slope};
+    token.loss.value += rule.kl_coef * kl.value;
+    token.loss.slope += rule.kl_coef * kl.slope;
+  }
+  if (rule.old_kl != Kl::kNone) {
+    Dual kl = kl_estimate(rule.old_kl, log_ratio);
+    token.loss.value += rule.old_kl_coef * kl.value;
+    token.loss.slope += rule.old_kl_coef * kl.slope;
+  }
+  if (in.nll_weight) {
+    token.loss.value -= *in.nll_weight * in.logprob;
+    token.loss.slope -= *in.nll_weight;
+  }
   return token;
 }
 

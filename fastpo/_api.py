@@ -12,18 +12,26 @@ from fastpo.ops.linear import linear_policy_loss, linear_token_logprobs
 from fastpo.ops.logits import policy_loss, token_logprobs
 from fastpo.ops.results import PolicyLoss, TokenLogprobs
 from fastpo.presets import (
+    aspo,
     bnpo,
+    ce_gppo,
     cispo,
     dapo,
+    dppo,
     dr_grpo,
+    dro,
     gmpo,
     gpg,
     grpo,
     gspo,
+    gspo_token,
+    icepop,
+    ipo,
     luspo,
     ppo,
     reinforce,
     sapo,
+    topr,
     vespo,
 )
 from fastpo.rewards import overlong_penalty

@@ -50,6 +50,12 @@ def _register_fakes() -> None:
     def row_stats(logits, *arguments):
         return vectors(logits, *[torch.float32] * 4)
 
+    def row_details(logits, *arguments):
+        return vectors(logits, *[torch.float32] * 6, torch.bool)
+
+    def kept_stats(hidden, weight, bias, tokens, ids, *arguments):
+        return *vectors(hidden, *[torch.float32] * 4), *vectors(ids, torch.float32)
+
     def row_policy_loss(logits, *arguments):
         return vectors(logits, *[torch.float32] * 3, torch.uint8)
 
@@ -63,6 +69,9 @@ def _register_fakes() -> None:
 
     for name, fake in {
         "cpp_row_stats": row_stats,
+        "cpp_row_details": row_details,
+        "cpp_kept_stats": kept_stats,
+        "cpp_kept_grad": nothing,
         "cpp_row_policy_loss": row_policy_loss,
         "cpp_row_grad": nothing,
         "cpp_scale_": nothing,

@@ -20,15 +20,30 @@ from torch import Tensor
 
 from fastpo.segments import Segments
 
-SURROGATES = ("clip", "cispo", "sapo", "reinforce", "gmpo", "vespo")
-TOKEN_SURROGATES = SURROGATES[:4]  # loss of a token depends on that token's log-prob alone
+SURROGATES = ("clip", "cispo", "sapo", "reinforce", "gate", "gmpo", "vespo")
+TOKEN_SURROGATES = SURROGATES[:5]  # loss of a token depends on that token's log-prob alone
+GATES = ("none", "ratio", "tv", "kl")
 KL_ESTIMATORS = ("k1", "k2", "k3", "abs", "k1+", "k3+")
 AGGREGATIONS = ("token_mean", "sequence_mean", "sequence_sum", "constant")
-RATIO_LEVELS = ("token", "sequence")
+RATIO_LEVELS = ("token", "sequence", "sequence_token")
 
 MAX_LOG_RATIO = 20.0  # |log r| is clamped here before exp: 0 * inf would be NaN for clipped tokens
 VESPO_MIN_LOG_WEIGHT = math.log(1e-8)
 VESPO_MIN_RATE = 1e-4
+BINARY_KL_EPS = 1e-8  # added to both 1 - p, as in verl: p = 1 has a finite divergence
+
+# Fields that mean something to some surrogates only; elsewhere they must keep their default.
+_ONLY_FOR = {
+    "ratio_max": ("clip", "cispo", "gate"),
+    "ratio_min": ("cispo", "gate"),
+    **dict.fromkeys(
+        (
+            *("ratio_max_pos", "ratio_power_pos", "ratio_power_neg"),
+            *("gate", "gate_two_sided", "gate_keep_low", "gate_keep_high"),
+        ),
+        ("gate",),
+    ),
+}
 
 _PYTHON_TYPES = {"str": str, "bool": bool, "int": Integral, "float": Real}
 
@@ -43,6 +58,7 @@ class Objective:
     With d = logp - old and r = exp(clamp(d, -20, 20)), a token's loss is
 
         surrogate(r, A) + kl_coef * kl(logp, ref) [* r if kl_ratio_weighted]
+                        + old_kl_coef * kl(logp, old)
 
     and the objective is sum_t w_t * loss_t - entropy_coef * (token mean of the entropy), where the
     weights w_t follow from `aggregation` (see `token_weights`).
@@ -55,23 +71,47 @@ class Objective:
     name: str = "custom"
     """A label for logs; it selects nothing."""
     surrogate: str = "clip"
-    """clip | cispo | sapo | reinforce | gmpo | vespo."""
+    """clip | cispo | sapo | reinforce | gate | gmpo | vespo."""
     ratio_level: str = "token"
-    """token: r_t; sequence: s = exp(mean_t d_t), shared by the sequence (clip surrogate only)."""
+    """token: r_t; sequence: s = exp(mean_t d_t), shared by the sequence; sequence_token: sg(s) *
+    p_t / sg(p_t), the same value, its gradient each token's own (clip, cispo and sapo)."""
     aggregation: str = "token_mean"
     """token_mean | sequence_mean | sequence_sum | constant."""
     clip_low: float = 0.2
-    """r is clipped from below at 1 - clip_low (gmpo: log r at -clip_low)."""
+    """r is clipped from below at 1 - clip_low (gmpo: log r at -clip_low; gate: see there)."""
     clip_high: float = 0.2
-    """r is clipped from above at 1 + clip_high (gmpo: log r at clip_high)."""
+    """r is clipped from above at 1 + clip_high (gmpo: log r at clip_high; gate: see there)."""
     ratio_max: float | None = None
-    """clip: bound on r where A < 0 (TRL's `delta`, verl's `clip_ratio_c`). cispo: the bound."""
+    """clip: bound on r where A < 0 (TRL's `delta`, verl's `clip_ratio_c`). cispo, gate: the upper
+    bound on the weight."""
+    ratio_min: float = 0.0
+    """cispo, gate: the lower bound on the weight."""
+    gate: str = "none"
+    """gate: what tells whether a token is inside: none | ratio, r in [1 - clip_low, 1 + clip_high]
+    | tv, p - p_old in [-clip_low, clip_high] | kl, the KL of the two Bernoulli distributions
+    (p_old, p), with the sign of p - p_old, in [-clip_low, clip_high]."""
+    gate_two_sided: bool = False
+    """gate: both bounds hold for every token; else the upper where A > 0, the lower where A < 0."""
+    gate_keep_low: float = 0.0
+    """gate: below the lower bound the weight is this times the bound (gate="ratio"); 0 drops."""
+    gate_keep_high: float = 0.0
+    """gate: above the upper bound the weight is this times the bound (gate="ratio"); 0 drops."""
+    ratio_power_pos: int = 1
+    """gate: the weight is r to this power, 1, 0 or -1, where A > 0, then bounded."""
+    ratio_power_neg: int = 1
+    """gate: the same where A <= 0."""
+    ratio_max_pos: float | None = None
+    """gate: a second upper bound on the weight where A > 0."""
     kl_coef: float = 0.0
     """Weight of the KL penalty to the reference policy; 0 needs no `ref_logprobs`."""
     kl_estimator: str = "k3"
     """k1 | k2 | k3 | abs | k1+ | k3+; "+" keeps the value and takes the gradient of k2."""
     kl_ratio_weighted: bool = False
     """Multiply the KL term by r (TRL's `use_bias_correction_kl`)."""
+    old_kl_coef: float = 0.0
+    """Weight of a KL penalty to the behaviour policy, on d = logp - old."""
+    old_kl_estimator: str = "k2"
+    """Its estimator, as `kl_estimator`."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus: subtracts coef * token mean of the entropy."""
     max_length: int | None = None
@@ -99,17 +139,13 @@ class Objective:
         self._check_types()
         self._check_names()
         self._check_numbers()
-        if self.ratio_level == "sequence" and self.surrogate != "clip":
+        if self.ratio_level != "token" and self.surrogate not in ("clip", "cispo", "sapo"):
             raise ValueError(
-                f"ratio_level='sequence' is defined for surrogate='clip', got {self.surrogate!r}; "
+                f"ratio_level={self.ratio_level!r} is defined for surrogate 'clip', 'cispo' or "
+                f"'sapo', got {self.surrogate!r}; "
                 "gmpo and vespo already couple a whole sequence with ratio_level='token'"
             )
-        if self.surrogate == "cispo" and self.ratio_max is None:
-            raise ValueError("surrogate='cispo' needs ratio_max, the bound on the ratio, e.g. 5.0")
-        if self.ratio_max is not None and self.surrogate not in ("clip", "cispo"):
-            raise ValueError(
-                f"ratio_max has no meaning for surrogate={self.surrogate!r}; leave it None"
-            )
+        self._check_bounds()
 
     def _check_names(self) -> None:
         for field, allowed in (
@@ -117,6 +153,8 @@ class Objective:
             ("ratio_level", RATIO_LEVELS),
             ("aggregation", AGGREGATIONS),
             ("kl_estimator", KL_ESTIMATORS),
+            ("old_kl_estimator", KL_ESTIMATORS),
+            ("gate", GATES),
         ):
             value = getattr(self, field)
             if value not in allowed:
@@ -138,7 +176,8 @@ class Objective:
 
     def _check_numbers(self) -> None:
         vespo = [field.name for field in fields(self) if field.name.startswith("vespo_")]
-        for field in ("clip_low", "clip_high", "kl_coef", *vespo):
+        bounds = ("clip_low", "clip_high", "ratio_min", "gate_keep_low", "gate_keep_high")
+        for field in (*bounds, "kl_coef", "old_kl_coef", *vespo):
             if getattr(self, field) < 0:
                 raise ValueError(f"{field} is {getattr(self, field)}, expected a number >= 0")
         for field in ("sapo_tau_pos", "sapo_tau_neg"):
@@ -148,10 +187,51 @@ class Objective:
             raise ValueError(
                 f"max_length is {self.max_length}, expected a positive number of tokens"
             )
-        if self.ratio_max is not None:
-            lowest = 1 + self.clip_high if self.surrogate == "clip" else 0.0
-            if self.ratio_max <= lowest:
-                raise ValueError(f"ratio_max is {self.ratio_max}, expected more than {lowest:g}")
+        for field in ("ratio_power_pos", "ratio_power_neg"):
+            if getattr(self, field) not in (1, 0, -1):
+                raise ValueError(f"{field} is {getattr(self, field)}, expected 1, 0 or -1")
+
+    def _check_bounds(self) -> None:
+        for field in fields(self):
+            allowed = _ONLY_FOR.get(field.name, SURROGATES)
+            value = getattr(self, field.name)
+            if value != field.default and self.surrogate not in allowed:
+                raise ValueError(
+                    f"{field.name} is {value!r} but has no meaning for surrogate="
+                    f"{self.surrogate!r}; leave it {field.default!r}"
+                )
+        if self.surrogate == "cispo" and self.ratio_max is None:
+            raise ValueError("surrogate='cispo' needs ratio_max, the bound on the ratio, e.g. 5.0")
+        lowest = 1 + self.clip_high if self.surrogate == "clip" else self.ratio_min
+        for field in ("ratio_max", "ratio_max_pos"):
+            value = getattr(self, field)
+            if value is not None and value <= lowest:
+                raise ValueError(f"{field} is {value}, expected more than {lowest:g}")
+        if self.gate != "ratio" and (self.gate_keep_low or self.gate_keep_high):
+            raise ValueError(
+                f"gate_keep_low and gate_keep_high scale a bound on the ratio, got gate="
+                f"{self.gate!r}: leave them 0 (outside tokens are dropped), or use gate='ratio'"
+            )
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """(low, high): what the surrogate compares, r or the gate's divergence, with."""
+        if self.surrogate == "cispo":
+            return self.ratio_min, self.ratio_max
+        if self.surrogate == "gate" and self.gate == "none":
+            return -math.inf, math.inf
+        center = 0.0 if self.gate in ("tv", "kl") or self.surrogate == "gmpo" else 1.0
+        return center - self.clip_low, center + self.clip_high
+
+    @property
+    def takes_clip_bounds(self) -> bool:
+        """True when `bounds` are bounds on r, so that per-token ones can take their place."""
+        return self.surrogate in ("clip", "cispo") or self.gate == "ratio"
+
+    @property
+    def acts_without_advantage(self) -> bool:
+        """True when a token with A = 0 still has a gradient: a KL penalty, an entropy bonus."""
+        return any((self.kl_coef, self.old_kl_coef, self.entropy_coef))
 
     @property
     def is_token_level(self) -> bool:
@@ -170,7 +250,7 @@ class TokenLoss(NamedTuple):
     loss: Tensor  # surrogate + KL penalty, differentiable
     ratio: Tensor  # importance ratio the surrogate used, detached
     kl: Tensor | None  # KL estimate to the reference, detached
-    clipped: Tensor  # uint8: CLIPPED_LOW | CLIPPED_HIGH | CLIPPED_MAX, 0 = gradient flows
+    clipped: Tensor  # uint8: CLIPPED_LOW | CLIPPED_HIGH | CLIPPED_MAX, 0 = no bound was at work
 
 
 CLIPPED_LOW, CLIPPED_HIGH, CLIPPED_MAX = 1, 2, 4
@@ -185,6 +265,8 @@ def token_loss(
     ref_logprobs: Tensor | None = None,
     importance_weights: Tensor | None = None,
     sequence_weights: Tensor | None = None,
+    clip_bounds: tuple[Tensor, Tensor] | None = None,
+    nll_weights: Tensor | None = None,
     mask: Tensor | None = None,
     segments: Segments | None = None,
 ) -> TokenLoss:
@@ -199,9 +281,12 @@ def token_loss(
     takes the geometric mean of the token weights over the sequence, and vespo multiplies them into
     its weight W: every token's once, and the sequence's once.
 
+    `clip_bounds` (low, high), each (N,), take the place of the objective's bounds on r (DCPO,
+    RIPO). `nll_weights` (N,) add an SFT term beside the policy loss: -nll_weight * logp (VAPO).
+
     Raises:
-        ValueError: sequences are needed and `segments` is None, or `ref_logprobs` are missing or
-            superfluous.
+        ValueError: sequences are needed and `segments` is None, `ref_logprobs` are missing or
+            superfluous, or the objective has no bounds on r and `clip_bounds` are given.
     """
     if segments is None and (sequence_weights is not None or not objective.is_token_level):
         raise ValueError(
@@ -214,14 +299,19 @@ def token_loss(
             f"ref_logprobs is {got} with kl_coef={objective.kl_coef:g}: "
             "they are required exactly when kl_coef != 0"
         )
+    if clip_bounds is not None:
+        check_takes_clip_bounds(objective)
+        clip_bounds = tuple(_constant(bound, mask, 1) for bound in clip_bounds)
     logprobs = logprobs if mask is None else logprobs.masked_fill(~mask, 0)
-    old_logprobs = logprobs if old_logprobs is None else old_logprobs
+    old_logprobs = _constant(logprobs if old_logprobs is None else old_logprobs, mask, 0)
     tokens = _Tokens(
         logprobs=logprobs,
-        log_ratio=logprobs - _constant(old_logprobs, mask, 0),
+        old_logprobs=old_logprobs,
+        log_ratio=logprobs - old_logprobs,
         advantages=_constant(advantages, mask, 0),
         importance_weights=_constant(importance_weights, mask, 1),
         sequence_weights=_live_sequence_weights(sequence_weights, mask, segments),
+        bounds=clip_bounds or objective.bounds,
         mask=mask,
         segments=segments,
     )
@@ -232,7 +322,21 @@ def token_loss(
         kl = kl_term(objective, logprobs - _constant(ref_logprobs, mask, 0), weighting)
         loss = loss + objective.kl_coef * kl
         kl = kl.detach()
+    if objective.old_kl_coef != 0:
+        loss = loss + objective.old_kl_coef * _kl(objective.old_kl_estimator, tokens.log_ratio)
+    if nll_weights is not None:
+        loss = loss - _constant(nll_weights, mask, 0) * logprobs
     return TokenLoss(loss, ratio.detach(), kl, clipped)
+
+
+def check_takes_clip_bounds(objective: Objective) -> None:
+    """Refuse per-token bounds on r where the objective compares r with none."""
+    if not objective.takes_clip_bounds:
+        raise ValueError(
+            f"clip_bounds are given but objective {objective.name!r} (surrogate="
+            f"{objective.surrogate!r}, gate={objective.gate!r}) has no bounds on r: use surrogate "
+            "'clip' or 'cispo', or gate='ratio'; or leave them None"
+        )
 
 
 def kl_term(objective: Objective, log_ratio: Tensor, ratio: Tensor | None) -> Tensor:
@@ -242,13 +346,15 @@ def kl_term(objective: Objective, log_ratio: Tensor, ratio: Tensor | None) -> Te
 
 
 class _Tokens(NamedTuple):
-    """The inputs of a surrogate, harmless in masked slots: r = 1, A = 0, weights 1."""
+    """The inputs of a surrogate, harmless in masked slots: r = 1, A = 0, weights and bounds 1."""
 
     logprobs: Tensor
+    old_logprobs: Tensor
     log_ratio: Tensor
     advantages: Tensor
     importance_weights: Tensor | None
     sequence_weights: Tensor | None  # (B,)
+    bounds: tuple[Tensor, Tensor] | tuple[float, float]  # (N,) each, or the objective's
     mask: Tensor | None
     segments: Segments | None
 
@@ -291,16 +397,18 @@ def _exp(log_ratio: Tensor) -> Tensor:
 
 
 def _ratio(objective: Objective, tokens: _Tokens) -> Tensor:
-    log_ratio = tokens.log_ratio
-    if objective.ratio_level == "sequence":
-        log_ratio = tokens.segments.spread(tokens.segments.mean(log_ratio, tokens.mask))
+    if objective.ratio_level == "token":
+        return _exp(tokens.log_ratio)
+    log_ratio = tokens.segments.spread(tokens.segments.mean(tokens.log_ratio, tokens.mask))
+    if objective.ratio_level == "sequence_token":
+        log_ratio = log_ratio.detach() + (tokens.logprobs - tokens.logprobs.detach())
     return _exp(log_ratio)
 
 
 def _clip(objective: Objective, tokens: _Tokens) -> tuple[Tensor, Tensor, Tensor]:
     """PPO: -min(r A, clip(r, 1 - low, 1 + high) A), r bounded by ratio_max where A < 0."""
     ratio, advantages = _ratio(objective, tokens), tokens.weighted_advantages()
-    low, high = 1 - objective.clip_low, 1 + objective.clip_high
+    low, high = tokens.bounds
     bounded = ratio if objective.ratio_max is None else _clamp(ratio, 0, objective.ratio_max)
     loss = -torch.min(bounded * advantages, _clamp(ratio, low, high) * advantages)
     clipped = _flags((advantages < 0) & (ratio < low), CLIPPED_LOW)
@@ -311,10 +419,16 @@ def _clip(objective: Objective, tokens: _Tokens) -> tuple[Tensor, Tensor, Tensor
 
 
 def _cispo(objective: Objective, tokens: _Tokens) -> tuple[Tensor, Tensor, Tensor]:
-    """CISPO: -sg(min(r, ratio_max)) A logp: a clipped token keeps its gradient, but bounded."""
-    ratio = _ratio(objective, tokens).detach()
-    weight = ratio.clamp(max=objective.ratio_max) * tokens.weighted_advantages()
-    return -weight * tokens.logprobs, ratio, _flags(ratio > objective.ratio_max, CLIPPED_MAX)
+    """CISPO: -sg(clip(r, low, high)) A logp: a clipped token keeps its gradient, but bounded.
+
+    Counted as clipped is what PPO would stop: above the bound where A > 0 (as TRL and Liger count),
+    below it where A < 0.
+    """
+    ratio, advantages = _ratio(objective, tokens).detach(), tokens.weighted_advantages()
+    low, high = tokens.bounds
+    loss = -ratio.clamp(low, high) * advantages * tokens.logprobs
+    clipped = _flags((advantages < 0) & (ratio < low), CLIPPED_LOW)
+    return loss, ratio, clipped | _flags((advantages > 0) & (ratio > high), CLIPPED_MAX)
 
 
 def _sapo(objective: Objective, tokens: _Tokens) -> tuple[Tensor, Tensor, Tensor]:
@@ -331,6 +445,52 @@ def _reinforce(objective: Objective, tokens: _Tokens) -> tuple[Tensor, Tensor, T
     return loss, _ratio(objective, tokens), _no_flags(loss)
 
 
+def _gate(objective: Objective, tokens: _Tokens) -> tuple[Tensor, Tensor, Tensor]:
+    """The gate family: -sg(w) A logp with w = clip(r^k, ratio_min, ratio_max) inside the gate.
+
+    Outside, w is gate_keep times the bound that does not hold, 0 by default.
+    """
+    advantages = tokens.weighted_advantages()
+    ratio = _ratio(objective, tokens).detach()
+    positive, negative = advantages > 0, advantages < 0
+    power = _choose(positive, objective.ratio_power_pos, objective.ratio_power_neg, ratio)
+    most = _bound(objective.ratio_max)
+    most = _choose(positive, min(most, _bound(objective.ratio_max_pos)), most, ratio)
+    # Not r ** k: NaN ** 0 is 1, and a NaN must stay visible.
+    powered = (power * tokens.log_ratio.detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)).exp()
+    weight = torch.minimum(powered.clamp(min=objective.ratio_min), most)
+    low, high = tokens.bounds
+    divergence = _divergence(objective.gate, tokens, ratio)
+    below = (divergence < low) & (negative | objective.gate_two_sided)
+    above = (divergence > high) & (positive | objective.gate_two_sided)
+    if objective.gate != "none":
+        weight = torch.where(below, objective.gate_keep_low * low, weight)
+        weight = torch.where(above, objective.gate_keep_high * high, weight)
+    clipped = _flags(below, CLIPPED_LOW) | _flags(above, CLIPPED_HIGH)
+    clipped |= _flags((powered > most) & ~below & ~above, CLIPPED_MAX)
+    return -weight * advantages * tokens.logprobs, ratio, clipped
+
+
+def _divergence(gate: str, tokens: _Tokens, ratio: Tensor) -> Tensor:
+    """What a gate compares with its bounds: r, p - p_old, or the binary KL with that sign."""
+    if gate in ("none", "ratio"):
+        return ratio
+    logprobs, old_logprobs = tokens.logprobs.detach(), tokens.old_logprobs
+    old_probs = old_logprobs.exp()
+    difference = logprobs.exp() - old_probs
+    if gate == "tv":
+        return difference
+    others, old_others = (
+        (-x.expm1()).clamp(min=0) + BINARY_KL_EPS for x in (logprobs, old_logprobs)
+    )
+    kl = old_probs * (old_logprobs - logprobs) + (1 - old_probs) * (old_others / others).log()
+    return torch.where(difference > 0, kl, -kl)
+
+
+def _bound(bound: float | None) -> float:
+    return math.inf if bound is None else bound
+
+
 def _gmpo(objective: Objective, tokens: _Tokens) -> tuple[Tensor, Tensor, Tensor]:
     """GMPO: -A exp(mean_t clipped d_t), with A the sequence's mean advantage (verl's geo_mean).
 
@@ -339,7 +499,7 @@ def _gmpo(objective: Objective, tokens: _Tokens) -> tuple[Tensor, Tensor, Tensor
     log_ratio, advantages = tokens.log_ratio, tokens.advantages
     mask, segments = tokens.mask, tokens.segments
     sign = advantages.sign()
-    low, high = -objective.clip_low, objective.clip_high
+    low, high = tokens.bounds
     pessimistic = sign * torch.min(sign * log_ratio, sign * _clamp(log_ratio, low, high))
     ratio = _exp(segments.mean(pessimistic, mask))
     advantage = segments.mean(advantages, mask)
@@ -383,6 +543,7 @@ _SURROGATES = {
     "cispo": _cispo,
     "sapo": _sapo,
     "reinforce": _reinforce,
+    "gate": _gate,
     "gmpo": _gmpo,
     "vespo": _vespo,
 }
@@ -518,6 +679,7 @@ FOREIGN_NAMES = {  # what other libraries call our fields
     "loss_agg_mode": "aggregation",
     "loss_type": "aggregation",
     "importance_sampling_level": "ratio_level",
+    "dro_beta": "old_kl_coef",
     "entropy_coeff": "entropy_coef",
     "use_bias_correction_kl": "kl_ratio_weighted",
 }

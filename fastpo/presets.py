@@ -26,18 +26,26 @@ from typing import Any
 from fastpo.objective import Objective, unknown_option
 
 __all__ = [
+    "aspo",
     "bnpo",
+    "ce_gppo",
     "cispo",
     "dapo",
+    "dppo",
     "dr_grpo",
+    "dro",
     "gmpo",
     "gpg",
     "grpo",
     "gspo",
+    "gspo_token",
+    "icepop",
+    "ipo",
     "luspo",
     "ppo",
     "reinforce",
     "sapo",
+    "topr",
     "vespo",
 ]
 
@@ -97,13 +105,30 @@ def gspo(**overrides: Any) -> Objective:
     """GSPO: PPO's surrogate on s = exp(mean_t d), one ratio per sequence; mean over sequences.
 
     Source: Zheng et al. 2025, arXiv 2507.18071, eq. 5 to 7; clip 3e-4 / 4e-4 from its section 5.1.
-    TRL 1.16: `loss_type="grpo", importance_sampling_level="sequence"`. verl's "gspo" gives each
-    token the gradient -A_t s of GSPO-token, the same sum where A is constant over a sequence.
+    TRL 1.16: `loss_type="grpo", importance_sampling_level="sequence"`. verl's "gspo" is
+    `gspo_token`, the same gradient where A is constant over a sequence.
     """
     return _make(
         "gspo",
         overrides,
         ratio_level="sequence",
+        aggregation="sequence_mean",
+        clip_low=3e-4,
+        clip_high=4e-4,
+    )
+
+
+def gspo_token(**overrides: Any) -> Objective:
+    """GSPO-token: PPO's surrogate on sg(s) p_t / sg(p_t), s = exp(mean_t d): s for every token.
+
+    The loss has GSPO's value, but token t's gradient is -A_t w_t s with its own advantage and
+    weight, where `gspo` spreads the sequence's mean over its tokens. Source: arXiv 2507.18071,
+    section 4.3; clip as `gspo`. verl: "gspo", which caps s at exp(10). Not in TRL 1.16.
+    """
+    return _make(
+        "gspo_token",
+        overrides,
+        ratio_level="sequence_token",
         aggregation="sequence_mean",
         clip_low=3e-4,
         clip_high=4e-4,
@@ -128,14 +153,87 @@ def luspo(**overrides: Any) -> Objective:
 
 
 def cispo(**overrides: Any) -> Objective:
-    """CISPO: -sg(min(r, ratio_max)) A logp; token mean. No token loses its gradient to the clip.
+    """CISPO: -sg(clip(r, ratio_min, ratio_max)) A logp; token mean. Every token has a gradient.
 
-    Source: MiniMax-M1, arXiv 2506.13585, eq. 4; the bound 5 from ScaleRL, arXiv 2510.13786.
-    `ratio_max` is the bound on r itself: TRL 1.16's `epsilon_high` with `loss_type="cispo"`, and
-    1 + clip_ratio_high in verl, whose lower bound 1 - clip_ratio_low does not exist here (set
-    clip_ratio_low=1 there to compare).
+    Source: MiniMax-M1, arXiv 2506.13585, eq. 4; the bound 5 from ScaleRL, arXiv 2510.13786; no
+    lower bound, as in both. `ratio_max` is the bound on r itself: TRL 1.16's `epsilon_high` with
+    `loss_type="cispo"`; in verl the bounds are 1 - clip_ratio_low and 1 + clip_ratio_high. As in
+    TRL and Liger, a bounded token counts as clipped where A > 0 (below the lower bound: where
+    A < 0); verl counts all.
     """
     return _make("cispo", overrides, surrogate="cispo", ratio_max=5.0)
+
+
+def dppo(**overrides: Any) -> Objective:
+    """DPPO: -sg(min(r, 20)) A logp, dropped where a divergence shows that p has moved far enough.
+
+    Dropped are A > 0 with D > clip_high and A < 0 with D < -clip_low. `gate="tv"`: D = p - p_old,
+    bounds 0.15; `gate="kl"`: D = KL of the two Bernoulli distributions (p_old, p) with the sign of
+    p - p_old, bounds 0.05. Token mean. Source: arXiv 2602.04879; the bounds from its code. verl:
+    "dppo_tv" and "dppo_kl", where `ratio_max` is clip_ratio_c and A = 0 counts as clipped by the
+    lower bound, at no change of the loss. TRL 1.16: experimental DPPO.
+    """
+    bound = 0.05 if overrides.get("gate") == "kl" else 0.15
+    return _gated("dppo", overrides, gate="tv", clip_low=bound, clip_high=bound, ratio_max=20.0)
+
+
+def ipo(**overrides: Any) -> Objective:
+    """IPO: the gradient of -r A, dropped where |p - p_old| > 0.2 whatever the sign of A, + tau d^2.
+
+    tau is half of `old_kl_coef`, 1e-3 by default; token mean. Source: INTELLECT-3, arXiv
+    2512.16144, and prime-rl's loss of that name, whose value is -r A where it is -sg(r) A logp
+    here (the gradients are equal). Neither in TRL 1.16 nor in verl 0.9.
+    """
+    return _gated("ipo", overrides, gate="tv", gate_two_sided=True, old_kl_coef=2e-3)
+
+
+def icepop(**overrides: Any) -> Objective:
+    """IcePop on the current policy: -sg(r) A logp, dropped outside r in [0.5, 5], any sign of A.
+
+    Token mean. Source: Ling team, arXiv 2510.18855 (Ring-1T), alpha 0.5 and beta 5, where r is that
+    of the training engine over the rollout's: pass the rollout's log-probs as `old_logprobs`. To
+    mask by (old, rollout) beside another objective, as verl and TRL do: `rollout_correction`.
+    """
+    bounds = {"clip_low": 0.5, "clip_high": 4.0}
+    return _gated("icepop", overrides, gate="ratio", gate_two_sided=True, **bounds)
+
+
+def topr(**overrides: Any) -> Objective:
+    """TOPR: -A logp where A > 0, -sg(min(r, 1)) A logp where A < 0; token mean.
+
+    Source: Le Roux et al. 2025, arXiv 2503.14286, whose ratio is the whole sequence's; per token
+    as in ROLL. Neither in TRL 1.16 nor in verl 0.9.
+    """
+    return _gated("topr", overrides, ratio_power_pos=0, ratio_max=1.0)
+
+
+def aspo(**overrides: Any) -> Objective:
+    """ASPO: -sg(min(1 / r, 3)) A logp where A > 0, PPO where A < 0; token mean.
+
+    The flipped ratio lifts tokens that have fallen behind. A token with A > 0 and r > 1 + clip_high
+    or A < 0 and r < 1 - clip_low is dropped. Source: Wang et al. 2025, arXiv 2510.06062; 3 is
+    `ratio_max_pos`. Neither in TRL 1.16 nor in verl 0.9.
+    """
+    return _gated("aspo", overrides, gate="ratio", ratio_power_pos=-1, ratio_max_pos=3.0)
+
+
+def ce_gppo(**overrides: Any) -> Objective:
+    """CE-GPPO: PPO whose clipped tokens keep b1 (1 - clip_low) or b2 (1 + clip_high) as weight.
+
+    b1 is `gate_keep_low`, 0.75 (A < 0 and r < 1 - clip_low), b2 `gate_keep_high`, 1; token mean.
+    GPPO (arXiv 2508.07629) is b1 = b2 = 1. Source: Su et al. 2025, arXiv 2509.20712; its code has
+    the value -r A inside, with the same gradient. Neither in TRL 1.16 nor in verl 0.9.
+    """
+    return _gated("ce_gppo", overrides, gate="ratio", gate_keep_low=0.75, gate_keep_high=1.0)
+
+
+def dro(**overrides: Any) -> Objective:
+    """DRO: -A logp + (beta / 2) d^2, beta = `old_kl_coef`; token mean.
+
+    Source: Richemond et al. 2024, arXiv 2405.19107. verl: "dro", which has no default for dro_beta
+    (0.05 here) and multiplies the importance weights into both terms, here into A alone.
+    """
+    return _make("dro", overrides, surrogate="reinforce", old_kl_coef=0.05)
 
 
 def sapo(**overrides: Any) -> Objective:
@@ -185,6 +283,10 @@ def reinforce(**overrides: Any) -> Objective:
     verl's `compute_policy_loss_reinforce` is the same with `aggregation="sequence_sum"`.
     """
     return _make("reinforce", overrides, surrogate="reinforce")
+
+
+def _gated(name: str, overrides: dict[str, Any], **defaults: Any) -> Objective:
+    return _make(name, overrides, surrogate="gate", **defaults)
 
 
 def _make(name: str, overrides: dict[str, Any], **defaults: Any) -> Objective:

@@ -16,6 +16,7 @@ _CHUNK_PER_LANE: tl.constexpr = tl.constexpr(CHUNK_PER_LANE)
 # exp is 0 in fp32 below -104, so a centered logit may be raised to this without changing any sum;
 # it keeps 0 * -inf out of p * (u - m). NaN needs no care there: p itself is NaN then.
 _LOWEST: tl.constexpr = tl.constexpr(-200.0)
+_SMALLEST_NORMAL: tl.constexpr = tl.constexpr(2.0**-126)
 _LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
@@ -162,6 +163,12 @@ def token_logprob(token_logit, inverse_temperature, row_max, log_sum):
 
 
 @triton.jit
+def without_subnormals(gradient):
+    """The same with 0 for numbers below 2^-126, as every backend writes them; NaN stays."""
+    return tl.where(tl.abs(gradient) < _SMALLEST_NORMAL, 0.0, gradient)
+
+
+@triton.jit
 def softmax_gradient(logits, row, inverse_temperature, c, e, HAS_ENTROPY_GRAD: tl.constexpr):
     """-c p_j + e p_j (E_p[u] - u_j), the gradient save for the token's own term c.
 
@@ -172,7 +179,9 @@ def softmax_gradient(logits, row, inverse_temperature, c, e, HAS_ENTROPY_GRAD: t
     # Not by exp2, which _exp shows to be cheaper: ptxas then interleaves so many columns that
     # row_policy_loss takes 128 registers in place of 77 and spills 16 bytes on sm_100.
     p = tl.exp(centered - log_sum)
-    return p * (e * (mean - tl.maximum(centered, _LOWEST)) - c if HAS_ENTROPY_GRAD else -c)
+    return without_subnormals(
+        p * (e * (mean - tl.maximum(centered, _LOWEST)) - c if HAS_ENTROPY_GRAD else -c)
+    )
 
 
 @triton.jit
@@ -260,6 +269,7 @@ def write_token_gradient(
     One store a row instead of a comparison, an addition and a selection a column.
     """
     gradient = c + softmax_gradient(token_logit, row, inverse_temperature, c, e, HAS_ENTROPY_GRAD)
+    gradient = without_subnormals(gradient)
     tl.debug_barrier()  # another thread has stored this column without the term
     inside = (token >= 0) & (token < V)
     tl.store(out_row_ptr + token, gradient.to(out_row_ptr.dtype.element_ty), mask=inside)

@@ -12,6 +12,9 @@ CLIP: tl.constexpr = tl.constexpr(0)
 CISPO: tl.constexpr = tl.constexpr(1)
 SAPO: tl.constexpr = tl.constexpr(2)
 REINFORCE: tl.constexpr = tl.constexpr(3)
+GATE: tl.constexpr = tl.constexpr(4)
+BY_TV: tl.constexpr = tl.constexpr(2)  # what a gate compares; 0: there is none, 1: r
+BY_KL: tl.constexpr = tl.constexpr(3)
 K1: tl.constexpr = tl.constexpr(1)
 K2: tl.constexpr = tl.constexpr(2)
 K3: tl.constexpr = tl.constexpr(3)
@@ -22,6 +25,7 @@ CLIPPED_LOW: tl.constexpr = tl.constexpr(1)
 CLIPPED_HIGH: tl.constexpr = tl.constexpr(2)
 CLIPPED_MAX: tl.constexpr = tl.constexpr(4)
 MAX_LOG_RATIO: tl.constexpr = tl.constexpr(20.0)
+BINARY_KL_EPS: tl.constexpr = tl.constexpr(1e-8)
 
 
 @triton.jit
@@ -56,10 +60,12 @@ def _clip(ratio, slope, advantage, low, high, ratio_max):
 
 
 @triton.jit
-def _cispo(logprob, ratio, advantage, ratio_max):
-    """CISPO: -sg(min(r, ratio_max)) A logp."""
-    slope = -_min(ratio, ratio_max) * advantage
-    return slope * logprob, slope, tl.where(ratio > ratio_max, CLIPPED_MAX, 0)
+def _cispo(logprob, ratio, advantage, low, high):
+    """CISPO: -sg(clip(r, low, high)) A logp."""
+    slope = -_min(_max(ratio, low), high) * advantage
+    below = (advantage < 0) & (ratio < low)
+    above = (advantage > 0) & (ratio > high)
+    return slope * logprob, slope, tl.where(below, CLIPPED_LOW, 0) | tl.where(above, CLIPPED_MAX, 0)
 
 
 @triton.jit
@@ -68,6 +74,62 @@ def _sapo(ratio, slope, advantage, tau_pos, tau_neg):
     tau = tl.where(advantage > 0, tau_pos, tau_neg)
     gate = 1.0 / (1.0 + tl.exp(-tau * (ratio - 1.0)))
     return -4.0 / tau * advantage * gate, -4.0 * advantage * gate * (1.0 - gate) * slope
+
+
+@triton.jit
+def _one_minus_exp(x):
+    """1 - exp(x) for x <= 0, at least 0; near 0 the series has the digits."""
+    series = -x * (1.0 + x * (0.5 + x * (0.16666667 + x * 0.041666668)))
+    return _max(tl.where(tl.abs(x) < 0.03, series, 1.0 - tl.exp(x)), 0.0)
+
+
+@triton.jit
+def _divergence(logprob, old_logprob, ratio, GATE_BY: tl.constexpr):
+    """What a gate compares with its bounds: r, p - q, or the binary KL(q, p) with that sign."""
+    if GATE_BY == BY_TV:
+        return tl.exp(logprob) - tl.exp(old_logprob)
+    elif GATE_BY == BY_KL:
+        q = tl.exp(old_logprob)
+        rest = _one_minus_exp(logprob) + BINARY_KL_EPS
+        old_rest = _one_minus_exp(old_logprob) + BINARY_KL_EPS
+        kl = q * (old_logprob - logprob) + (1.0 - q) * tl.log(old_rest / rest)
+        return tl.where(tl.exp(logprob) - q > 0, kl, -kl)
+    else:
+        return ratio
+
+
+@triton.jit
+def _gate(
+    logprob,
+    old_logprob,
+    ratio,
+    advantage,
+    low,
+    high,
+    weight_rule,
+    GATE_BY: tl.constexpr,
+    TWO_SIDED: tl.constexpr,
+):
+    """The gate family: -sg(w) A logp, w = clip(r^k) inside the gate, keep times a bound outside."""
+    ratio_max, ratio_min, ratio_max_pos, power_pos, power_neg, keep_low, keep_high = weight_rule
+    positive = advantage > 0
+    negative = advantage < 0
+    most = tl.where(positive, _min(ratio_max_pos, ratio_max), ratio_max)
+    clamped = _max(_min(logprob - old_logprob, MAX_LOG_RATIO), -MAX_LOG_RATIO)
+    powered = tl.exp(tl.where(positive, power_pos, power_neg) * clamped)
+    weight = _min(_max(powered, ratio_min), most)
+    clipped = tl.where(powered > most, CLIPPED_MAX, 0)
+    if GATE_BY != 0:
+        divergence = _divergence(logprob, old_logprob, ratio, GATE_BY)
+        below = divergence < low
+        above = divergence > high
+        if not TWO_SIDED:
+            below &= negative
+            above &= positive
+        weight = tl.where(below, keep_low * low, tl.where(above, keep_high * high, weight))
+        clipped = tl.where(below, CLIPPED_LOW, tl.where(above, CLIPPED_HIGH, clipped))
+    slope = -weight * advantage
+    return slope * logprob, slope, clipped
 
 
 @triton.jit
@@ -100,24 +162,31 @@ def kl_penalty(log_ratio, KL: tl.constexpr):
 @triton.jit
 def surrogate_loss(
     logprob,
+    old_logprob,
     ratio,
     slope,
     advantage,
     low,
     high,
-    ratio_max,
+    weight_rule,
     tau_pos,
     tau_neg,
     SURROGATE: tl.constexpr,
+    GATE_BY: tl.constexpr,
+    TWO_SIDED: tl.constexpr,
 ):
     """(loss, slope, clip bits) of the surrogate, before weight and KL."""
     if SURROGATE == CLIP:
-        return _clip(ratio, slope, advantage, low, high, ratio_max)
+        return _clip(ratio, slope, advantage, low, high, weight_rule[0])
     elif SURROGATE == CISPO:
-        return _cispo(logprob, ratio, advantage, ratio_max)
+        return _cispo(logprob, ratio, advantage, low, high)
     elif SURROGATE == SAPO:
         loss, slope = _sapo(ratio, slope, advantage, tau_pos, tau_neg)
         return loss, slope, tl.full((), 0, tl.int32)
+    elif SURROGATE == GATE:
+        return _gate(
+            logprob, old_logprob, ratio, advantage, low, high, weight_rule, GATE_BY, TWO_SIDED
+        )
     else:
         return -advantage * logprob, -advantage, tl.full((), 0, tl.int32)
 
@@ -128,19 +197,42 @@ def token_loss(
     old_logprob,
     advantage,
     ref_logprob,
-    rule,
+    low,
+    high,
+    nll_weight,
+    weight_rule,
+    penalty_rule,
     SURROGATE: tl.constexpr,
     KL: tl.constexpr,
     KL_RATIO_WEIGHTED: tl.constexpr,
+    OLD_KL: tl.constexpr,
+    GATE_BY: tl.constexpr,
+    TWO_SIDED: tl.constexpr,
+    HAS_NLL: tl.constexpr,
 ):
-    """(loss, slope, clip bits) of one token before its weight: surrogate + kl_coef * kl [* r].
+    """(loss, slope, clip bits) of one token before its weight.
 
-    `rule` is (ratio_low, ratio_high, ratio_max, kl_coef, tau_pos, tau_neg), all fp32.
+    Surrogate + kl_coef * kl [* r] + old_kl_coef * kl(logp, old) - nll_weight * logp. `low` and
+    `high` are the row's own bounds or the rule's; `weight_rule` is (ratio_max, ratio_min,
+    ratio_max_pos, power_pos, power_neg, keep_low, keep_high) and `penalty_rule` (kl_coef,
+    old_kl_coef, tau_pos, tau_neg), all fp32.
     """
-    low, high, ratio_max, kl_coef, tau_pos, tau_neg = rule
+    kl_coef, old_kl_coef, tau_pos, tau_neg = penalty_rule
     ratio, ratio_slope = importance_ratio(logprob, old_logprob)
     loss, slope, clipped = surrogate_loss(
-        logprob, ratio, ratio_slope, advantage, low, high, ratio_max, tau_pos, tau_neg, SURROGATE
+        logprob,
+        old_logprob,
+        ratio,
+        ratio_slope,
+        advantage,
+        low,
+        high,
+        weight_rule,
+        tau_pos,
+        tau_neg,
+        SURROGATE,
+        GATE_BY,
+        TWO_SIDED,
     )
     if KL != 0:
         kl, kl_slope = kl_penalty(logprob - ref_logprob, KL)
@@ -149,4 +241,11 @@ def token_loss(
             kl = kl * ratio
         loss += kl_coef * kl
         slope += kl_coef * kl_slope
+    if OLD_KL != 0:
+        kl, kl_slope = kl_penalty(logprob - old_logprob, OLD_KL)
+        loss += old_kl_coef * kl
+        slope += old_kl_coef * kl_slope
+    if HAS_NLL:
+        loss -= nll_weight * logprob
+        slope -= nll_weight
     return loss, slope, clipped

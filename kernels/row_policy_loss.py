@@ -30,11 +30,12 @@ from ._rows import (
 from ._token_loss import token_loss
 
 _PER_ROW = ["tokens_ptr", "weight_ptr", "advantages_ptr", "old_logprobs_ptr", "ref_logprobs_ptr"]
-_OPTIONAL = ["entropy_weight_ptr", "temperatures_ptr"]
+_OPTIONAL = ["entropy_weight_ptr", "clip_low_ptr", "clip_high_ptr", "nll_weight_ptr"]
+_TEMPERATURES = ["temperatures_ptr"]
 _OUTPUTS = ["loss_ptr", "logprobs_ptr", "entropy_ptr", "clipped_ptr"]
 
 
-@triton.jit(do_not_specialize_on_alignment=[*_PER_ROW, *_OPTIONAL, *_OUTPUTS])
+@triton.jit(do_not_specialize_on_alignment=[*_PER_ROW, *_OPTIONAL, *_TEMPERATURES, *_OUTPUTS])
 def _row_policy_loss_kernel(
     logits_ptr,  # (N, V)
     out_ptr,  # (N, V), may share rows with the logits; None = no gradient
@@ -44,6 +45,9 @@ def _row_policy_loss_kernel(
     old_logprobs_ptr,  # (N,) or None
     ref_logprobs_ptr,  # (N,) or None
     entropy_weight_ptr,  # (N,) or None
+    clip_low_ptr,  # (N,) or None
+    clip_high_ptr,  # (N,) or None
+    nll_weight_ptr,  # (N,) or None
     temperatures_ptr,  # (N,) or None
     loss_ptr,  # (N,)
     logprobs_ptr,  # (N,)
@@ -57,12 +61,22 @@ def _row_policy_loss_kernel(
     ratio_low,
     ratio_high,
     ratio_max,
+    ratio_min,
+    ratio_max_pos,
+    power_pos,
+    power_neg,
+    keep_low,
+    keep_high,
     kl_coef,
+    old_kl_coef,
     tau_pos,
     tau_neg,
     SURROGATE: tl.constexpr,
     KL: tl.constexpr,
     KL_RATIO_WEIGHTED: tl.constexpr,
+    OLD_KL: tl.constexpr,
+    GATE_BY: tl.constexpr,
+    TWO_SIDED: tl.constexpr,
     SHARED_ROWS: tl.constexpr,
     BLOCK_V: tl.constexpr,
     KEPT: tl.constexpr,
@@ -91,11 +105,18 @@ def _row_policy_loss_kernel(
         )
         logprob = token_logprob(token_logit, inverse_temperature, row_max, log_sum)
 
-        rule = (
-            as_fp32(ratio_low),
-            as_fp32(ratio_high),
+        weight_rule = (
             as_fp32(ratio_max),
+            as_fp32(ratio_min),
+            as_fp32(ratio_max_pos),
+            as_fp32(power_pos),
+            as_fp32(power_neg),
+            as_fp32(keep_low),
+            as_fp32(keep_high),
+        )
+        penalty_rule = (
             as_fp32(kl_coef),
+            as_fp32(old_kl_coef),
             as_fp32(tau_pos),
             as_fp32(tau_neg),
         )
@@ -104,10 +125,18 @@ def _row_policy_loss_kernel(
             logprob if old_logprobs_ptr is None else tl.load(old_logprobs_ptr + row),
             tl.load(advantages_ptr + row),
             0.0 if ref_logprobs_ptr is None else tl.load(ref_logprobs_ptr + row),
-            rule,
+            as_fp32(ratio_low) if clip_low_ptr is None else tl.load(clip_low_ptr + row),
+            as_fp32(ratio_high) if clip_high_ptr is None else tl.load(clip_high_ptr + row),
+            0.0 if nll_weight_ptr is None else tl.load(nll_weight_ptr + row),
+            weight_rule,
+            penalty_rule,
             SURROGATE,
             KL,
             KL_RATIO_WEIGHTED,
+            OLD_KL,
+            GATE_BY,
+            TWO_SIDED,
+            nll_weight_ptr is not None,
         )
         loss = weight * loss
         if HAS_ENTROPY_GRAD:
@@ -174,6 +203,9 @@ def row_policy_loss(
     old_logprobs: Tensor | None,
     ref_logprobs: Tensor | None,
     entropy_weight: Tensor | None,
+    clip_low: Tensor | None,
+    clip_high: Tensor | None,
+    nll_weight: Tensor | None,
     temperature: float,
     temperatures: Tensor | None,
     out: Tensor | None,
@@ -181,10 +213,20 @@ def row_policy_loss(
     surrogate: int,
     kl: int,
     kl_ratio_weighted: bool,
+    old_kl: int,
+    gate: int,
+    two_sided: bool,
     ratio_low: float,
     ratio_high: float,
     ratio_max: float,
+    ratio_min: float,
+    ratio_max_pos: float,
+    power_pos: int,
+    power_neg: int,
+    keep_low: float,
+    keep_high: float,
     kl_coef: float,
+    old_kl_coef: float,
     tau_pos: float,
     tau_neg: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -211,6 +253,9 @@ def row_policy_loss(
         old_logprobs,
         ref_logprobs,
         entropy_weight,
+        clip_low,
+        clip_high,
+        nll_weight,
         temperatures,
         loss,
         logprobs,
@@ -224,12 +269,22 @@ def row_policy_loss(
         ratio_low,
         ratio_high,
         ratio_max,
+        ratio_min,
+        ratio_max_pos,
+        float(power_pos),  # an int of 1 would be compiled in
+        float(power_neg),
+        keep_low,
+        keep_high,
         kl_coef,
+        old_kl_coef,
         tau_pos,
         tau_neg,
         SURROGATE=surrogate,
         KL=kl,
         KL_RATIO_WEIGHTED=kl_ratio_weighted,
+        OLD_KL=old_kl,
+        GATE_BY=gate,
+        TWO_SIDED=two_sided,
         SHARED_ROWS=out is not None and shares_rows(logits, out),
         **layout._asdict(),
     )

@@ -8,13 +8,58 @@ import triton.language as tl
 from torch import Tensor
 
 from ._layout import launch_rows, row_layout, row_stride
-from ._rows import load_inverse_temperature, load_token_logit, row_offset, sweep_row, token_logprob
+from ._rows import (
+    block_columns,
+    load_inverse_temperature,
+    load_token_logit,
+    row_offset,
+    sweep_row,
+    token_logprob,
+)
 
 _PER_ROW = ["tokens_ptr", "live_ptr", "temperatures_ptr"]
 _OUTPUTS = ["logprobs_ptr", "entropy_ptr", "row_max_ptr", "log_sum_ptr"]
+_DETAILS = ["log_sum_sq_probs_ptr", "mean_logits_ptr", "is_top1_ptr"]
 
 
-@triton.jit(do_not_specialize_on_alignment=[*_PER_ROW, *_OUTPUTS])
+@triton.jit
+def _row_details(
+    row_ptr,
+    token,
+    token_logit,
+    V,
+    inverse_temperature,
+    row_max,
+    log_sum,
+    BLOCK_V: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """log sum p^2, mean of u, and whether the token is the first maximum, in a sweep of their own.
+
+    The statistics are known by then, so nothing is rescaled, and sweep_row stays what every other
+    kernel compiles. The row comes from L2.
+    """
+    squares = tl.zeros((LANES,), tl.float32)
+    total = tl.zeros((LANES,), tl.float32)
+    before = tl.full((LANES,), float("-inf"), tl.float32)  # the largest logit left of the token
+    after = tl.full((LANES,), float("-inf"), tl.float32)
+    for start in range(0, V, BLOCK_V):
+        columns = block_columns(start, BLOCK_V, LANES, VECTOR)
+        z = tl.load(row_ptr + columns, mask=columns < V, other=float("-inf")).to(tl.float32)
+        exps = tl.exp(tl.fma(z, inverse_temperature, -row_max))
+        squares += tl.sum(tl.sum(exps * exps, 2), 0)
+        total += tl.sum(tl.sum(tl.where(columns < V, z, 0.0), 2), 0)
+        left = tl.where(columns < token, z, float("-inf"))
+        right = tl.where(columns > token, z, float("-inf"))
+        before = tl.maximum(before, tl.max(tl.max(left, 2), 0))
+        after = tl.maximum(after, tl.max(tl.max(right, 2), 0))
+    is_top1 = (token_logit > tl.max(before, 0)) & (token_logit >= tl.max(after, 0))
+    mean = tl.sum(total, 0) * inverse_temperature / V
+    return tl.log(tl.sum(squares, 0)) - 2.0 * log_sum, mean, is_top1
+
+
+@triton.jit(do_not_specialize_on_alignment=[*_PER_ROW, *_OUTPUTS, *_DETAILS])
 def _row_stats_kernel(
     logits_ptr,  # (N, V)
     tokens_ptr,  # (N,)
@@ -24,6 +69,9 @@ def _row_stats_kernel(
     entropy_ptr,  # (N,)
     row_max_ptr,  # (N,)
     log_sum_ptr,  # (N,)
+    log_sum_sq_probs_ptr,  # (N,) or None, as the next two
+    mean_logits_ptr,  # (N,)
+    is_top1_ptr,  # (N,)
     logits_stride,
     V,
     body,
@@ -38,19 +86,41 @@ def _row_stats_kernel(
     entropy = 0.0
     row_max = 0.0
     log_sum = 0.0
+    log_sum_sq_probs = 0.0
+    mean_logit = 0.0
+    is_top1 = False
     live = True if live_ptr is None else tl.load(live_ptr + row) != 0
     if live:
         row_ptr = logits_ptr + row_offset(logits_stride)
         inverse_temperature = load_inverse_temperature(temperature, temperatures_ptr)
-        token_logit = load_token_logit(row_ptr, tl.load(tokens_ptr + row), V)
+        token = tl.load(tokens_ptr + row)
+        token_logit = load_token_logit(row_ptr, token, V)
         row_max, log_sum, entropy, _ = sweep_row(
             row_ptr, V, body, inverse_temperature, BLOCK_V, KEPT, LANES, VECTOR
         )
         logprob = token_logprob(token_logit, inverse_temperature, row_max, log_sum)
+        if is_top1_ptr is not None:
+            log_sum_sq_probs, mean_logit, is_top1 = _row_details(
+                row_ptr,
+                token,
+                token_logit,
+                V,
+                inverse_temperature,
+                row_max,
+                log_sum,
+                BLOCK_V,
+                LANES,
+                VECTOR,
+            )
+            is_top1 = is_top1 & (logprob == logprob)
     tl.store(logprobs_ptr + row, logprob)
     tl.store(entropy_ptr + row, entropy)
     tl.store(row_max_ptr + row, row_max)
     tl.store(log_sum_ptr + row, log_sum)
+    if is_top1_ptr is not None:
+        tl.store(log_sum_sq_probs_ptr + row, log_sum_sq_probs)
+        tl.store(mean_logits_ptr + row, mean_logit)
+        tl.store(is_top1_ptr + row, is_top1)
 
 
 def row_stats(
@@ -59,15 +129,17 @@ def row_stats(
     temperature: float,
     temperatures: Tensor | None,
     live: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    details: bool = False,
+) -> tuple[Tensor, ...]:
     """(logprobs, entropy, row_max, log_sum), each (N,) fp32, of (N, V) logits of unit stride in V.
 
+    With `details` also log_sum_sq_probs and mean_logits, (N,) fp32, and is_top1, (N,) bool, from a
+    second sweep of the same launch, over a row that L2 holds.
     `tokens` (N,) int32 or int64; `temperatures` (N,) fp32 takes the place of `temperature`; rows
     where `live` (N,) bool is False are not read and give 0.
     """
-    outputs = tuple(
-        torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device) for _ in range(4)
-    )
+    dtypes = [torch.float32] * 4 + ([torch.float32] * 2 + [torch.bool]) * details
+    outputs = tuple(torch.empty(logits.shape[0], dtype=d, device=logits.device) for d in dtypes)
     layout, V = row_layout(logits), logits.shape[1]
     launch_rows(
         _row_stats_kernel,
@@ -78,6 +150,7 @@ def row_stats(
         live,
         temperatures,
         *outputs,
+        *([] if details else [None] * 3),
         row_stride(logits),
         V,
         layout.body(V),

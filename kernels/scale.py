@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._layout import launch_rows, row_layout, row_stride
-from ._rows import block_columns, row_offset, store_block
+from ._rows import block_columns, row_offset, store_block, without_subnormals
 
 
 @triton.jit(do_not_specialize_on_alignment=["factor_ptr"])
@@ -26,7 +26,8 @@ def _scale_kernel(
         for start in range(0, V, BLOCK_V):
             columns = block_columns(start, BLOCK_V, LANES, VECTOR)
             block = tl.load(row_ptr + columns, mask=columns < V, other=0.0)
-            store_block(row_ptr, columns, block.to(tl.float32) * factor, V)
+            scaled = without_subnormals(block.to(tl.float32) * factor)
+            store_block(row_ptr, columns, scaled, V)
 
 
 def scale_(grad: Tensor, factor: Tensor) -> None:

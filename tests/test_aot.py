@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(
 REPOSITORY = Path(_inside_fastpo).parents[2]
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 ALIGNED = (32000, 128256, 151936, 262144)
-SCALAR_LOADS = 8  # token, weight, advantage, ...: one each per row
+SCALAR_LOADS = 11  # token, weight, advantage, ...: one each per row
 SCALAR_STORES = 9  # loss, log-prob, ..., the token's gradient; zero-fill and sweeps are wide
 
 
@@ -99,16 +99,19 @@ def test_resources_everywhere(target, capsys):
 RECOMPILATION = """
 import json, torch
 from fastpo.kernels import row_grad, row_policy_loss, row_stats, scale
+from fastpo.backends.base import Rule
+from fastpo.objective import Objective
 from fastpo.testing.aot import recording_keys
 
 def launch_all(rows, vocab, dtype, temperature, number):
     logits = torch.empty(rows + 1, vocab, dtype=dtype)[1:]
     x, y = torch.zeros(rows + 3)[3:], torch.zeros(rows + 1, dtype=torch.int64)[1:]
-    rule = dict(surrogate=0, kl=3, kl_ratio_weighted=False, ratio_low=1 - number, tau_pos=number,
-                ratio_high=1 + number, ratio_max=5 + number, kl_coef=number, tau_neg=number)
+    rule = Rule.from_objective(Objective(kl_coef=0.1, old_kl_coef=0.1))._asdict()
+    whole = ("surrogate", "kl", "kl_ratio_weighted", "old_kl", "gate", "two_sided")
+    rule |= {field: 1 + number for field in rule if field not in whole}
     row_stats.row_stats(logits, y, temperature, None, None)
     row_grad.row_grad(logits, y, x, x, x, x, x, temperature, None, logits)
-    row_policy_loss.row_policy_loss(logits, y, x, x, x, x, x, temperature, None, logits, **rule)
+    row_policy_loss.row_policy_loss(logits, y, *[x] * 8, temperature, None, logits, **rule)
     scale.scale_(logits, x[0])
 
 def keys(lengths, vocabularies, dtypes, temperatures):

@@ -14,9 +14,20 @@ import torch
 
 from fastpo import _extension
 from fastpo.backends import cpp as cpp_rows
-from fastpo.backends.base import RowInputs, alias_rows
+from fastpo.backends.base import alias_rows
 from fastpo.objective import KL_ESTIMATORS, TOKEN_SURROGATES, Objective
-from fastpo.testing.rows import RowCase, check_policy_loss, check_stats_and_grad, run_policy_loss
+from fastpo.testing.budget import relative_error
+from fastpo.testing.objectives import GATES
+from fastpo.testing.rows import (
+    RowCase,
+    check_confident_tokens,
+    check_details,
+    check_details_of_hostile_rows,
+    check_no_subnormal_leaves,
+    check_policy_loss,
+    check_stats_and_grad,
+    run_policy_loss,
+)
 
 if (reason := cpp_rows.unavailable()) is not None:
     pytest.skip(reason, allow_module_level=True)
@@ -47,7 +58,30 @@ def assert_same_bits(a: list[torch.Tensor], b: list[torch.Tensor]) -> None:
 
 
 def test_every_token_surrogate_is_covered():
-    assert {o.surrogate for o in SURROGATES.values()} == set(TOKEN_SURROGATES)
+    tested = (*SURROGATES.values(), *GATES.values())
+    assert {objective.surrogate for objective in tested} == set(TOKEN_SURROGATES)
+
+
+@pytest.mark.parametrize("extras", [False, True])
+@pytest.mark.parametrize("name", GATES)
+def test_gates(name, extras):
+    """Three tokens to choose from; with and without bounds and NLL weights of each row."""
+    objective = GATES[name]
+    extras = extras and objective.takes_clip_bounds
+    case = RowCase.random(64, 3, objective, extras=extras)
+    check_policy_loss(cpp_rows, case, objective)
+    assert cpp_rows.row_policy_loss(
+        case.logits, case.tokens, case.inputs, objective, case.temperature, None
+    ).clipped.any()
+
+
+@pytest.mark.parametrize("name", SURROGATES)
+def test_rows_with_bounds_and_nll_weights_of_their_own(name):
+    objective = SURROGATES[name]
+    case = RowCase.random(16, 307, objective, extras=True)
+    if not objective.takes_clip_bounds:
+        case = dataclasses.replace(case, inputs=case.inputs._replace(clip_low=None, clip_high=None))
+    check_policy_loss(cpp_rows, case, objective)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -155,12 +189,44 @@ def test_a_token_with_minus_infinite_logit():
     assert loss.isfinite().all() and entropy.isfinite().all() and grad.isfinite().all()
 
 
+def test_a_token_with_minus_infinite_logit_under_an_entropy_bonus():
+    """p = 0 of the token: its part of the entropy's gradient is 0, not 0 * -inf."""
+    objective = Objective(entropy_coef=0.1)
+    case = RowCase.random(4, 50, objective)
+    case = case.with_logits(case.logits.scatter(1, case.tokens[:, None], -math.inf))
+    without = torch.ones(4, 50, dtype=torch.bool).scatter(1, case.tokens[:, None], False)
+    loss, _, entropy, _, grad = run(case, objective)
+    assert loss.isfinite().all() and (grad[~without] == 0).all()
+    rest = case.logits[without].view(4, 49).double().requires_grad_()
+    table = (rest / case.temperature).log_softmax(1)
+    exact = -(table.exp() * table).sum(1)
+    torch.testing.assert_close(entropy.double(), exact.detach(), rtol=1e-6, atol=0)
+    (want,) = torch.autograd.grad(-(case.inputs.entropy_weight * exact).sum(), rest)
+    assert relative_error(grad[without].view(4, 49), want) < 1e-5  # the ratio has no gradient there
+
+
+def test_confident_tokens():
+    check_confident_tokens(cpp_rows)
+
+
+@pytest.mark.parametrize("estimator", KL_ESTIMATORS)
+def test_a_reference_far_above(estimator):
+    """ref - logp > 20: the exponent of k3 is clamped, and there its slope is 0, not e^20."""
+    objective = Objective(kl_coef=0.1, kl_estimator=estimator)
+    case = RowCase.random(6, 90, objective)
+    far = case.inputs.ref_logprobs + torch.tensor([25.0, 19.0, 21.0, -25.0, 0.0, 60.0])
+    case = dataclasses.replace(case, inputs=case.inputs._replace(ref_logprobs=far))
+    check_policy_loss(cpp_rows, case, objective)
+    for row in range(6):  # a large row would hide a small one
+        check_policy_loss(cpp_rows, case.take(slice(row, row + 1)), objective)
+
+
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 def test_dead_rows_are_never_read(poison):
     """NaN times a mask of 0 is NaN: dead rows must be skipped instead (REGRESSIONS row 17)."""
     case = RowCase.random(6, 130, EVERYTHING, temperature=torch.linspace(0.6, 1.4, 6))
     dead = torch.tensor([False, True, False, True, True, False])
-    inputs = RowInputs(*(x.masked_fill(dead, poison) for x in case.inputs))
+    inputs = case.inputs.map(lambda x: x.masked_fill(dead, poison))
     inputs = inputs._replace(
         weight=case.inputs.weight.masked_fill(dead, 0),
         entropy_weight=case.inputs.entropy_weight.masked_fill(dead, 0),
@@ -334,6 +400,34 @@ def test_offsets_beyond_32_bits():
     assert_same_bits([*rows, apart], want)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", [1, 7, 1000, 4097])
+def test_details(vocab, dtype):
+    """Sum of squared probabilities, mean logit and top-1 hit, as TRL's kernel defines them."""
+    temperature = torch.linspace(0.5, 2, 6)
+    case = RowCase.random(6, vocab, Objective(), dtype=dtype, temperature=temperature)
+    case.tokens[::2] = case.logits[::2].argmax(1)
+    check_details(cpp_rows, case)
+    check_details(cpp_rows, case.with_logits((case.logits.float() + 80).to(dtype)))
+
+
+def test_details_of_hostile_rows():
+    check_details_of_hostile_rows(cpp_rows)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_no_subnormal_leaves(dtype):
+    """REGRESSIONS 49: products over subnormal gradients take 12 to 15 times as long."""
+    check_no_subnormal_leaves(cpp_rows, dtype)
+
+
+def test_half_precision_keeps_its_own_subnormals():
+    """2^-24 to 2^-14: most of an unscaled policy gradient, and normal numbers once widened."""
+    case = RowCase.random(2, 300, CLIP, dtype=torch.float16)
+    grad = run(case, CLIP)[-1]
+    assert ((grad != 0) & (grad.abs() < torch.finfo(torch.float16).tiny)).sum() > 100
+
+
 def test_scale():
     grad = torch.randn(5, 37)
     for dtype in DTYPES:
@@ -348,10 +442,11 @@ def test_scale():
 @pytest.mark.parametrize("factor", [0.37, 3.0, 1e-3])
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_every_two_byte_number_is_converted_as_torch_does(dtype, factor):
-    """Read, scaled and rounded back: subnormals, infinities, NaN and ties included."""
+    """Read, scaled and rounded back: infinities, NaN and ties included; fp16's subnormals too."""
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     numbers = bits.view(dtype)[None]
-    want = (numbers.float() * torch.tensor(factor)).to(dtype)
+    scaled = numbers.float() * torch.tensor(factor)
+    want = scaled.masked_fill(scaled.abs() < torch.finfo(torch.float32).tiny, 0).to(dtype)
     cpp_rows.scale_(numbers, torch.tensor(factor))
     torch.testing.assert_close(numbers, want, rtol=0, atol=0, equal_nan=True)
 

@@ -32,7 +32,9 @@ CPU = torch.device("cpu")
 PRESETS = {name: getattr(presets, name) for name in presets.__all__}
 TOKEN_LEVEL = [name for name, preset in PRESETS.items() if preset().is_token_level]
 SEQUENCE_LEVEL = [name for name in PRESETS if name not in TOKEN_LEVEL]
-STOPPED_GRADIENT = ("cispo", "vespo")  # the loss's value is not the integral of its gradient
+GATES = [name for name, preset in PRESETS.items() if preset().surrogate == "gate"]
+# The loss's value is not the integral of its gradient.
+STOPPED_GRADIENT = ("cispo", "vespo", "gspo_token", *GATES)
 
 
 def sigmoid(x: float) -> float:
@@ -52,7 +54,7 @@ def surrogate_by_rule(rule: Rule, logp: float, d: float, a: float) -> tuple[floa
         clip = min(max(r, rule.ratio_low), rule.ratio_high)
         return -min(min(r, rule.ratio_max) * a, clip * a), 0.0 if stopped else -a * dr
     if rule.surrogate == 1:
-        weight = a * min(r, rule.ratio_max)
+        weight = a * min(max(r, rule.ratio_low), rule.ratio_high)
         return -weight * logp, -weight
     if rule.surrogate == 2:
         tau = rule.tau_pos if a > 0 else rule.tau_neg
@@ -133,6 +135,7 @@ def test_closed_form(name, options):
         presets.dapo(ratio_max=3.0),
         presets.ppo(clip_low=10.0, clip_high=0.0, ratio_max=1.01),
         presets.cispo(ratio_max=0.9),
+        presets.cispo(ratio_min=0.7, ratio_max=1.28),
         presets.sapo(sapo_tau_pos=0.3, sapo_tau_neg=7.0),
     ],
     ids=str,
@@ -175,7 +178,8 @@ def test_gradient_at_the_two_sided_bound():
     assert slope_at(presets.ppo(ratio_max=below), 1.0, -1.0)[:2] == (0.0, CLIPPED_MAX)
     assert slope_at(presets.ppo(ratio_max=below), 1.0, 1.0)[:2] == (0.0, CLIPPED_HIGH)
     assert slope_at(presets.cispo(ratio_max=r), 1.0, -1.0)[:2] == (r, 0)
-    assert slope_at(presets.cispo(ratio_max=below), 1.0, -1.0)[:2] == (below, CLIPPED_MAX)
+    assert slope_at(presets.cispo(ratio_max=below), 1.0, 1.0)[:2] == (-below, CLIPPED_MAX)
+    assert slope_at(presets.cispo(ratio_max=below), 1.0, -1.0)[:2] == (below, 0)  # as TRL counts
 
 
 def by_hand(objective, d, logp, a, w, iw, sw):
@@ -185,13 +189,14 @@ def by_hand(objective, d, logp, a, w, iw, sw):
         mean = math.fsum(d) / n
         s = math.exp(min(max(mean, -20), 20))
         ds = s / n if abs(mean) <= 20 else 0.0
+        own = objective.ratio_level == "sequence_token"
         rule = Rule.from_objective(objective)
-        losses, total = [], 0.0
+        losses, slopes = [], []
         for t in range(n):
             loss, c = surrogate_by_rule(rule, 0.0, math.log(s), a[t] * iw[t] * sw)
             losses.append(loss)
-            total += w[t] * c / s * ds
-        return losses, [total] * n
+            slopes.append(w[t] * c / s * ds)
+        return losses, [n * x for x in slopes] if own else [math.fsum(slopes)] * n
     if objective.surrogate == "gmpo":
         low, high = -objective.clip_low, objective.clip_high
         clipped = [
@@ -482,7 +487,7 @@ def _without_gradient(objective, tokens):
 
 def _with_swapped_bounds(objective, tokens):
     swapped = Objective(clip_low=objective.clip_high, clip_high=objective.clip_low)
-    return spec._clip(swapped, tokens)
+    return spec._clip(swapped, tokens._replace(bounds=swapped.bounds))
 
 
 def _with_unclipped_gradient(objective, tokens):

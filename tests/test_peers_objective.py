@@ -11,7 +11,16 @@ import pytest
 import torch
 
 from fastpo import presets
-from fastpo.objective import KL_ESTIMATORS, Objective, entropy_weights, token_loss, token_weights
+from fastpo.objective import (
+    CLIPPED_HIGH,
+    CLIPPED_LOW,
+    CLIPPED_MAX,
+    KL_ESTIMATORS,
+    Objective,
+    entropy_weights,
+    token_loss,
+    token_weights,
+)
 from fastpo.segments import Segments
 
 pytestmark = pytest.mark.peer
@@ -97,8 +106,11 @@ def trainer_class():
     return pytest.importorskip("trl.trainer.grpo_trainer", reason="needs trl").GRPOTrainer
 
 
-def trl(trainer_class, loss_type: str, t: dict, advantages, items=23.0, ratio=None, **options):
-    """GRPOTrainer._compute_loss itself, on an object with the attributes that it reads."""
+def trl(trainer_class, loss_type, t, advantages, items=23.0, ratio=None, metrics=None, **options):
+    """GRPOTrainer._compute_loss itself, on an object with the attributes that it reads.
+
+    What it logs goes to `metrics` {"train": {name: [values]}}.
+    """
     logp, entropy = (t[key].clone().requires_grad_() for key in ("logp", "entropy"))
     fields = {
         "loss_type": loss_type,
@@ -116,7 +128,7 @@ def trl(trainer_class, loss_type: str, t: dict, advantages, items=23.0, ratio=No
         "use_adaptive_entropy": False,
         "current_gradient_accumulation_steps": 1,
         "model": types.SimpleNamespace(training=True),
-        "_metrics": defaultdict(lambda: defaultdict(list)),
+        "_metrics": defaultdict(lambda: defaultdict(list)) if metrics is None else metrics,
     }
     arguments = {
         "delta": None,
@@ -329,11 +341,28 @@ def test_differs_from_trl_vespo_hides_a_nan(trainer_class):
     assert got[0].isnan()
 
 
+def test_cispo_counts_as_trl_does(trainer_class):
+    """Above the bound and A > 0: a bounded weight with A < 0 is no clip there."""
+    t = batch(spread=0.7)
+    metrics = defaultdict(lambda: defaultdict(list))
+    trl(trainer_class, "cispo", t, t["a"], epsilon_high=1.1, metrics=metrics)
+    advantages = t["a"][:, None].expand(B, T)
+    terms = token_loss(
+        presets.cispo(ratio_max=1.1), t["logp"], advantages, old_logprobs=t["old"], mask=t["mask"]
+    )
+    got = ((terms.clipped & CLIPPED_MAX) != 0).sum() / t["mask"].sum()
+    (theirs,) = metrics["train"]["cispo_clip_ratio"]
+    assert got.item() == pytest.approx(theirs) and 0 < theirs < 1
+
+
 # verl
 
 
 def verl_loss(verl, loss: str, t: dict, advantages, mode="token-mean", weights=None, **config):
+    from verl.workers.config.actor import PolicyLossConfig
+
     core, config_class = verl
+    dro_beta = config.pop("dro_beta", None)
     logp = t["logp"].clone().requires_grad_()
     advantages = advantages if advantages.ndim == 2 else advantages[:, None].expand(B, T)
     settings = {"clip_ratio_low": 0.2, "clip_ratio_high": 0.28, **config}
@@ -343,7 +372,13 @@ def verl_loss(verl, loss: str, t: dict, advantages, mode="token-mean", weights=N
         advantages=advantages,
         response_mask=t["mask"].double(),
         loss_agg_mode=mode,
-        config=config_class(strategy="fsdp", rollout_n=1, use_dynamic_bsz=True, **settings),
+        config=config_class(
+            strategy="fsdp",
+            rollout_n=1,
+            use_dynamic_bsz=True,
+            policy_loss=PolicyLossConfig(loss_mode=loss, dro_beta=dro_beta),
+            **settings,
+        ),
         rollout_is_weights=weights,
     )
     return results(value, logp, logp.new_zeros(1, requires_grad=True))[:2]
@@ -374,9 +409,14 @@ def assert_close(got, expected, **tolerance):
 VERL_LOSSES = {
     "vanilla": presets.dapo(ratio_max=3.0),
     "gpg": presets.gpg(),
-    "cispo": presets.cispo(ratio_max=1.28),
+    "cispo": presets.cispo(ratio_min=0.8, ratio_max=1.28),
+    "dppo_tv": presets.dppo(clip_low=0.05, clip_high=0.08, ratio_max=3.0),
+    "dppo_kl": presets.dppo(gate="kl", clip_low=0.01, clip_high=0.02, ratio_max=3.0),
 }
-VERL_CONFIG = {"cispo": {"clip_ratio_low": 1.0}}
+VERL_CONFIG = {
+    "dppo_tv": {"clip_ratio_low": 0.05, "clip_ratio_high": 0.08},
+    "dppo_kl": {"clip_ratio_low": 0.01, "clip_ratio_high": 0.02},
+}
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -409,8 +449,22 @@ def test_verl_sapo(verl, weighted):
     assert_close(*pair, **VERL_CLOSE)
 
 
+@pytest.mark.parametrize("key", ["a", "token_a"])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("aggregation", AGGREGATION)
+def test_verl_gspo_is_gspo_token(verl, aggregation, weighted, key):
+    """REGRESSIONS 39: per-token advantages and weights act on their own token."""
+    t = batch(dead_sequence=False)
+    objective = presets.gspo_token(clip_low=0.05, clip_high=0.1, aggregation=aggregation)
+    clips = {"clip_ratio_low": 0.05, "clip_ratio_high": 0.1}
+    weights = t["iw"] if weighted else None
+    pair = verl_pair(verl, objective, "gspo", t, key, AGGREGATION[aggregation], weights, **clips)
+    assert_close(*pair, **VERL_CLOSE)
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 def test_verl_gspo_where_advantages_are_constant_over_a_sequence(verl, weighted):
+    """There `gspo`, the sequence's own objective, has the same gradient; elsewhere it has not."""
     t = batch(dead_sequence=False)
     objective = presets.gspo(clip_low=0.05, clip_high=0.1)
     clips = {"clip_ratio_low": 0.05, "clip_ratio_high": 0.1}
@@ -419,7 +473,44 @@ def test_verl_gspo_where_advantages_are_constant_over_a_sequence(verl, weighted)
     assert_close(*verl_pair(verl, objective, "gspo", t, "a", mode, weights, **clips), **VERL_CLOSE)
     got, theirs = verl_pair(verl, objective, "gspo", t, "token_a", mode, weights, **clips)
     torch.testing.assert_close(got[0], theirs[0], **VERL_CLOSE)
-    assert not torch.allclose(got[1], theirs[1])  # theirs is GSPO-token
+    assert not torch.allclose(got[1], theirs[1])
+
+
+def test_verl_dro(verl):
+    t = batch(dead_sequence=False)
+    objective = presets.dro(old_kl_coef=0.3)
+    assert_close(*verl_pair(verl, objective, "dro", t, "token_a", dro_beta=0.3))
+
+
+def test_differs_from_verl_dro_weighs_the_advantage_alone(verl):
+    t = batch(dead_sequence=False)
+    pair = verl_pair(
+        verl, presets.dro(old_kl_coef=0.3), "dro", t, "token_a", weights=t["iw"], dro_beta=0.3
+    )
+    assert not torch.allclose(pair[0][1], pair[1][1])
+
+
+@pytest.mark.parametrize("gate", ["tv", "kl"])
+def test_the_gates_of_dppo_fire_as_often_as_verls(verl, gate):
+    """pg_clipfrac counts dropped tokens, pg_clipfrac_lower those whose weight is bounded."""
+    core, config_class = verl
+    t = batch(dead_sequence=False, spread=0.7)
+    clips = VERL_CONFIG[f"dppo_{gate}"]
+    _, metrics = core.get_policy_loss_fn(f"dppo_{gate}")(
+        old_log_prob=t["old"],
+        log_prob=t["logp"],
+        advantages=t["token_a"],
+        response_mask=t["mask"].double(),
+        config=config_class(strategy="fsdp", rollout_n=1, use_dynamic_bsz=True, **clips),
+    )
+    terms = token_loss(
+        VERL_LOSSES[f"dppo_{gate}"], t["logp"], t["token_a"], old_logprobs=t["old"], mask=t["mask"]
+    )
+    tokens = t["mask"].sum()
+    dropped = ((terms.clipped & (CLIPPED_LOW | CLIPPED_HIGH)) != 0).sum() / tokens
+    assert dropped.item() == pytest.approx(metrics["actor/pg_clipfrac"], rel=1e-6) and dropped > 0
+    bounded = ((terms.clipped & CLIPPED_MAX) != 0).sum() / tokens
+    assert bounded.item() == pytest.approx(metrics["actor/pg_clipfrac_lower"], rel=1e-6)
 
 
 @pytest.mark.parametrize("key", ["a", "token_a"])
@@ -486,15 +577,9 @@ def test_differs_from_verl_dead_sequences_count(verl, aggregation):
     assert_close(ours(objective, t, t["a"], 4)[:2], theirs, **VERL_CLOSE)
 
 
-def test_differs_from_verl_cispo_has_no_lower_bound(verl):
-    t = batch(dead_sequence=False, spread=0.7)
-    got, theirs = verl_pair(verl, presets.cispo(ratio_max=1.28), "cispo", t, "a")
-    assert not torch.allclose(got[1], theirs[1])
-
-
 def test_differs_from_verl_gspo_bound_on_the_sequence_ratio(verl):
     t = batch(dead_sequence=False)
     t["old"], t["a"] = t["logp"] - 15, -torch.ones(B)
-    got, theirs = verl_pair(verl, presets.gspo(), "gspo", t, "a", "seq-mean-token-mean")
+    got, theirs = verl_pair(verl, presets.gspo_token(), "gspo", t, "a", "seq-mean-token-mean")
     torch.testing.assert_close(got[0], torch.tensor(15.0).exp())
     torch.testing.assert_close(theirs[0], torch.tensor(10.0).exp(), **VERL_CLOSE)

@@ -23,7 +23,37 @@ DEFAULTS = {
         "clip_low": 2e-3,
         "clip_high": 2.5e-3,
     },
+    "gspo_token": {
+        "ratio_level": "sequence_token",
+        "aggregation": "sequence_mean",
+        "clip_low": 3e-4,
+        "clip_high": 4e-4,
+    },
     "cispo": {"surrogate": "cispo", "ratio_max": 5.0},
+    "dppo": {
+        "surrogate": "gate",
+        "gate": "tv",
+        "clip_low": 0.15,
+        "clip_high": 0.15,
+        "ratio_max": 20.0,
+    },
+    "ipo": {"surrogate": "gate", "gate": "tv", "gate_two_sided": True, "old_kl_coef": 2e-3},
+    "icepop": {
+        "surrogate": "gate",
+        "gate": "ratio",
+        "gate_two_sided": True,
+        "clip_low": 0.5,
+        "clip_high": 4.0,
+    },
+    "topr": {"surrogate": "gate", "ratio_power_pos": 0, "ratio_max": 1.0},
+    "aspo": {"surrogate": "gate", "gate": "ratio", "ratio_power_pos": -1, "ratio_max_pos": 3.0},
+    "ce_gppo": {
+        "surrogate": "gate",
+        "gate": "ratio",
+        "gate_keep_low": 0.75,
+        "gate_keep_high": 1.0,
+    },
+    "dro": {"surrogate": "reinforce", "old_kl_coef": 0.05},
     "sapo": {"surrogate": "sapo", "aggregation": "sequence_mean"},
     "gmpo": {
         "surrogate": "gmpo",
@@ -35,7 +65,7 @@ DEFAULTS = {
     "gpg": {"surrogate": "reinforce"},
     "reinforce": {"surrogate": "reinforce"},
 }
-SEQUENCE_LEVEL = {"gspo", "luspo", "gmpo", "vespo"}
+SEQUENCE_LEVEL = {"gspo", "gspo_token", "luspo", "gmpo", "vespo"}
 
 
 def test_every_preset_is_listed():
@@ -49,6 +79,12 @@ def test_defaults(name):
     assert objective == Objective(**{"name": name, **base, **DEFAULTS[name]})
     assert objective.kl_coef == objective.entropy_coef == 0
     assert objective.is_token_level == (name not in SEQUENCE_LEVEL)
+
+
+def test_the_two_gates_of_dppo_have_their_own_bounds():
+    kl = presets.dppo(gate="kl")
+    assert (kl.gate, kl.clip_low, kl.clip_high) == ("kl", 0.05, 0.05)
+    assert presets.dppo(gate="kl", clip_high=0.1).clip_high == 0.1
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,7 @@ def test_dead_rows_are_never_read(bad, device):
     case = RowCase.random(4, 300, EVERYTHING, device=device)
     expected_rows, expected_grad = run_policy_loss(triton_rows, case, EVERYTHING)
     dead = torch.tensor([False, True, False, True], device=device)
-    inputs = RowInputs(*(x.masked_fill(dead, bad) for x in case.inputs))
+    inputs = case.inputs.map(lambda x: x.masked_fill(dead, bad))
     inputs = inputs._replace(
         weight=case.inputs.weight.masked_fill(dead, 0),
         entropy_weight=case.inputs.entropy_weight.masked_fill(dead, 0),
@@ -198,7 +198,7 @@ def test_clip_bits(device):
     ratios = torch.tensor([0.25, 3.0, 8.0, 1.0, 2.0, 0.25])
     old = -ratios.log() - torch.tensor(4.0).log()
     advantages = [-1.0, 1.0, -1.0, -1.0, -1.0, 1.0]
-    inputs = RowInputs(*(None if x is None else x.to(device) for x in numbers(advantages)))
+    inputs = numbers(advantages).map(lambda x: x.to(device))
     inputs = inputs._replace(old_logprobs=old.to(device))
     tokens = torch.zeros(6, dtype=torch.int64, device=device)
     out = torch.empty_like(logits)
@@ -342,7 +342,7 @@ def test_strides_of_the_numbers_per_token(view, device):
         case,
         tokens=restride(case.tokens),
         temperature=restride(case.temperature),
-        inputs=RowInputs(*map(restride, case.inputs)),
+        inputs=case.inputs.map(restride),
     )
     assert not strided.tokens.is_contiguous()
     check_policy_loss(triton_rows, strided, EVERYTHING)

@@ -33,10 +33,34 @@ def _no_gradient(logits, row, inverse_temperature, c, e, HAS_ENTROPY_GRAD: tl.co
 
 @triton.jit
 def _no_policy_gradient(
-    logprob, ratio, slope, advantage, low, high, top, tau_pos, tau_neg, SURROGATE: tl.constexpr
+    logprob,
+    old_logprob,
+    ratio,
+    slope,
+    advantage,
+    low,
+    high,
+    weights,
+    tau_pos,
+    tau_neg,
+    SURROGATE: tl.constexpr,
+    GATE_BY: tl.constexpr,
+    TWO_SIDED: tl.constexpr,
 ):
     loss, slope, clipped = surrogate_loss(
-        logprob, ratio, slope, advantage, low, high, top, tau_pos, tau_neg, SURROGATE
+        logprob,
+        old_logprob,
+        ratio,
+        slope,
+        advantage,
+        low,
+        high,
+        weights,
+        tau_pos,
+        tau_neg,
+        SURROGATE,
+        GATE_BY,
+        TWO_SIDED,
     )
     return loss, slope * 0.0, clipped
 

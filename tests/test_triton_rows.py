@@ -10,8 +10,12 @@ import torch
 
 from fastpo.backends import triton as triton_rows
 from fastpo.objective import KL_ESTIMATORS, TOKEN_SURROGATES, Objective
+from fastpo.testing.objectives import GATES
 from fastpo.testing.rows import (
     RowCase,
+    check_details,
+    check_details_of_hostile_rows,
+    check_no_subnormal_leaves,
     check_policy_loss,
     check_stats_and_grad,
     run_policy_loss,
@@ -32,7 +36,30 @@ EVERYTHING = Objective(kl_coef=0.1, kl_estimator="k3", kl_ratio_weighted=True, e
 
 
 def test_every_token_surrogate_is_covered():
-    assert {o.surrogate for o in SURROGATES.values()} == set(TOKEN_SURROGATES)
+    tested = (*SURROGATES.values(), *GATES.values())
+    assert {objective.surrogate for objective in tested} == set(TOKEN_SURROGATES)
+
+
+@pytest.mark.parametrize("extras", [False, True])
+@pytest.mark.parametrize("name", GATES)
+def test_gates(name, extras, device):
+    """Three tokens to choose from; with and without bounds and NLL weights of each row."""
+    objective = GATES[name]
+    extras = extras and objective.takes_clip_bounds
+    case = RowCase.random(24, 3, objective, extras=extras, device=device)
+    check_policy_loss(triton_rows, case, objective)
+    assert triton_rows.row_policy_loss(
+        case.logits, case.tokens, case.inputs, objective, case.temperature, None
+    ).clipped.any()
+
+
+@pytest.mark.parametrize("name", SURROGATES)
+def test_rows_with_bounds_and_nll_weights_of_their_own(name, device):
+    objective = SURROGATES[name]
+    case = RowCase.random(16, 307, objective, extras=True, device=device)
+    if not objective.takes_clip_bounds:
+        case = dataclasses.replace(case, inputs=case.inputs._replace(clip_low=None, clip_high=None))
+    check_policy_loss(triton_rows, case, objective)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -47,6 +74,27 @@ def test_surrogates(name, dtype, device):
 def test_kl_estimators(estimator, ratio_weighted, device):
     objective = Objective(kl_coef=0.3, kl_estimator=estimator, kl_ratio_weighted=ratio_weighted)
     check_policy_loss(triton_rows, RowCase.random(6, 307, objective, device=device), objective)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize("vocab", [1, 1025])
+def test_details(vocab, dtype, device):
+    """Sum of squared probabilities, mean logit and top-1 hit, as TRL's kernel defines them."""
+    case = RowCase.random(6, vocab, DAPO, dtype=dtype, temperature=torch.linspace(0.5, 2, 6))
+    case.tokens[::2] = case.logits[::2].argmax(1)
+    case = case.to(device)
+    check_details(triton_rows, case)
+    check_details(triton_rows, case.with_logits((case.logits.float() + 80).to(dtype)))
+
+
+def test_details_of_hostile_rows(device):
+    check_details_of_hostile_rows(triton_rows, device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_no_subnormal_leaves(dtype, device):
+    """REGRESSIONS 49: products over subnormal gradients take 12 to 15 times as long."""
+    check_no_subnormal_leaves(triton_rows, dtype, device)
 
 
 @pytest.mark.slow

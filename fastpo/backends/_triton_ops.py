@@ -29,6 +29,18 @@ def triton_row_stats(
     return row_stats.row_stats(logits, tokens, temperature, temperatures, live)
 
 
+@torch.library.custom_op("fastpo::triton_row_details", mutates_args=())
+def triton_row_details(
+    logits: Tensor,
+    tokens: Tensor,
+    temperature: float,
+    temperatures: Tensor | None,
+    live: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(logprobs, entropy, row_max, log_sum, log_sum_sq_probs, mean_logits, is_top1)."""
+    return row_stats.row_stats(logits, tokens, temperature, temperatures, live, details=True)
+
+
 @torch.library.custom_op("fastpo::triton_row_grad_out", mutates_args=("out",))
 def triton_row_grad_out(
     logits: Tensor,
@@ -50,3 +62,9 @@ def triton_row_grad_out(
 @triton_row_stats.register_fake
 def _(logits, *arguments):
     return tuple(logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(4))
+
+
+@triton_row_details.register_fake
+def _(logits, *arguments):
+    dtypes = [torch.float32] * 6 + [torch.bool]
+    return tuple(logits.new_empty(logits.shape[0], dtype=dtype) for dtype in dtypes)

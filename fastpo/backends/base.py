@@ -25,6 +25,10 @@ validated and flattened: logits (N, V) with unit stride in V and any row stride,
 * NaN is never swallowed on a live row (mind min/max instructions).
 * Rows are independent and sums have a fixed order: same bits for any N, any chunking, in place or
   not, and `row_stats` and `row_policy_loss` agree bit by bit on logprob and entropy.
+* No subnormal leaves `row_grad`, `row_policy_loss` or `scale_`: |g| < 2^-126 becomes 0 before g is
+  rounded to the gradient's dtype (fp64: 2^-1022), since some CPUs multiply subnormals 12 to 15
+  times slower and peaked logits make most columns such. So bf16, which has the range of fp32, holds
+  none either; the subnormals of fp16, from 2^-14 down, are normal numbers in fp32 and stay.
 * Accumulation is fp32 for fp32 / bf16 / fp16 logits (the torch backend: fp64 for fp64).
 """
 
@@ -38,7 +42,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from fastpo.objective import KL_ESTIMATORS, TOKEN_SURROGATES, Objective, token_loss
+from fastpo.objective import GATES, KL_ESTIMATORS, TOKEN_SURROGATES, Objective, token_loss
 
 
 class RowStats(NamedTuple):
@@ -50,6 +54,41 @@ class RowStats(NamedTuple):
     log_sum: Tensor  # log s
 
 
+class RowDetails(NamedTuple):
+    """Statistics that some trainers log or weight by, without a gradient. All (N,)."""
+
+    log_sum_sq_probs: Tensor  # log sum_j p_j^2, fp32 (fp64 for fp64 logits)
+    mean_logits: Tensor  # mean of u over the vocabulary, likewise; -inf if a logit is
+    is_top1: Tensor  # bool: the token's logit is the row's largest, and the first of several such
+
+
+class KeptSets(NamedTuple):
+    """The token ids that each row's softmax is over, where it is not the whole vocabulary.
+
+    Row i has ids[offsets[i] : offsets[i + 1]], all different; none means that it is not such a row.
+    """
+
+    ids: Tensor  # (M,) int64
+    offsets: Tensor  # (N + 1,) int64, rising from 0 to M
+
+
+class KeptHead(NamedTuple):
+    """An LM head as kept rows see it: z = gain * (hidden . weight[id] + bias[id]), or its tanh."""
+
+    weight: Tensor  # (V, D), of the dtype of the hidden states, unit stride in D
+    bias: Tensor | None  # (V,)
+    gain: float
+    capped: bool  # tanh follows; the outer softcap rides in the temperature
+
+
+class KeptGrads(NamedTuple):
+    """Where `kept_grad` leaves its gradients: of the operands' dtype or fp32; None = not wanted."""
+
+    hidden: Tensor | None  # (N, D)
+    weight: Tensor | None  # (V, D)
+    bias: Tensor | None  # (V,)
+
+
 class RowInputs(NamedTuple):
     """Per-token numbers of a token-level objective. All (N,) fp32."""
 
@@ -58,6 +97,18 @@ class RowInputs(NamedTuple):
     old_logprobs: Tensor | None  # None = on-policy, r = 1
     ref_logprobs: Tensor | None  # given iff kl_coef != 0
     entropy_weight: Tensor | None  # given iff entropy_coef != 0; e = -entropy_weight
+    clip_low: Tensor | None = None  # per-token bounds on r in place of the rule's, both or neither
+    clip_high: Tensor | None = None
+    nll_weight: Tensor | None = None  # of an SFT term, -nll_weight * logprob
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> RowInputs:
+        """The same with `function` applied to every tensor that is given."""
+        return RowInputs(*(None if x is None else function(x) for x in self))
+
+    @property
+    def clip_bounds(self) -> tuple[Tensor, Tensor] | None:
+        """(low, high), or None for those of the objective."""
+        return None if self.clip_low is None else (self.clip_low, self.clip_high)
 
     @property
     def live(self) -> Tensor:
@@ -84,23 +135,41 @@ class Rule(NamedTuple):
 
         0 clip       -A r', or 0 if (A > 0 and r > ratio_high) or (A < 0 and r < ratio_low)
                      or (A < 0 and r > ratio_max);    loss -min(min(r, ratio_max) A, clip(r) A)
-        1 cispo      -A min(r, ratio_max);            loss -A min(r, ratio_max) logp
+        1 cispo      -A clip(r, ratio_low, ratio_high);   loss c logp
         2 sapo       -4 A g (1 - g) r', g = sigmoid(tau (r - 1)), tau by A > 0;  loss -(4 / tau) A g
         3 reinforce  -A;                              loss -A logp
+        4 gate       -A w;                            loss c logp
+                     w = min(max(exp(k clamp(d, +-20)), ratio_min), m) inside the gate, with
+                     k = power_pos, m = min(ratio_max, ratio_max_pos) where A > 0, else
+                     k = power_neg, m = ratio_max; where D < ratio_low and (A < 0 or two_sided),
+                     w = keep_low ratio_low; where D > ratio_high and (A > 0 or two_sided),
+                     w = keep_high ratio_high; D by `gate`: 0 none, 1 r, 2 p - q, 3 the KL of the
+                     two Bernoulli distributions (q, p) with the sign of p - q, q = exp(old)
 
     kl with k = logp - ref, q = exp(min(-k, 20)); value / derivative:
         1 k1: k / 1     2 k2: k^2/2 / k     3 k3: q - min(-k, 20) - 1 / (1 - q, 0 where -k > 20)
         4 abs: |k| / sign(k)     5 k1+: k / k     6 k3+: as k3 / k
-    With kl_ratio_weighted the value is kl * r and the derivative dkl * r + kl * r'.
+    With kl_ratio_weighted the value is kl * r and the derivative dkl * r + kl * r'. `old_kl` is
+    another such estimate, of k = d, without r. A row's own bounds replace ratio_low, ratio_high.
     """
 
     surrogate: int
     kl: int  # 0 = none
     kl_ratio_weighted: bool
-    ratio_low: float  # 1 - clip_low
-    ratio_high: float  # 1 + clip_high
+    old_kl: int  # 0 = none
+    gate: int
+    two_sided: bool
+    ratio_low: float  # `Objective.bounds`
+    ratio_high: float
     ratio_max: float  # inf = none
+    ratio_min: float
+    ratio_max_pos: float  # inf = none
+    power_pos: int
+    power_neg: int
+    keep_low: float
+    keep_high: float
     kl_coef: float
+    old_kl_coef: float
     tau_pos: float
     tau_neg: float
 
@@ -108,14 +177,32 @@ class Rule(NamedTuple):
     @functools.cache
     def from_objective(cls, objective: Objective) -> Rule:
         """Encode a token-level objective; bounds are computed in float64, as torch does."""
+        ratio_low, ratio_high = objective.bounds
+
+        def kl(coef: float, estimator: str) -> int:
+            return 0 if coef == 0 else 1 + KL_ESTIMATORS.index(estimator)
+
+        def most(bound: float | None) -> float:
+            return math.inf if bound is None else bound
+
         return cls(
             surrogate=TOKEN_SURROGATES.index(objective.surrogate),
-            kl=0 if objective.kl_coef == 0 else 1 + KL_ESTIMATORS.index(objective.kl_estimator),
+            kl=kl(objective.kl_coef, objective.kl_estimator),
             kl_ratio_weighted=objective.kl_ratio_weighted,
-            ratio_low=1 - objective.clip_low,
-            ratio_high=1 + objective.clip_high,
-            ratio_max=math.inf if objective.ratio_max is None else objective.ratio_max,
+            old_kl=kl(objective.old_kl_coef, objective.old_kl_estimator),
+            gate=GATES.index(objective.gate),
+            two_sided=objective.gate_two_sided,
+            ratio_low=ratio_low,
+            ratio_high=ratio_high,
+            ratio_max=most(objective.ratio_max),
+            ratio_min=objective.ratio_min,
+            ratio_max_pos=most(objective.ratio_max_pos),
+            power_pos=objective.ratio_power_pos,
+            power_neg=objective.ratio_power_neg,
+            keep_low=objective.gate_keep_low,
+            keep_high=objective.gate_keep_high,
             kl_coef=objective.kl_coef,
+            old_kl_coef=objective.old_kl_coef,
             tau_pos=objective.sapo_tau_pos,
             tau_neg=objective.sapo_tau_neg,
         )
@@ -135,6 +222,18 @@ class Backend(Protocol):
         live: Tensor | None = None,
     ) -> RowStats:
         """One read of the logits. tokens int64 (N,); temperature float or (N,) fp32; live bool."""
+
+    def row_details(
+        self,
+        logits: Tensor,
+        tokens: Tensor,
+        temperature: float | Tensor,
+        live: Tensor | None = None,
+    ) -> tuple[RowStats, RowDetails]:
+        """`row_stats`, bit by bit, and more from the same launch. Dead rows: 0 and False.
+
+        A row with NaN, or a token outside [0, V), is never top-1.
+        """
 
     def row_grad(
         self,
@@ -163,6 +262,44 @@ class Backend(Protocol):
         `out` has the logits' dtype, or a 2-byte dtype under fp32 logits. It may be `logits` itself,
         or `alias_rows(logits, dtype)`: the *upper* half of each fp32 row, so that a sweep from the
         last column to the first never overwrites a logit it has yet to read.
+        """
+
+    def kept_stats(
+        self,
+        hidden: Tensor,
+        head: KeptHead,
+        tokens: Tensor,
+        kept: KeptSets,
+        temperature: float | Tensor,
+        live: Tensor | None = None,
+    ) -> tuple[RowStats, Tensor]:
+        """Statistics of the rows (N, D) with ids, by gathered dot products; z of every id, (M,).
+
+        u = z / temperature, and everything is as in `row_stats` with -inf at the other columns.
+        A row with one id has log-prob and entropy 0 and is never read, nor is a dead row or one
+        without ids, whose statistics are 0. A token that is not among its row's ids gives NaN.
+        """
+
+    def kept_grad(
+        self,
+        hidden: Tensor,
+        head: KeptHead,
+        tokens: Tensor,
+        kept: KeptSets,
+        temperature: float | Tensor,
+        stats: RowStats,
+        logits: Tensor,
+        logprob_grad: Tensor,
+        entropy_grad: Tensor | None,
+        grads: KeptGrads,
+        add: bool = False,
+    ) -> None:
+        """Fill `grads` from what `kept_stats` returned and the row gradients c and e.
+
+        Hidden states: rows with ids are written, others left alone; those with one id or
+        c = e = 0 get zeros. Weight and bias: every row is written once, zeros included, or, with
+        `add`, the rows of ids that occur are added to. The sum of an id runs over its rows in
+        order: same bits for any number of threads.
         """
 
     def scale_(self, grad: Tensor, factor: Tensor) -> None:
@@ -212,6 +349,8 @@ def token_level_loss(
             inputs.advantages,
             old_logprobs=inputs.old_logprobs,
             ref_logprobs=inputs.ref_logprobs,
+            clip_bounds=inputs.clip_bounds,
+            nll_weights=inputs.nll_weight,
             mask=live,
         )
         loss = inputs.weight * terms.loss

@@ -9,7 +9,18 @@ import torch
 from torch import Tensor
 
 from fastpo import _extension
-from fastpo.backends.base import RowInputs, RowLosses, RowStats, Rule, overwrites, written
+from fastpo.backends.base import (
+    KeptGrads,
+    KeptHead,
+    KeptSets,
+    RowDetails,
+    RowInputs,
+    RowLosses,
+    RowStats,
+    Rule,
+    overwrites,
+    written,
+)
 from fastpo.objective import Objective
 
 ops = torch.ops.fastpo
@@ -27,6 +38,14 @@ def row_stats(
 ) -> RowStats:
     """See `fastpo.backends.base.Backend`."""
     return RowStats(*ops.cpp_row_stats(logits, tokens, *_temperature(temperature), live))
+
+
+def row_details(
+    logits: Tensor, tokens: Tensor, temperature: float | Tensor, live: Tensor | None = None
+) -> tuple[RowStats, RowDetails]:
+    """See `fastpo.backends.base.Backend`."""
+    results = ops.cpp_row_details(logits, tokens, *_temperature(temperature), live)
+    return RowStats(*results[:4]), RowDetails(*results[4:])
 
 
 def row_grad(
@@ -62,6 +81,56 @@ def row_policy_loss(
     if out is not None:
         written(out)
     return losses
+
+
+def kept_stats(
+    hidden: Tensor,
+    head: KeptHead,
+    tokens: Tensor,
+    kept: KeptSets,
+    temperature: float | Tensor,
+    live: Tensor | None = None,
+) -> tuple[RowStats, Tensor]:
+    """See `fastpo.backends.base.Backend`."""
+    rows = (tokens, *kept, *_temperature(temperature))
+    *stats, logits = ops.cpp_kept_stats(
+        hidden, head.weight, head.bias, *rows, head.gain, head.capped, live
+    )
+    return RowStats(*stats), logits
+
+
+def kept_grad(
+    hidden: Tensor,
+    head: KeptHead,
+    tokens: Tensor,
+    kept: KeptSets,
+    temperature: float | Tensor,
+    stats: RowStats,
+    logits: Tensor,
+    logprob_grad: Tensor,
+    entropy_grad: Tensor | None,
+    grads: KeptGrads,
+    add: bool = False,
+) -> None:
+    """See `fastpo.backends.base.Backend`."""
+    rows = (tokens, *kept, *_temperature(temperature), head.gain, head.capped)
+    bias_grad = None if grads.bias is None else grads.bias[:, None]
+    ops.cpp_kept_grad(
+        hidden,
+        head.weight,
+        *rows,
+        logits,
+        *stats,
+        logprob_grad,
+        entropy_grad,
+        grads.hidden,
+        grads.weight,
+        bias_grad,
+        add,
+    )
+    for grad in grads:
+        if grad is not None:
+            written(grad)
 
 
 def scale_(grad: Tensor, factor: Tensor) -> None:

@@ -11,7 +11,17 @@ import sys
 import torch
 from torch import Tensor
 
-from fastpo.backends.base import RowInputs, RowLosses, RowStats, token_level_loss, two_step
+from fastpo.backends.base import (
+    KeptGrads,
+    KeptHead,
+    KeptSets,
+    RowDetails,
+    RowInputs,
+    RowLosses,
+    RowStats,
+    token_level_loss,
+    two_step,
+)
 from fastpo.objective import Objective
 
 
@@ -37,6 +47,22 @@ def row_stats(
     return stats if live is None else RowStats(*(x.where(live, 0) for x in stats))
 
 
+def row_details(
+    logits: Tensor, tokens: Tensor, temperature: float | Tensor, live: Tensor | None = None
+) -> tuple[RowStats, RowDetails]:
+    """See `fastpo.backends.base.Backend`."""
+    stats = row_stats(logits, tokens, temperature, live)
+    scaled = _scaled(logits, temperature, live)
+    weights = (scaled - stats.row_max[:, None]).exp()
+    rows = logits if live is None else logits.where(live[:, None], 0)
+    details = RowDetails(
+        weights.square().sum(1).log() - 2 * stats.log_sum,
+        scaled.mean(1),
+        (rows.argmax(1) == tokens) & ~stats.logprobs.isnan(),  # argmax takes the first of several
+    )
+    return stats, (details if live is None else RowDetails(*(x.where(live, 0) for x in details)))
+
+
 def row_grad(
     logits: Tensor,
     tokens: Tensor,
@@ -53,13 +79,14 @@ def row_grad(
     scaled = _scaled(logits, temperature, live)
     shifted = scaled - stats.row_max.where(live, 0)[:, None]
     probs = (shifted - stats.log_sum.where(live, 0)[:, None]).exp()
-    columns = torch.arange(logits.shape[1], device=logits.device)
-    grad = logprob_grad[:, None] * ((columns == tokens[:, None]).to(probs.dtype) - probs)
+    is_token = torch.arange(logits.shape[1], device=logits.device) == tokens[:, None]
+    rest = -torch.expm1(stats.logprobs)[:, None]  # 1 - p of the token, all rounding if subtracted
+    grad = logprob_grad[:, None] * torch.where(is_token, rest, -probs)
     if entropy_grad is not None:
         mean_shift = (stats.log_sum - stats.entropy).where(live, 0)[:, None]
         spread = mean_shift - shifted.masked_fill(shifted == -torch.inf, 0)
         grad = grad + entropy_grad[:, None] * probs * spread
-    out.copy_((grad / _column(temperature)).where(live[:, None], 0))
+    out.copy_(_normal((grad / _column(temperature)).where(live[:, None], 0)))
 
 
 def row_policy_loss(
@@ -77,10 +104,126 @@ def row_policy_loss(
     return two_step(this, logits, tokens, temperature, out, live=live, loss_of=loss_of)
 
 
+def kept_stats(
+    hidden: Tensor,
+    head: KeptHead,
+    tokens: Tensor,
+    kept: KeptSets,
+    temperature: float | Tensor,
+    live: Tensor | None = None,
+) -> tuple[RowStats, Tensor]:
+    """See `fastpo.backends.base.Backend`."""
+    sizes = kept.offsets.diff()
+    several = sizes > 1 if live is None else (sizes > 1) & live
+    pairs, rows, ids = _pairs(kept, several)
+    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    z = (hidden[rows].to(wide) * head.weight[ids].to(wide)).sum(1)  # (pairs,)
+    z = head.gain * (z if head.bias is None else z + head.bias[ids].to(wide))
+    logits = hidden.new_zeros(kept.ids.numel(), dtype=wide)
+    logits[pairs] = z = z.tanh() if head.capped else z
+    scaled = z / _of_rows(temperature, rows)
+    stats = kept_statistics(scaled, rows, ids == tokens[rows], sizes.numel())
+    stats = RowStats(*(x.where(several, 0) for x in stats))
+    return stats._replace(logprobs=_nan_where_alone(stats.logprobs, tokens, kept, live)), logits
+
+
+def kept_statistics(scaled: Tensor, rows: Tensor, is_token: Tensor, count: int) -> RowStats:
+    """Statistics (count,) of rows that have only u (m,), which are of `rows` (m,); differentiable.
+
+    `is_token` (m,) says which are the tokens'; a row without its token gets NaN.
+    """
+    row_max = scaled.detach().new_full((count,), -torch.inf)
+    row_max = row_max.scatter_reduce(0, rows, scaled.detach(), "amax")
+
+    def sum_of(values: Tensor) -> Tensor:
+        return torch.zeros_like(row_max).index_add(0, rows, values)
+
+    shifted = scaled - row_max[rows]
+    weights = shifted.exp()
+    sums = sum_of(weights)
+    log_sum = sums.log()
+    # A logit of -inf has p = 0; 0 * -inf must not reach the sum.
+    mean_shift = sum_of(weights * shifted.masked_fill(shifted == -torch.inf, 0)) / sums
+    target = sum_of(torch.where(is_token, shifted, 0.0))
+    missing = torch.ones_like(row_max, dtype=torch.bool).index_fill(0, rows[is_token], False)
+    logprobs = (target - log_sum).masked_fill(missing, torch.nan)
+    return RowStats(logprobs, log_sum - mean_shift, row_max, log_sum)
+
+
+def kept_grad(
+    hidden: Tensor,
+    head: KeptHead,
+    tokens: Tensor,
+    kept: KeptSets,
+    temperature: float | Tensor,
+    stats: RowStats,
+    logits: Tensor,
+    logprob_grad: Tensor,
+    entropy_grad: Tensor | None,
+    grads: KeptGrads,
+    add: bool = False,
+) -> None:
+    """See `fastpo.backends.base.Backend`."""
+    sizes = kept.offsets.diff()
+    live = logprob_grad != 0 if entropy_grad is None else (logprob_grad != 0) | (entropy_grad != 0)
+    pairs, rows, ids = _pairs(kept, (sizes > 1) & live)
+    z, divisor = logits[pairs], _of_rows(temperature, rows)
+    log_probs = z / divisor - stats.row_max[rows] - stats.log_sum[rows]
+    probs, is_token = log_probs.exp(), ids == tokens[rows]
+    rest = -torch.expm1(stats.logprobs)[rows]
+    slopes = logprob_grad[rows] * torch.where(is_token, rest, -probs)
+    if entropy_grad is not None:
+        spread = log_probs.masked_fill(probs == 0, 0) + stats.entropy[rows]
+        slopes = slopes - entropy_grad[rows] * probs * spread
+    slopes = slopes / divisor * head.gain
+    slopes = _normal(slopes * (1 - z.square()) if head.capped else slopes)
+    if grads.hidden is not None:
+        total = torch.zeros(hidden.shape, dtype=slopes.dtype, device=hidden.device)
+        total.index_add_(0, rows, slopes[:, None] * head.weight[ids].to(slopes.dtype))
+        written = sizes > 0
+        grads.hidden[written] = _normal(total[written]).to(grads.hidden.dtype)
+    order = ids.argsort(stable=True)  # sums by segments, not index_add: in this order on any device
+    touched, counts = ids[order].unique_consecutive(return_counts=True)
+    for grad, parts in (
+        (grads.weight, lambda: slopes[:, None] * hidden[rows].to(slopes.dtype)),
+        (grads.bias, lambda: slopes),
+    ):
+        if grad is not None:
+            before = grad[touched].to(slopes.dtype) if add else 0
+            if not add:
+                grad.zero_()
+            if touched.numel():
+                sums = torch.segment_reduce(parts()[order], "sum", lengths=counts)
+                grad[touched] = _normal(before + sums).to(grad.dtype)
+
+
+def _pairs(kept: KeptSets, of_rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The kept ids of some of the rows: where they stand in `kept.ids`, their rows, themselves."""
+    every = torch.arange(of_rows.numel(), device=of_rows.device)
+    rows = every.repeat_interleave(kept.offsets.diff())
+    pairs = of_rows[rows].nonzero()[:, 0]
+    return pairs, rows[pairs], kept.ids[pairs]
+
+
+def _nan_where_alone(logprobs: Tensor, tokens: Tensor, kept: KeptSets, live: Tensor | None):
+    """NaN where the one id that a row has kept is not its token."""
+    alone = kept.offsets.diff() == 1
+    alone = alone if live is None else alone & live
+    bad = alone.clone()
+    bad[alone] = kept.ids[kept.offsets[:-1][alone]] != tokens[alone]
+    return logprobs.masked_fill(bad, torch.nan)
+
+
+def _of_rows(temperature: float | Tensor, rows: Tensor) -> float | Tensor:
+    return temperature[rows] if isinstance(temperature, Tensor) else temperature
+
+
 def scale_(grad: Tensor, factor: Tensor) -> None:
     """See `fastpo.backends.base.Backend`."""
     if grad.device.type != "cpu" or factor.item() != 1:
         grad.mul_(factor.to(grad.dtype) if factor.dtype == torch.float64 else factor)
+        if grad.dtype != torch.float16:
+            grad.copy_(_normal(grad))
 
 
 def _scaled(logits: Tensor, temperature: float | Tensor, live: Tensor | None) -> Tensor:
@@ -88,6 +231,11 @@ def _scaled(logits: Tensor, temperature: float | Tensor, live: Tensor | None) ->
     wide = logits if logits.dtype == torch.float64 else logits.float()
     scaled = wide / _column(temperature)
     return scaled if live is None else scaled.where(live[:, None], 0)
+
+
+def _normal(grad: Tensor) -> Tensor:
+    """The same with 0 for subnormal numbers: later products would be slow over them."""
+    return grad.masked_fill(grad.abs() < torch.finfo(grad.dtype).tiny, 0)
 
 
 def _column(temperature: float | Tensor) -> float | Tensor:

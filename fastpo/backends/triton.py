@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from fastpo import kernels  # a package: its modules, which need triton, come with _triton_ops
-from fastpo.backends.base import RowInputs, RowLosses, RowStats, Rule, overwrites, written
+from fastpo.backends.base import (
+    RowDetails,
+    RowInputs,
+    RowLosses,
+    RowStats,
+    Rule,
+    overwrites,
+    written,
+)
 from fastpo.objective import Objective
 
 ops = torch.ops.fastpo
@@ -45,6 +53,19 @@ def row_stats(
     if torch.compiler.is_compiling():
         return RowStats(*ops.triton_row_stats(*arguments))
     return RowStats(*kernels.row_stats.row_stats(*arguments))
+
+
+def row_details(
+    logits: Tensor, tokens: Tensor, temperature: float | Tensor, live: Tensor | None = None
+) -> tuple[RowStats, RowDetails]:
+    """See `fastpo.backends.base.Backend`."""
+    tokens, live = _contiguous(tokens, live)
+    arguments = (logits, tokens, *_temperature(temperature), live)
+    if torch.compiler.is_compiling():
+        results = ops.triton_row_details(*arguments)
+    else:
+        results = kernels.row_stats.row_stats(*arguments, details=True)
+    return RowStats(*results[:4]), RowDetails(*results[4:])
 
 
 def row_grad(

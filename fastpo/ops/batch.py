@@ -38,6 +38,9 @@ class LossBatch:
     ref_logprobs: Tensor | None
     importance_weights: Tensor | None
     sequence_weights: Tensor | None  # (B,), importance weights given per sequence
+    clip_low: Tensor | None
+    clip_high: Tensor | None
+    nll_weights: Tensor | None
     weight: Tensor
     entropy_weight: Tensor | None
 
@@ -56,6 +59,7 @@ class LossBatch:
         per_sequence = weights is not None and is_per_sequence(weights, leading, count)
         if is_per_sequence(advantages, leading, count):
             advantages = segments.spread(rows(advantages))
+        low, high = given.clip_bounds or (None, None)
         options = {"normalizer": given.normalizer, "dtype": dtype}
         return cls(
             objective=objective,
@@ -66,6 +70,9 @@ class LossBatch:
             ref_logprobs=rows(given.ref_logprobs),
             importance_weights=None if per_sequence else rows(weights),
             sequence_weights=rows(weights) if per_sequence else None,
+            clip_low=rows(low),
+            clip_high=rows(high),
+            nll_weights=rows(given.nll_weights),
             weight=token_weights(objective, mask, segments, **options),
             entropy_weight=entropy_weights(objective, mask, segments, **options),
         )
@@ -78,7 +85,14 @@ class LossBatch:
         if self.sequence_weights is not None:
             advantages = advantages * self.segments.spread(self.sequence_weights)
         return RowInputs(
-            self.weight, advantages, self.old_logprobs, self.ref_logprobs, self.entropy_weight
+            self.weight,
+            advantages,
+            self.old_logprobs,
+            self.ref_logprobs,
+            self.entropy_weight,
+            self.clip_low,
+            self.clip_high,
+            self.nll_weights,
         )
 
     def token_loss(self, logprobs: Tensor) -> TokenLoss:
@@ -91,6 +105,8 @@ class LossBatch:
             ref_logprobs=self.ref_logprobs,
             importance_weights=self.importance_weights,
             sequence_weights=self.sequence_weights,
+            clip_bounds=None if self.clip_low is None else (self.clip_low, self.clip_high),
+            nll_weights=self.nll_weights,
             mask=self.mask,
             segments=self.segments,
         )

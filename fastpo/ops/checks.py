@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastpo.objective import Objective
+from fastpo.objective import Objective, check_takes_clip_bounds
 
 _debug = False
 
@@ -43,6 +43,8 @@ class LossInputs(NamedTuple):
     importance_weights: Tensor | None
     cu_seqlens: Tensor | None
     normalizer: Tensor | float | None
+    clip_bounds: tuple[Tensor, Tensor] | None = None
+    nll_weights: Tensor | None = None
 
 
 def check_logits_op(
@@ -66,7 +68,8 @@ def check_loss(given: LossInputs, leading: torch.Size, like: Tensor) -> None:
     check_mask(given.mask, leading, like)
     check_normalizer(given.normalizer)
     _check_sequences(leading, given.cu_seqlens, objective, like)
-    for name in ("old_logprobs", "ref_logprobs"):
+    _check_clip_bounds(given, leading, like)
+    for name in ("old_logprobs", "ref_logprobs", "nll_weights"):
         value = getattr(given, name)
         if value is not None:
             check_tensor(name, value, leading, like)
@@ -84,6 +87,29 @@ def check_loss(given: LossInputs, leading: torch.Size, like: Tensor) -> None:
         raise ValueError(
             f"ref_logprobs are given but objective {objective.name!r} has kl_coef=0 and would "
             "ignore them: set kl_coef, or pass ref_logprobs=None"
+        )
+
+
+def _check_clip_bounds(given: LossInputs, leading: torch.Size, like: Tensor) -> None:
+    bounds = given.clip_bounds
+    if bounds is None:
+        return
+    if not isinstance(bounds, tuple | list) or len(bounds) != 2:
+        raise TypeError(
+            f"clip_bounds is {type(bounds).__name__}, expected (low, high), two tensors of shape "
+            f"{list(leading)}"
+        )
+    for name, bound in zip(("clip_bounds[0]", "clip_bounds[1]"), bounds, strict=True):
+        check_tensor(name, bound, leading, like)
+        check_floating(name, bound)
+    check_takes_clip_bounds(given.objective)
+    if not inspects_values(like):
+        return
+    ordered = bounds[0] <= bounds[1]
+    if not (ordered if given.mask is None else ordered | ~given.mask.bool()).all():
+        raise ValueError(
+            "clip_bounds hold a low bound above the high one, or NaN, on a live token: expected "
+            "low <= r <= high, e.g. (0.8, 1.28)"
         )
 
 

@@ -22,6 +22,8 @@ def policy_loss_from_logprobs(
     old_logprobs: Tensor | None = None,
     ref_logprobs: Tensor | None = None,
     importance_weights: Tensor | None = None,
+    clip_bounds: tuple[Tensor, Tensor] | None = None,
+    nll_weights: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     normalizer: Tensor | float | None = None,
 ) -> PolicyLoss:
@@ -36,6 +38,10 @@ def policy_loss_from_logprobs(
         old_logprobs: [...] of the policy that sampled; None = strictly on-policy.
         ref_logprobs: [...] of the reference policy; required exactly when `objective.kl_coef != 0`.
         importance_weights: [...] or [B] rollout-mismatch weights, without gradient.
+        clip_bounds: (low, high), each [...]: bounds on r per token in place of the objective's,
+            for objectives that clip r or gate by it (DCPO, RIPO).
+        nll_weights: [...] weight of an SFT term beside the policy loss: -nll_weight * logprob per
+            token, under the same mask and aggregation (VAPO).
         cu_seqlens: (B + 1,) int32 offsets of the sequences of a packed [N] batch.
         normalizer: global token count (token_mean) or sequence count (other aggregations).
 
@@ -51,6 +57,8 @@ def policy_loss_from_logprobs(
         importance_weights,
         cu_seqlens,
         normalizer,
+        clip_bounds,
+        nll_weights,
     )
     _check_logprobs(logprobs, entropy)
     checks.check_loss(given, logprobs.shape, logprobs)

@@ -13,6 +13,8 @@ a training step. Here they exist for one chunk of tokens at a time. Which way a 
     loss, sequence-level, else        c is known when the logits are gone:  8    LinearTokenLogprobs
                                       backward computes them again               and loss_of_batch
     log-probs                         any loss may follow                   8    LinearTokenLogprobs
+    rows with kept_tokens             a few dot products each, no GEMM      0    LinearKeptLogprobs
+                                      (dense rows beside them: 8)                and loss_of_batch
 
 The first two are `FusedLinearLoss`. A frozen head or frozen hidden states save their GEMM; without
 any gradient one GEMM is left. `tp_group` changes none of this: `VocabularyShard` is a backend.
@@ -31,6 +33,7 @@ from fastpo.ops import checks
 from fastpo.ops.batch import LossBatch, flat_mask, flat_rows, flat_temperature
 from fastpo.ops.checks import LossInputs
 from fastpo.ops.from_logprobs import loss_of_batch
+from fastpo.ops.kept import Kept, check_kept
 from fastpo.ops.linear_autograd import FusedLinearLoss, LinearTokenLogprobs, TokenLevelLoss
 from fastpo.ops.linear_checks import (
     autocasts,
@@ -40,6 +43,7 @@ from fastpo.ops.linear_checks import (
 )
 from fastpo.ops.linear_chunks import LinearCall
 from fastpo.ops.linear_exp import ExpShard
+from fastpo.ops.linear_kept import LinearKeptLogprobs
 from fastpo.ops.linear_sequences import SequenceLevelLoss
 from fastpo.ops.results import PolicyLoss, TokenLogprobs
 from fastpo.ops.tensor_parallel import VocabularyShard
@@ -60,6 +64,8 @@ def linear_policy_loss(
     old_logprobs: Tensor | None = None,
     ref_logprobs: Tensor | None = None,
     importance_weights: Tensor | None = None,
+    clip_bounds: tuple[Tensor, Tensor] | None = None,
+    nll_weights: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     cu_seqlens: Tensor | None = None,
     normalizer: Tensor | float | None = None,
@@ -70,6 +76,8 @@ def linear_policy_loss(
     chunk_tokens: int | None = None,
     tp_group: ProcessGroup | None = None,
     live_rows: int | None = None,
+    kept_tokens: Tensor | None = None,
+    kept_offsets: Tensor | None = None,
 ) -> PolicyLoss:
     """Policy loss from hidden states and the LM head; no [N, V] tensor is ever made.
 
@@ -104,6 +112,10 @@ def linear_policy_loss(
             and keeps its gradient).
         ref_logprobs: [...] of the reference policy; required exactly when `objective.kl_coef != 0`.
         importance_weights: [...] or [B] rollout-mismatch weights (TIS, MIS), without gradient.
+        clip_bounds: (low, high), each [...]: bounds on r per token in place of the objective's,
+            for objectives that clip r or gate by it (DCPO, RIPO).
+        nll_weights: [...] weight of an SFT term beside the policy loss: -nll_weight * logprob per
+            token, under the same mask and aggregation (VAPO).
         temperature: sampling temperature, a float or one per token [...].
         cu_seqlens: (B + 1,) int32 offsets of the sequences of a packed [N] batch.
         normalizer: global token count (token_mean) or sequence count (other aggregations), for
@@ -123,6 +135,11 @@ def linear_policy_loss(
             loss, the whole gradient of the hidden states and their own shard's of the weight.
         live_rows: the number of True in `mask`, which a trainer knows on the host when it builds
             the batch. A wrong one raises on CPU and gives NaN on GPU.
+        kept_tokens: [M] int64 or int32: the ids that each token was sampled from (top-k, top-p), as
+            vLLM and SGLang return them; log-probs, entropies and gradients are those of the softmax
+            over them. Such rows never enter a GEMM. Not with tp_group, nor on backend "triton".
+        kept_offsets: [N + 1] int64 or int32, rows in flattened order: row i has
+            kept_tokens[kept_offsets[i] : kept_offsets[i + 1]]; none = the whole vocabulary.
 
     Raises:
         ValueError, TypeError: see the message: what was got, what is expected, what to do.
@@ -145,19 +162,26 @@ def linear_policy_loss(
         importance_weights,
         cu_seqlens,
         normalizer,
+        clip_bounds,
+        nll_weights,
     )
     check_linear_op(hidden, weight, bias, tokens, mask, temperature, **options)
     leading = hidden.shape[:-1]
     checks.check_loss(given, leading, hidden)
+    check_kept(kept_tokens, kept_offsets, tokens, mask, weight.shape[0])
     call = _linear_call(hidden, weight, tokens, mask, temperature, backend, **options)
+    kept = _kept_sets(call, kept_tokens, kept_offsets)
     hidden, weight, bias = _operands(hidden, weight, bias)
     batch = LossBatch.from_inputs(given, leading, hidden)
+    if kept is not None:
+        logprobs, entropy = _logprobs(hidden, weight, bias, call, kept)
+        return loss_of_batch(batch, logprobs, entropy, leading=leading)
     if objective.is_token_level:
         chunk_loss = TokenLevelLoss(inputs=batch.row_inputs(), objective=objective)
     else:
         chunk_loss = SequenceLevelLoss.from_batch(batch, call, weight)
     if chunk_loss is None:
-        logprobs, entropy = call.checked(*LinearTokenLogprobs.apply(hidden, weight, bias, call))
+        logprobs, entropy = _logprobs(hidden, weight, bias, call, None)
         return loss_of_batch(batch, logprobs, entropy, leading=leading)
     needs = tuple(
         torch.is_grad_enabled() and x is not None and x.requires_grad
@@ -192,6 +216,8 @@ def linear_token_logprobs(
     tp_group: ProcessGroup | None = None,
     backend: str | None = None,
     live_rows: int | None = None,
+    kept_tokens: Tensor | None = None,
+    kept_offsets: Tensor | None = None,
 ) -> TokenLogprobs:
     """Log-prob and entropy of every token from hidden states, both differentiable.
 
@@ -212,10 +238,36 @@ def linear_token_logprobs(
     }
     check_linear_op(hidden, weight, bias, tokens, mask, temperature, **options)
     leading = hidden.shape[:-1]
+    check_kept(kept_tokens, kept_offsets, tokens, mask, weight.shape[0])
     call = _linear_call(hidden, weight, tokens, mask, temperature, backend, **options)
-    operands = _operands(hidden, weight, bias)
-    logprobs, entropy = call.checked(*LinearTokenLogprobs.apply(*operands, call))
+    kept = _kept_sets(call, kept_tokens, kept_offsets)
+    logprobs, entropy = _logprobs(*_operands(hidden, weight, bias), call, kept)
     return TokenLogprobs(logprobs.view(leading), entropy.view(leading))
+
+
+def _logprobs(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, call: LinearCall, kept: Kept | None
+) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies (N,), differentiable."""
+    if kept is None:
+        outputs = LinearTokenLogprobs.apply(hidden, weight, bias, call)
+    else:
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        outputs = LinearKeptLogprobs.apply(rows, weight, bias, call, kept)
+    return call.checked(*outputs)
+
+
+def _kept_sets(
+    call: LinearCall, kept_tokens: Tensor | None, kept_offsets: Tensor | None
+) -> Kept | None:
+    """What `check_kept` has checked, if the backend knows what to do with it."""
+    if kept_tokens is not None and not hasattr(call.backend, "kept_stats"):
+        what = "tp_group" if isinstance(call.backend, VocabularyShard) else call.backend.__name__
+        raise ValueError(
+            f"kept_tokens with {what}, which has no gathered rows of a head: expected one of the "
+            "backends 'cpp' (CPU) and 'torch', and a whole head"
+        )
+    return Kept.from_inputs(kept_tokens, kept_offsets, call.mask)
 
 
 def _linear_call(

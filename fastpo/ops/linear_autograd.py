@@ -126,9 +126,11 @@ class TokenLevelLoss:
         """With A = 0 and neither KL penalty nor entropy bonus a row's gradient is 0."""
         if not gradient:
             return [], call.chunks(head)
-        if not call.reads_values or self.objective.kl_coef != 0 or self.objective.entropy_coef != 0:
+        if not call.reads_values or self.objective.acts_without_advantage:
             return call.chunks(head), []
         has_gradient = self.inputs.advantages != 0
+        if self.inputs.nll_weight is not None:
+            has_gradient |= self.inputs.nll_weight != 0
         if bool(has_gradient.all()):
             return call.chunks(head), []
         return call.chunks(head, only=has_gradient), call.chunks(head, only=~has_gradient)
@@ -153,7 +155,7 @@ class LinearTokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: LinearCall):
         keep = call.keeps_exponentials and any(ctx.needs_input_grad)
-        stats, kept = _statistics(call, call.head(weight, bias), hidden.detach(), keep=keep)
+        stats, kept = statistics(call, call.head(weight, bias), hidden.detach(), keep=keep)
         ctx.set_materialize_grads(False)
         save(ctx, hidden, weight, bias, *stats)
         ctx.call, ctx.kept = call, kept
@@ -174,17 +176,23 @@ class LinearTokenLogprobs(torch.autograd.Function):
             for grad in (logprob_grad, entropy_grad)
         ]
         head, needs = call.head(weight, bias), ctx.needs_input_grad
-        grads = _chunk_grads(call, head, hidden.detach(), stats, *incoming, needs, kept)
+        grads = chunk_grads(call, head, hidden.detach(), stats, *incoming, needs, kept)
         return *grads.scaled(None, call.backend), None
 
 
-def _statistics(
-    call: LinearCall, head: Head, hidden: Tensor, *, keep: bool
+def statistics(
+    call: LinearCall,
+    head: Head,
+    hidden: Tensor,
+    only: Tensor | None = None,
+    *,
+    keep: bool = False,
 ) -> tuple[RowStats, list[ExpChunk]]:
-    """Statistics of all rows, 0 on masked ones, and the chunks they come from if to `keep`."""
+    """Statistics of all rows, or of those where `only` (N,) is True, 0 on the others; and the
+    chunks they come from if to `keep`."""
     count, dtype = call.tokens.numel(), wide_dtype(hidden.dtype)
     stats = RowStats(*torch.zeros((4, count), dtype=dtype, device=hidden.device))
-    chunks, kept = call.chunks(head), []
+    chunks, kept = call.chunks(head, only), []
     workspace = make_workspace(call, head, chunks, gradient=False, entropy_gradient=True)
     for rows in chunks:
         chunk = workspace.load(hidden, rows, gradient=keep)
@@ -201,7 +209,7 @@ def _statistics(
     return stats, kept
 
 
-def _chunk_grads(
+def chunk_grads(
     call: LinearCall,
     head: Head,
     hidden: Tensor,

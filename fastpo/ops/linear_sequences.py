@@ -20,6 +20,9 @@ _PER_TOKEN = (
     "old_logprobs",
     "ref_logprobs",
     "importance_weights",
+    "clip_low",
+    "clip_high",
+    "nll_weights",
     "weight",
     "entropy_weight",
 )

@@ -5,6 +5,7 @@ policy_loss     token-level objective: `row_policy_loss` makes the gradient in t
                 sequence-level objective, fp16 logits, torch.compile: as below, then the loss of
                 `fastpo.ops.from_logprobs`
 token_logprobs  `row_stats` forward, `row_grad` backward (`LogitsTokenLogprobs`)
+kept_tokens     the logits of these ids alone, gathered, in plain torch; dense rows as above
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from fastpo.ops.autograd import first_order, row_grads, save, saved
 from fastpo.ops.batch import LossBatch, flat_mask, flat_rows, flat_temperature, of_rows
 from fastpo.ops.checks import LossInputs
 from fastpo.ops.from_logprobs import loss_of_batch
+from fastpo.ops.kept import Kept, check_kept, kept_logprobs
 from fastpo.ops.results import PolicyLoss, TokenLogprobs
 
 _Rows = TypeVar("_Rows", bound=tuple)
@@ -37,11 +39,15 @@ def policy_loss(
     old_logprobs: Tensor | None = None,
     ref_logprobs: Tensor | None = None,
     importance_weights: Tensor | None = None,
+    clip_bounds: tuple[Tensor, Tensor] | None = None,
+    nll_weights: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     cu_seqlens: Tensor | None = None,
     normalizer: Tensor | float | None = None,
     inplace: bool = False,
     backend: str | None = None,
+    kept_tokens: Tensor | None = None,
+    kept_offsets: Tensor | None = None,
 ) -> PolicyLoss:
     """Policy loss from logits, with its gradient, in one read and one write of the logits.
 
@@ -62,6 +68,10 @@ def policy_loss(
             and keeps its gradient).
         ref_logprobs: [...] of the reference policy; required exactly when `objective.kl_coef != 0`.
         importance_weights: [...] or [B] rollout-mismatch weights (TIS, MIS), without gradient.
+        clip_bounds: (low, high), each [...]: bounds on r per token in place of the objective's,
+            for objectives that clip r or gate by it (DCPO, RIPO).
+        nll_weights: [...] weight of an SFT term beside the policy loss: -nll_weight * logprob per
+            token, under the same mask and aggregation (VAPO).
         temperature: sampling temperature, a float or one per token [...]; log-probs are those of
             softmax(logits / temperature), and the gradient carries 1 / temperature.
         cu_seqlens: (B + 1,) int32 offsets of the sequences of a packed [N] batch.
@@ -71,6 +81,10 @@ def policy_loss(
             backward raises.
         backend: "torch", "cpp" or "triton"; None = the best available. An explicit request never
             falls back.
+        kept_tokens: [M] int64 or int32: the ids that each token was sampled from (top-k, top-p);
+            log-probs, entropies and gradients are those of the softmax over them. Not with inplace.
+        kept_offsets: [N + 1] int64 or int32, rows in flattened order: row i has
+            kept_tokens[kept_offsets[i] : kept_offsets[i + 1]]; none = the whole vocabulary.
 
     Raises:
         ValueError, TypeError: see the message: what was got, what is expected, what to do.
@@ -84,13 +98,20 @@ def policy_loss(
         importance_weights,
         cu_seqlens,
         normalizer,
+        clip_bounds,
+        nll_weights,
     )
     checks.check_logits_op(logits, tokens, mask, temperature, inplace=inplace)
     leading = logits.shape[:-1]
     checks.check_loss(given, leading, logits)
+    _check_kept(kept_tokens, kept_offsets, tokens, mask, logits, inplace=inplace)
     backend = backends.resolve(backend, logits.device, logits.dtype)
     batch = LossBatch.from_inputs(given, leading, logits)
     tokens, temperature = flat_rows(tokens, torch.int64), flat_temperature(temperature, logits)
+    kept = Kept.from_inputs(kept_tokens, kept_offsets, batch.mask)
+    if kept is not None:
+        rows = (tokens, batch.mask, temperature, backend)
+        return loss_of_batch(batch, *_kept_rows(logits, *rows, kept), leading=leading)
     needs_grad = torch.is_grad_enabled() and logits.requires_grad
     compiling = torch.compiler.is_compiling()
     # An fp16 gradient, about p / N, underflows before a loss scale is multiplied in.
@@ -119,6 +140,8 @@ def token_logprobs(
     inplace: bool = False,
     inplace_backward: bool = False,
     backend: str | None = None,
+    kept_tokens: Tensor | None = None,
+    kept_offsets: Tensor | None = None,
 ) -> TokenLogprobs:
     """Log-prob and entropy of every token, both differentiable: the base of any loss you write.
 
@@ -135,23 +158,65 @@ def token_logprobs(
         inplace: the gradient overwrites the logits; a second backward raises.
         inplace_backward: another name of `inplace`.
         backend: as in `policy_loss`.
+        kept_tokens, kept_offsets: as in `policy_loss`.
 
     Raises:
         ValueError, TypeError: see the message: what was got, what is expected, what to do.
     """
     inplace = inplace or inplace_backward
     checks.check_logits_op(logits, tokens, mask, temperature, inplace=inplace)
+    _check_kept(kept_tokens, kept_offsets, tokens, mask, logits, inplace=inplace)
     leading = logits.shape[:-1]
     backend = backends.resolve(backend, logits.device, logits.dtype)
+    tokens, mask = flat_rows(tokens, torch.int64), flat_mask(mask)
+    temperature = flat_temperature(temperature, logits)
+    kept = Kept.from_inputs(kept_tokens, kept_offsets, mask)
+    if kept is not None:
+        logprobs, entropy = _kept_rows(logits, tokens, mask, temperature, backend, kept)
+        return TokenLogprobs(logprobs.view(leading), entropy.view(leading))
     logprobs, entropy = LogitsTokenLogprobs.apply(
         logits,
-        flat_rows(tokens, torch.int64),
-        flat_mask(mask),
-        flat_temperature(temperature, logits),
+        tokens,
+        mask,
+        temperature,
         backend,
         inplace and not torch.compiler.is_compiling(),
     )
     return TokenLogprobs(logprobs.view(leading), entropy.view(leading))
+
+
+def _check_kept(
+    kept_tokens: object,
+    kept_offsets: object,
+    tokens: Tensor,
+    mask: Tensor | None,
+    logits: Tensor,
+    *,
+    inplace: bool,
+) -> None:
+    check_kept(kept_tokens, kept_offsets, tokens, mask, logits.shape[-1])
+    if kept_tokens is not None and inplace:
+        raise ValueError(
+            "inplace with kept_tokens: their gradient is scattered into a new tensor of zeros, "
+            "expected inplace=False"
+        )
+
+
+def _kept_rows(
+    logits: Tensor,
+    tokens: Tensor,
+    mask: Tensor | None,
+    temperature: float | Tensor,
+    backend: str,
+    kept: Kept,
+) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies (N,): over the kept ids, or the whole vocabulary in dense rows."""
+    outputs = kept_logprobs(logits, tokens, kept.sets, temperature, mask)
+    if kept.dense is None:
+        return outputs
+    rows = (tokens, kept.dense, temperature, backend, False)
+    whole = LogitsTokenLogprobs.apply(logits, *rows)
+    return tuple(torch.where(kept.dense, x, y) for x, y in zip(whole, outputs, strict=True))
 
 
 class FusedPolicyLoss(torch.autograd.Function):

@@ -181,19 +181,18 @@ def _from_amdgcn(compiled) -> dict[str, int]:
 
 def launches(vocab: int, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     """{label: launch} of every kernel on one row of `vocab` logits, with every optional input."""
+    from fastpo.backends.base import Rule
     from fastpo.kernels import row_grad, row_policy_loss, row_stats, scale
+    from fastpo.objective import Objective
 
     logits = torch.empty(1, vocab, dtype=dtype)
     token = torch.zeros(1, dtype=torch.int64)
     x = torch.zeros(1)
     live = torch.ones(1, dtype=torch.bool)
-    rule = {"surrogate": 0, "kl": 3, "kl_ratio_weighted": True, "kl_coef": 0.1}
-    rule |= {"ratio_low": 0.8, "ratio_high": 1.2, "ratio_max": 5.0, "tau_pos": 1.0, "tau_neg": 1.0}
+    rule = Rule.from_objective(Objective(kl_coef=0.1, kl_ratio_weighted=True))._asdict()
 
     def policy_loss(out: Tensor):
-        return lambda: row_policy_loss.row_policy_loss(
-            logits, token, x, x, x, x, x, 1.0, x, out, **rule
-        )
+        return lambda: row_policy_loss.row_policy_loss(logits, token, *[x] * 8, 1.0, x, out, **rule)
 
     calls = {
         "row_stats": lambda: row_stats.row_stats(logits, token, 1.0, x, live),

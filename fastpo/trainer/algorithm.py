@@ -20,6 +20,7 @@ class Algorithm:
     """Everything between rewards and the loss, with nothing left open."""
 
     objective: fastpo.Objective
+    critic: bool
     dynamic_sampling: bool
     dynamic_sampling_by: str
     overlong_cache: int  # tokens; 0 = no soft penalty
@@ -63,8 +64,15 @@ def resolve(config: AlgorithmConfig, max_new_tokens: int) -> Algorithm:
             f"algorithm.overlong_cache is {cache}, expected less than "
             f"rollout.max_new_tokens = {max_new_tokens}"
         )
+    critic = config.preset == "ppo" if config.critic is None else config.critic
+    if critic and objective.ratio_level != "token":
+        raise RecipeError(
+            f"algorithm.critic gives advantages to tokens, but {config.preset} has one ratio per "
+            "sequence: set algorithm.critic=false, or take another preset"
+        )
     return Algorithm(
         objective=objective,
+        critic=critic,
         dynamic_sampling_by=config.dynamic_sampling_by,
         dynamic_sampling=dapo if config.dynamic_sampling is None else config.dynamic_sampling,
         overlong_cache=cache,

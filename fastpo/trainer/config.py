@@ -94,6 +94,8 @@ class AlgorithmConfig:
 
     preset: str = "dapo"
     """dapo, grpo, dr_grpo, gspo, cispo, ...: only dapo switches its techniques on by itself."""
+    critic: bool | None = None
+    """Advantages of every token from a critic, by GAE, in place of the group's (ppo: yes)."""
     objective: dict[str, Any] = field(default_factory=dict)
     """Fields of fastpo.Objective in place of the preset's: clip_high, kl_coef, aggregation, ..."""
     dynamic_sampling: bool | None = None
@@ -140,6 +142,22 @@ class OptimConfig:
     """A micro-batch is one row without padding; none = with flash attention only."""
     share_prompts: bool = False
     """Run a prompt once for all its completions: pays where these are short; not with packing."""
+
+
+@section()
+class CriticConfig:
+    """The critic of PPO, where the algorithm has one."""
+
+    learning_rate: Rate = 1e-5
+    """AdamW, constant."""
+    gamma: Annotated[float, Ge(0), Le(1)] = 1.0
+    """Discount per token."""
+    lam: Annotated[float, Ge(0), Le(1)] = 0.95
+    """Of GAE: 1 = the whole return, 0 = one step."""
+    clip: Positive | None = 0.5
+    """How far a value may move from the old one before its loss is clipped; none = any way."""
+    warmup_steps: Index = 0
+    """Steps in which the critic learns and the policy does not."""
 
 
 @section()
@@ -209,6 +227,7 @@ class Config:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
     verifier: VerifierConfig = field(default_factory=VerifierConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)

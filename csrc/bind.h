@@ -1,0 +1,58 @@
+// What the operators' bindings share: tensors checked and seen as plain pointers.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+
+#include "rows.h"
+
+namespace fastpo::bind {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+constexpr int64_t kElementsPerTask = 32768;  // below this a row is not worth a thread of its own
+
+inline DType dtype_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    default:
+      STD_TORCH_CHECK(false, "the cpp backend takes float32, bfloat16 or float16 matrices; convert first");
+  }
+}
+
+inline Matrix matrix(const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 2, name, " must be a 2-D CPU tensor (N, V), got ", x.dim(), "-D");
+  STD_TORCH_CHECK(x.size(1) <= 1 || x.stride(1) == 1, name, " must have unit stride along V");
+  return {x.data_ptr(), dtype_of(x.scalar_type()), x.stride(0)};
+}
+
+// The data of a contiguous (N,) vector.
+template <class T>
+T* vector(const Tensor& x, ScalarType type, int64_t rows, const char* name) {
+  STD_TORCH_CHECK(x.is_cpu() && x.scalar_type() == type && x.numel() == rows && x.is_contiguous(), name,
+                  " must be a contiguous CPU vector of the operator's dtype with ", rows, " elements");
+  return static_cast<T*>(x.data_ptr());
+}
+
+inline float* floats(const Tensor& x, int64_t rows, const char* name) {
+  return vector<float>(x, ScalarType::Float, rows, name);
+}
+
+inline const float* floats(const MaybeTensor& x, int64_t rows, const char* name) {
+  return x ? floats(*x, rows, name) : nullptr;
+}
+
+inline Tensor new_vector(const Tensor& like, ScalarType type) {
+  return torch::stable::new_empty(like, {like.size(0)}, type);
+}
+
+}  // namespace fastpo::bind
