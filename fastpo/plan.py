@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from fastpo.ops import linear_chunks
+from fastpo.ops.head import COLUMNS_MULTIPLE
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TRL_TILE = (4096, 32768)
@@ -100,8 +101,10 @@ def plan(
         raise ValueError(f"path is {path!r}, expected one of {', '.join(PATHS)}")
     chunk = None
     if path == "fastpo":
-        default = linear_chunks.GPU_BUDGET if device == "cuda" else linear_chunks.CPU_BUDGET
-        chunk = linear_chunks.chunk_rows(tokens, vocab * _FP32, budget or default)
+        gathers = device == "cuda" and dtype == torch.bfloat16
+        chunk = _chunk(vocab, tokens, budget, device, share=1)
+        if gathers and chunk < tokens:
+            chunk = _chunk(vocab, tokens, budget, device, share=2)
         buffers = _fastpo(vocab, hidden, tokens, dtype, chunk, device)
     elif path == "chunked_recompute":
         chunk = min(TRL_TILE[0], tokens)
@@ -139,21 +142,40 @@ def _gradient(name: str, rows: int, hidden: int, dtype: torch.dtype, *, wide: bo
     return [result, total] if two else [result]
 
 
+def _chunk(vocab: int, tokens: int, budget: int | None, device: str, *, share: int) -> int:
+    """Tokens of a chunk: within `budget`, or within a `share`-th of the default one."""
+    default = linear_chunks.GPU_BUDGET if device == "cuda" else linear_chunks.CPU_BUDGET
+    return linear_chunks.chunk_rows(tokens, vocab * _FP32, budget or default // share)
+
+
 def _fastpo(
     vocab: int, hidden: int, tokens: int, dtype: torch.dtype, chunk: int, device: str
 ) -> list[Buffer]:
     rows = linear_chunks.padded(chunk)
+    columns = linear_chunks.padded(vocab, COLUMNS_MULTIPLE)
+    narrow = dtype == torch.bfloat16 and device == "cuda"
+    waiting = min(tokens, linear_chunks.gathered_rows(hidden)) if narrow and chunk < tokens else 0
+    single = narrow and (chunk >= tokens or waiting >= tokens)  # one product makes dW
     widened = 0
     if dtype != torch.float32 and device == "cpu":
         widened = 2 * rows * hidden * _FP32 + min(vocab, 4096) * hidden * _FP32
+    head = _gradient("dW", vocab, hidden, dtype, wide=not single)
+    if single:  # made when the chunk is done, from the gradient that still stands
+        head = [replace(buffer, phases=("finish",)) for buffer in head]
     return [
         *_gradient("dH", tokens, hidden, dtype, wide=dtype == torch.float16),
-        *_gradient("dW", vocab, hidden, dtype, wide=True),
+        *head,
         Buffer(
             name="logits of a chunk, then their gradient",
-            bytes=rows * vocab * _FP32,
+            bytes=rows * columns * _FP32,
             formula="chunk V 4",
-            phases=("sweep",),
+            phases=("sweep", "finish") if single and not waiting else ("sweep",),
+        ),
+        Buffer(
+            name="bf16 gradients that wait for a product",
+            bytes=waiting * (columns + hidden) * dtype.itemsize,
+            formula="min(N, 2 D) (V + D) 2",
+            phases=("sweep", "finish") if single else ("sweep",),
         ),
         Buffer(
             name="operands widened in blocks",

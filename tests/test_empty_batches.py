@@ -7,7 +7,7 @@ import torch
 
 import fastpo
 from fastpo import backends
-from fastpo.ops.linear_chunks import Workspace
+from fastpo.ops.linear_chunks import LinearCall
 
 BACKENDS = [
     pytest.param(name, marks=pytest.mark.slow if name == "triton" else ())  # interpreted
@@ -100,7 +100,7 @@ def test_log_probs(shape, masked, dtype, backend):
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_narrow_gradient_of_nothing(name, monkeypatch):
     """REGRESSIONS 43 on the way that GPUs take with bf16 heads."""
-    monkeypatch.setattr(Workspace, "grad_dtype", torch.bfloat16)
+    monkeypatch.setattr(LinearCall, "grad_dtype", lambda *_: torch.bfloat16)
     inputs = loss_inputs(OBJECTIVES[name], (3, 2))
     hidden = torch.zeros(3, 2, D, dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(V, D).bfloat16().requires_grad_()

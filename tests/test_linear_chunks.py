@@ -8,8 +8,11 @@ import pytest
 import torch
 
 import fastpo
-from fastpo.ops import head, linear, linear_chunks
-from fastpo.ops.linear_chunks import Workspace
+from fastpo.ops import head as head_module
+from fastpo.ops import linear, linear_chunks, linear_workspace
+from fastpo.ops.linear_chunks import LinearCall
+from fastpo.ops.linear_workspace import Workspace
+from fastpo.testing.budget import assert_within_budget
 from fastpo.testing.linear import LinearCase
 
 
@@ -117,7 +120,7 @@ def test_matmul_of_narrow_operands_is_not_rounded(shape, narrow, beta):
     a, b = torch.randn(m, k).to(narrow), torch.randn(n, k).to(narrow).t()
     out = torch.randn(m, n) if beta else torch.full((m, n), torch.nan)
     expected = 0.7 * a.double() @ b.double() + (beta * out.double() if beta else 0)
-    head.add_matmul_(out, a, b, alpha=0.7, beta=beta)
+    head_module.add_matmul_(out, a, b, alpha=0.7, beta=beta)
     assert (out - expected).norm() < 1e-6 * expected.norm()
 
 
@@ -169,3 +172,75 @@ def test_odd_sizes(vocabulary, width, dtype):
     tolerance = 4e-6 if dtype == torch.float32 else 8e-3
     for grad, expected in zip(grads, exact_grads, strict=True):
         assert (grad - expected).norm() <= tolerance * expected.norm() + 1e-9
+
+
+@pytest.mark.parametrize("head", [{}, {"bias": True, "softcap": 3.0}], ids=["plain", "softcap"])
+@pytest.mark.parametrize("preset", ["dapo", "gspo"])
+def test_gradients_wait_for_one_product_with_the_head(preset, head, monkeypatch):
+    """The way of bf16 heads on GPUs: G = 2 D rows of bf16 gradient, then one dW product, the first
+    of which is written and not added; with a single one, in the dtype of the head."""
+    objective = {"dapo": fastpo.dapo(entropy_coef=0.01), "gspo": fastpo.gspo(clip_high=9.0)}[preset]
+    monkeypatch.setattr(LinearCall, "grad_dtype", lambda *_: torch.bfloat16)
+    products = []
+    product = head_module.add_matmul_
+
+    def looking(out, a, b, *, alpha=1.0, beta=0.0):
+        if out.shape == case.weight.shape:
+            products.append((a.shape[1], beta, out.dtype))
+        product(out, a, b, alpha=alpha, beta=beta)
+
+    monkeypatch.setattr(head_module, "add_matmul_", looking)
+    case = LinearCase.random(shape=(8, 30), width=32, vocabulary=1000, dtype=torch.bfloat16, **head)
+    case = replace(case, advantages=torch.randn(8, 30).where(case.mask, 1.0))
+    _, exact_grads = case.eager(objective, torch.float64)
+    _, plain_grads = case.eager(objective, torch.float32)
+    groups = {"dapo": (1, 2, 3, 6), "gspo": (1, 2, 4, 8)}[preset]
+    for rows, count in zip((256, 128, 64, 32), groups, strict=True):
+        monkeypatch.setattr(linear_workspace, "gathered_rows", lambda width, rows=rows: rows)
+        products.clear()
+        _, grads = case.fused(objective, chunk_tokens=30)
+        assert len(products) == count
+        assert [beta for _, beta, _ in products] == [0.0] + [1.0] * (len(products) - 1)
+        narrow = len(products) == 1
+        assert {dtype for *_, dtype in products} == {torch.bfloat16 if narrow else torch.float32}
+        assert all(k % 32 == 0 and k <= max(rows, 32) for k, *_ in products)
+        for grad, *pair in zip(grads, exact_grads, plain_grads, strict=True):
+            assert_within_budget(grad, *pair, factor=2.0)
+        _, two_grads = case.two_step(objective, chunk_tokens=30)
+        for grad, *pair in zip(two_grads, exact_grads, plain_grads, strict=True):
+            assert_within_budget(grad, *pair, factor=2.0)
+
+
+def test_without_a_wide_gemm_it_says_so_once_and_takes_the_next_best(monkeypatch):
+    """`addmm(out_dtype=)`, then `mm(out_dtype=)`, then float32, of which a GPU warns."""
+    missing = set()
+    zeros, addmm, mm = torch.zeros, torch.addmm, torch.mm
+
+    def refusing(name, function):
+        def call(*args, out_dtype=None, **options):
+            if out_dtype is None:
+                return function(*args, **options)
+            if name in missing:
+                raise TypeError(f"{name}() got an unexpected keyword argument 'out_dtype'")
+            options.pop("out", None)
+            return function(*(x.to(out_dtype) for x in args), **options)
+
+        return call
+
+    monkeypatch.setattr(torch, "zeros", lambda *size, device=None, **kw: zeros(*size, **kw))
+    monkeypatch.setattr(torch, "addmm", refusing("addmm", addmm))
+    monkeypatch.setattr(torch, "mm", refusing("mm", mm))
+    device = torch.device("cuda", 0)
+    probe = head_module.wide_gemm.__wrapped__
+    assert probe(device, torch.bfloat16) == "addmm"
+    missing.add("addmm")
+    assert probe(device, torch.bfloat16) == "mm"
+    a, b = torch.randn(5000, 24).bfloat16(), torch.randn(24, 40).bfloat16()
+    monkeypatch.setattr(head_module, "wide_gemm", lambda *_: "mm")
+    for beta in (0.0, 0.5):
+        out = torch.full((5000, 40), 2.0) if beta else torch.full((5000, 40), torch.nan)
+        head_module.add_matmul_(out, a, b, alpha=0.7, beta=beta)
+        torch.testing.assert_close(out, 0.7 * a.float() @ b.float() + 2.0 * beta)
+    missing.add("mm")
+    with pytest.warns(UserWarning, match=r"float32, about 12 times slower; torch >= 2.10 does"):
+        assert probe(device, torch.bfloat16) is None

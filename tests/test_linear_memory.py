@@ -55,18 +55,24 @@ def test_chunk_and_bytes_of_every_path():
     assert plans["materialized"].peak_bytes == 3 * 4 * logits + 32 * 8192
     assert plans["materialized"].chunk_tokens is None
     ours = plans["fastpo"]
-    assert ours.chunk_tokens == 2048
-    sweep = 2 * states + 4 * head + 4 * 2048 * 151936
-    assert ours.peak_bytes == max(sweep, 2 * states + 6 * head) + 32 * 8192
+    assert ours.chunk_tokens == 1024
+    waiting = 2 * logits + 2 * states  # 2 D = N: one product, straight to bf16
+    sweep = 2 * states + waiting + 4 * 1024 * 151936
+    assert ours.peak_bytes == max(sweep, 2 * states + waiting + 2 * head) + 32 * 8192
+    longer = plan.plan(**(SHAPE | {"tokens": 16384}))
+    assert longer.peak_bytes == sweep + 2 * states + 4 * head + 32 * 16384
+    short = plan.plan(**(SHAPE | {"tokens": 2048}))
+    assert short.peak_bytes == 2 * 4096 * 2048 + 4 * 2048 * 151936 + 2 * head + 32 * 2048
     tile = 2 * 4096 * 32768
     assert plans["chunked_recompute"].peak_bytes == 6 * (states + head) + tile + 32 * 8192
     assert ours.peak_bytes < plans["chunked_recompute"].peak_bytes
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_planned_extra_is_flat_in_tokens(dtype):
+def test_planned_extra_is_flat_in_tokens(dtype, device):
     few, many = (
-        plan.plan(vocab=151936, hidden=512, tokens=n, dtype=dtype, device="cpu")
+        plan.plan(vocab=151936, hidden=512, tokens=n, dtype=dtype, device=device)
         for n in (4096, 131072)
     )
     assert many.extra_bytes - few.extra_bytes == 32 * (131072 - 4096)

@@ -9,7 +9,7 @@ import torch
 
 import fastpo
 from fastpo import backends
-from fastpo.ops.linear_chunks import Workspace
+from fastpo.ops.linear_chunks import LinearCall
 from fastpo.testing.budget import assert_within_budget, cosine
 from fastpo.testing.linear import LinearCase
 from fastpo.testing.objectives import PRESETS
@@ -177,7 +177,7 @@ def test_bfloat16_gradient_over_fp32_logits(preset, head, monkeypatch):
     )
     exact, exact_grads = case.eager(objective, torch.float64)
     plain, plain_grads = case.eager(objective, torch.float32)
-    monkeypatch.setattr(Workspace, "grad_dtype", torch.bfloat16)
+    monkeypatch.setattr(LinearCall, "grad_dtype", lambda *_: torch.bfloat16)
     for backend in BACKENDS:
         result, grads = case.fused(objective, chunk_tokens=100, backend=backend)
         assert_within_budget(result.logprobs, exact.logprobs, plain.logprobs, factor=1.2)

@@ -14,7 +14,8 @@ import torch
 import fastpo
 from fastpo import backends
 from fastpo.ops.head import zero_padded
-from fastpo.ops.linear_chunks import Workspace
+from fastpo.ops.linear_chunks import LinearCall
+from fastpo.ops.linear_workspace import Workspace
 from fastpo.testing.linear import LinearCase
 
 BACKENDS = [name for name in ("torch", "cpp") if backends.unavailable(name) is None]
@@ -80,7 +81,7 @@ def test_every_row_is_finite(name, head, width, way, backend, reads_past_k, monk
     if way == "bf16 logits":
         options["logits_dtype"] = torch.bfloat16
     else:
-        monkeypatch.setattr(Workspace, "grad_dtype", torch.bfloat16)
+        monkeypatch.setattr(LinearCall, "grad_dtype", lambda *_: torch.bfloat16)
     result, grads = gradients(case, **options)
     assert reads_past_k, "no product had a ragged K: this test tests nothing"
     assert result.loss.isfinite()
@@ -125,7 +126,7 @@ def test_padded_rows_are_aligned_and_end_in_zeros(columns, poisoned_empty):
 def test_a_gradient_in_the_rows_of_its_logits_is_aligned(dtype, monkeypatch):
     """V = 50257: a bf16 gradient in fp32 rows begins at a multiple of 16 bytes, like they do."""
     case = LinearCase.random(shape=(1, 4), width=8, vocabulary=50257, dtype=torch.bfloat16)
-    monkeypatch.setattr(Workspace, "grad_dtype", dtype)
+    monkeypatch.setattr(LinearCall, "grad_dtype", lambda *_: dtype)
     seen = []
     load = Workspace.load
 

@@ -221,7 +221,7 @@ def row_stats(
 def row_grad(
     rows: ExpRows,
     tokens: Tensor,
-    stats: RowStats,
+    stats: RowStats | None,
     logprob_grad: Tensor,
     entropy_grad: Tensor | None,
     temperature: float | Tensor,
@@ -229,7 +229,9 @@ def row_grad(
 ) -> None:
     """Fill the factors of `out`, which is `rows`: diag(f) E is then the products' gradient.
 
-    With an entropy gradient, or a softcap whose slope is not in E, that takes one pass over E.
+    `rows` hold the tokens, temperatures and statistics they were made with: these arguments are for
+    backends of logits. With an entropy gradient, or a softcap whose slope is not in E, that takes
+    one pass over E.
 
     Raises:
         ValueError: there is an entropy gradient, but E already holds a softcap's slope.
@@ -280,6 +282,5 @@ def row_policy_loss(
     )
     if out is not None and not one_launch:
         entropy_grad = None if inputs.entropy_weight is None else -inputs.entropy_weight
-        stats = None  # only of the logits' backends
-        row_grad(rows, tokens, stats, logprob_grad, entropy_grad, temperature, out)
+        row_grad(rows, tokens, None, logprob_grad, entropy_grad, temperature, out)
     return losses

@@ -42,7 +42,7 @@ from fastpo.ops.linear_checks import (
     operand_dtype,
 )
 from fastpo.ops.linear_chunks import LinearCall
-from fastpo.ops.linear_exp import ExpShard
+from fastpo.ops.linear_exp import ExpShard, ExpTokenLogprobs, FusedExpLoss
 from fastpo.ops.linear_kept import LinearKeptLogprobs
 from fastpo.ops.linear_sequences import SequenceLevelLoss
 from fastpo.ops.results import PolicyLoss, TokenLogprobs
@@ -187,9 +187,8 @@ def linear_policy_loss(
         torch.is_grad_enabled() and x is not None and x.requires_grad
         for x in (hidden, weight, bias)
     )
-    loss, logprobs, entropy, clipped = FusedLinearLoss.apply(
-        hidden, weight, bias, call, chunk_loss, needs
-    )
+    fused = FusedExpLoss if call.exponentials else FusedLinearLoss
+    loss, logprobs, entropy, clipped = fused.apply(hidden, weight, bias, call, chunk_loss, needs)
     terms = {"backend": call.backend}
     if not objective.is_token_level:
         with torch.no_grad():
@@ -250,7 +249,8 @@ def _logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies (N,), differentiable."""
     if kept is None:
-        outputs = LinearTokenLogprobs.apply(hidden, weight, bias, call)
+        score = ExpTokenLogprobs if call.exponentials else LinearTokenLogprobs
+        outputs = score.apply(hidden, weight, bias, call)
     else:
         rows = hidden.reshape(-1, hidden.shape[-1])
         outputs = LinearKeptLogprobs.apply(rows, weight, bias, call, kept)

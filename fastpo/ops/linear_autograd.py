@@ -14,8 +14,8 @@ from fastpo.ops.autograd import first_order, row_grads, save, saved
 from fastpo.ops.batch import of_rows
 from fastpo.ops.checks import wide_dtype
 from fastpo.ops.head import Head
-from fastpo.ops.linear_chunks import Chunk, ChunkRows, LinearCall, LinearGrads, put
-from fastpo.ops.linear_exp import ExpChunk, make_grads, make_workspace
+from fastpo.ops.linear_chunks import ChunkRows, LinearCall, put
+from fastpo.ops.linear_workspace import Chunk, LinearGrads, Workspace
 
 
 class ChunkLoss(Protocol):
@@ -53,26 +53,27 @@ class FusedLinearLoss(torch.autograd.Function):
     ):
         head, hidden = call.head(weight, bias), hidden.detach()
         with_gradient, without = chunk_loss.chunks(call, head, gradient=any(needs))
-        covers = call.index is None and not without
-        grads = None
+        workspace = Workspace(call, head, with_gradient, without, weight_grad=needs[1])
+
+        def losses_of(rows: ChunkRows, *, gradient: bool) -> RowLosses:
+            chunk = workspace.load(hidden, rows, gradient=gradient)
+            losses = chunk_loss.losses(call, chunk, call.row_temperature(rows, head))
+            if gradient:
+                workspace.keep(chunk)
+            return losses
+
+        idle = [losses_of(rows, gradient=False) for rows in without]
+        parts, grads = [], None
         if any(needs):
-            one_chunk = len(with_gradient) == 1
-            grads = make_grads(call, head, hidden, needs, all_rows=covers, one_chunk=one_chunk)
-        workspace = make_workspace(
-            call,
-            head,
-            with_gradient + without,
-            gradient=any(needs),
-            entropy_gradient=chunk_loss.has_entropy_gradient,
-        )
-        parts = []
-        for number, rows in enumerate(with_gradient + without):
-            chunk = workspace.load(hidden, rows, gradient=number < len(with_gradient))
-            parts.append(chunk_loss.losses(call, chunk, call.row_temperature(rows, head)))
-            if chunk.grad is not None:
-                grads.add(chunk, workspace.linear_grad(chunk))
-        if grads is not None:
+            covers = call.index is None and not without
+            grads = LinearGrads(workspace, hidden, needs, all_rows=covers)
+            for group in workspace.groups:
+                parts += [losses_of(rows, gradient=True) for rows in group]
+                if len(parts) == len(with_gradient):
+                    workspace.free_logits()
+                grads.add(*workspace.waiting())
             grads.finish(call.backend)
+        parts += idle
         losses = _gather_rows(call, hidden, with_gradient + without, parts)
         ctx.grads, ctx.backend = grads, call.backend
         ctx.mark_non_differentiable(losses.logprobs, losses.entropy, losses.clipped)
@@ -149,16 +150,14 @@ class TokenLevelLoss:
 
 class LinearTokenLogprobs(torch.autograd.Function):
     """logprobs, entropy of (hidden, weight, bias), for any loss: statistics forward, the logits
-    once more backward. Saves four numbers per token, 8 N D V operations in all; or, where the call
-    keeps exponentials, those, 2 bytes times N V, for 6 N D V."""
+    once more backward. Saves four numbers per token, 8 N D V operations in all."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: LinearCall):
-        keep = call.keeps_exponentials and any(ctx.needs_input_grad)
-        stats, kept = statistics(call, call.head(weight, bias), hidden.detach(), keep=keep)
+        stats = statistics(call, call.head(weight, bias), hidden.detach())
         ctx.set_materialize_grads(False)
         save(ctx, hidden, weight, bias, *stats)
-        ctx.call, ctx.kept = call, kept
+        ctx.call = call
         # Copies: whoever edits a returned log-prob must not edit what the backward pass reads.
         return stats.logprobs.clone(), stats.entropy.clone()
 
@@ -169,44 +168,33 @@ class LinearTokenLogprobs(torch.autograd.Function):
             return None, None, None, None
         hidden, weight, bias, *stats = saved(ctx)
         call, stats = ctx.call, RowStats(*stats)
-        # The gradient takes the kept chunks' place: a second backward makes them again.
-        kept, ctx.kept = ctx.kept, []
         incoming = [
             row_grads(grad, call.mask, stats.logprobs.dtype)
             for grad in (logprob_grad, entropy_grad)
         ]
-        head, needs = call.head(weight, bias), ctx.needs_input_grad
-        grads = chunk_grads(call, head, hidden.detach(), stats, *incoming, needs, kept)
+        head = call.head(weight, bias)
+        grads = chunk_grads(call, head, hidden.detach(), stats, *incoming, ctx.needs_input_grad)
         return *grads.scaled(None, call.backend), None
 
 
 def statistics(
-    call: LinearCall,
-    head: Head,
-    hidden: Tensor,
-    only: Tensor | None = None,
-    *,
-    keep: bool = False,
-) -> tuple[RowStats, list[ExpChunk]]:
-    """Statistics of all rows, or of those where `only` (N,) is True, 0 on the others; and the
-    chunks they come from if to `keep`."""
+    call: LinearCall, head: Head, hidden: Tensor, only: Tensor | None = None
+) -> RowStats:
+    """Statistics of all rows, or of those where `only` (N,) is True; 0 on masked and other ones."""
     count, dtype = call.tokens.numel(), wide_dtype(hidden.dtype)
     stats = RowStats(*torch.zeros((4, count), dtype=dtype, device=hidden.device))
-    chunks, kept = call.chunks(head, only), []
-    workspace = make_workspace(call, head, chunks, gradient=False, entropy_gradient=True)
+    chunks = call.chunks(head, only)
+    workspace = Workspace(call, head, [], chunks)
     for rows in chunks:
-        chunk = workspace.load(hidden, rows, gradient=keep)
-        if keep:
-            kept.append(chunk)
         part = call.backend.row_stats(
-            chunk.logits,
+            workspace.load(hidden, rows, gradient=False).logits,
             call.tokens[rows],
             call.row_temperature(rows, head),
             call.row_mask(rows),
         )
         for full, values in zip(stats, part, strict=True):
             put(full, rows, values)
-    return stats, kept
+    return stats
 
 
 def chunk_grads(
@@ -217,37 +205,42 @@ def chunk_grads(
     logprob_grad: Tensor | None,
     entropy_grad: Tensor | None,
     needs: tuple[bool, ...],
-    kept: list[ExpChunk],
+    *,
+    wide: bool = False,
 ) -> LinearGrads:
-    """Compute each chunk's logits again, unless they are kept, and push the incoming gradients (N,)
-    through them."""
+    """Compute each chunk's logits again and push the incoming gradients (N,) through them.
+
+    wide: the head's gradient is a sum that more will be added to.
+    """
     if logprob_grad is None:
         logprob_grad = torch.zeros_like(stats.logprobs)
     only = None
-    if call.reads_values and not kept:  # clipped tokens, and A = 0, have no gradient to push
+    if call.reads_values:  # clipped tokens, and A = 0, have no gradient to push
         only = logprob_grad != 0
         if entropy_grad is not None:
             only |= entropy_grad != 0
         if bool(only.all()):
             only = None
-    chunks = [chunk.rows for chunk in kept] or call.chunks(head, only)
+    chunks = call.chunks(head, only)
+    workspace = Workspace(call, head, chunks, weight_grad=needs[1])
     covers = call.index is None and only is None
-    one_chunk = len(chunks) == 1
-    grads = make_grads(call, head, hidden, needs[:3], all_rows=covers, one_chunk=one_chunk)
-    workspace = make_workspace(
-        call, head, chunks, gradient=True, entropy_gradient=entropy_grad is not None
-    )
-    for number, rows in enumerate(chunks):
-        chunk = kept[number] if kept else workspace.load(hidden, rows, gradient=True)
-        call.backend.row_grad(
-            chunk.logits,
-            call.tokens[rows],
-            RowStats(*(x[rows] for x in stats)),
-            logprob_grad[rows],
-            of_rows(entropy_grad, rows),
-            call.row_temperature(rows, head),
-            chunk.grad,
-        )
-        grads.add(chunk, workspace.linear_grad(chunk))
+    grads = LinearGrads(workspace, hidden, needs[:3], all_rows=covers, wide=wide)
+    for group in workspace.groups:
+        for rows in group:
+            chunk = workspace.load(hidden, rows, gradient=True)
+            call.backend.row_grad(
+                chunk.logits,
+                call.tokens[rows],
+                RowStats(*(x[rows] for x in stats)),
+                logprob_grad[rows],
+                of_rows(entropy_grad, rows),
+                call.row_temperature(rows, head),
+                chunk.grad,
+            )
+            workspace.keep(chunk)
+            del chunk
+        if group is workspace.groups[-1]:
+            workspace.free_logits()
+        grads.add(*workspace.waiting())
     grads.finish(call.backend)
     return grads

@@ -1,9 +1,9 @@
 """The linear ops on the backends "triton-exp": E = exp(u - o) in place of a chunk's logits.
 
-The same loop over chunks as with logits, with other buffers: `Workspace` and `LinearGrads` have
-counterparts here. A chunk is as many rows as make E as large as an fp32 gradient of the weight,
-2 D: one GEMM each for logits, hidden and weight, and for N <= 2 D the last of them writes the
-weight's gradient in its own dtype, without an fp32 sum.
+A chunk is as many rows as make E as large as an fp32 gradient of the weight, 2 D: one GEMM each for
+logits, hidden and weight, and for N <= 2 D the last of them writes the weight's gradient in its own
+dtype, without an fp32 sum. The losses of a chunk are those of linear_autograd.py: the backend's row
+primitives take `ExpRows` for logits.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ from torch import Tensor
 
 from fastpo.backends import triton_exp
 from fastpo.backends.triton_exp import ExpHead, ExpRows
+from fastpo.ops.autograd import first_order, row_grads, save, saved
+from fastpo.ops.batch import of_rows
 from fastpo.ops.head import Head, add_matmul_
-from fastpo.ops.linear_chunks import (
-    ChunkRows,
-    LinearCall,
-    LinearGrads,
-    Workspace,
-    length,
-    put,
-    take,
+from fastpo.ops.linear_autograd import (
+    ChunkLoss,
+    FusedLinearLoss,
+    LinearTokenLogprobs,
+    _gather_rows,
 )
+from fastpo.ops.linear_chunks import ChunkRows, LinearCall, length, put, take
+from fastpo.ops.linear_workspace import LinearGrads
 from fastpo.ops.tensor_parallel import VocabularyShard
 
 
@@ -52,11 +53,14 @@ class ExpChunk:
     grad: ExpRows | None  # the same, where they are to make a gradient of it
 
 
-class ExpWorkspace:
-    """`Workspace`, with one buffer of E for all chunks, or one for each if they are kept."""
+class ExpPass:
+    """One pass over chunks, with one buffer of E for all of them, or one for each if kept."""
 
-    def __init__(self, call: LinearCall, head: Head, chunks: list[ChunkRows], *, tanh_slope: bool):
-        self._call, self._tanh_slope = call, tanh_slope
+    def __init__(
+        self, call: LinearCall, head: Head, chunks: list[ChunkRows], *, entropy_gradient: bool
+    ):
+        """entropy_gradient: the entropies may have a gradient."""
+        self._call, self._tanh_slope = call, not entropy_gradient
         self._head = ExpHead(
             weight=head.weight, bias=head.bias, logit_scale=head.logit_scale, softcap=head.softcap
         )
@@ -68,13 +72,12 @@ class ExpWorkspace:
         call, part, mask = self._call, take(hidden, rows), self._call.row_mask(rows)
         if mask is not None:
             part = part.masked_fill(~mask[:, None], 0)
-        temperature = call.temperature
         exp = triton_exp.exp_rows(
             part,
             self._head,
             call.tokens[rows],
             mask,
-            temperature[rows] if isinstance(temperature, Tensor) else temperature,
+            _temperature(call, rows),
             self._room(part.shape[0]) if gradient else None,
             shard=call.backend if isinstance(call.backend, ExpShard) else None,
             tanh_slope=self._tanh_slope,
@@ -88,9 +91,10 @@ class ExpWorkspace:
             self._e = triton_exp.empty_e(self._rows, self._head.weight)
         return self._e[:rows]
 
-    def linear_grad(self, chunk: ExpChunk) -> ExpRows:
-        """diag(f) E is the gradient at the GEMM's output."""
-        return chunk.logits
+
+def _temperature(call: LinearCall, rows: ChunkRows) -> float | Tensor:
+    per_token = isinstance(call.temperature, Tensor)
+    return call.temperature[rows] if per_token else call.temperature
 
 
 class ExpGrads(LinearGrads):
@@ -100,19 +104,28 @@ class ExpGrads(LinearGrads):
         self,
         head: Head,
         hidden: Tensor,
-        needs: tuple[bool, bool, bool],
+        needs: tuple[bool, ...],
+        chunks: list[ChunkRows],
         *,
         all_rows: bool,
-        one_chunk: bool,
     ):
-        super().__init__(head, hidden, needs, all_rows=all_rows)
-        # On CPU a bf16 product may read past a ragged K; there it is widened.
-        if one_chunk and self.weight is not None and hidden.device.type == "cuda":
-            self.weight = torch.empty_like(head.weight)
+        """chunks: all that will be added; all_rows: they cover every row of `hidden`."""
+        self.head, self.dtype, self.shape = head, hidden.dtype, hidden.shape
+        wide = {"dtype": torch.float32, "device": hidden.device}
+        shape = (hidden.shape[:-1].numel(), hidden.shape[-1])
+        new = torch.empty if all_rows else torch.zeros
+        self.hidden = new(shape, dtype=hidden.dtype, device=hidden.device) if needs[0] else None
+        # One product rounds its own sums, save on CPU, where a bf16 one may read past a ragged K.
+        single = len(chunks) == 1 and hidden.device.type == "cuda"
+        new = torch.empty if chunks else torch.zeros
+        own = {"dtype": head.weight.dtype, "device": hidden.device}
+        self.weight = new(head.weight.shape, **(own if single else wide)) if needs[1] else None
+        self.bias = torch.zeros(head.bias.shape, **wide) if needs[2] else None
+        self._beta = 0.0  # nothing has been written into `weight` yet
 
-    def add(self, chunk: ExpChunk, grad: ExpRows) -> None:
-        """Add a chunk; see `LinearGrads.add`."""
-        e, factors = grad.e, grad.factors[:, None]
+    def add(self, chunk: ExpChunk) -> None:
+        """Add a chunk whose row primitive has made E and f a gradient."""
+        e, factors = chunk.grad.e, chunk.grad.factors[:, None]
         wide = {"dtype": torch.float32, "device": e.device}
         if self.hidden is not None:
             product = torch.empty(chunk.hidden.shape, **wide)
@@ -121,8 +134,8 @@ class ExpGrads(LinearGrads):
         if self.weight is not None:
             scaled = torch.empty_like(chunk.hidden, memory_format=torch.contiguous_format)
             torch.mul(chunk.hidden, factors, out=scaled)
-            add_matmul_(self.weight, e.t(), scaled, beta=0.0 if self._empty else 1.0)
-            self._empty = False
+            add_matmul_(self.weight, e.t(), scaled, beta=self._beta)
+            self._beta = 1.0
         if self.bias is not None:
             # f in two bf16 parts, 16 bits in all, in a matrix of 16-byte rows.
             parts = torch.zeros(e.shape[0], 8, dtype=e.dtype, device=e.device)
@@ -132,34 +145,111 @@ class ExpGrads(LinearGrads):
             add_matmul_(product, e.t(), parts)
             self.bias.add_(product[:, 0]).add_(product[:, 1])
 
-
-def make_workspace(
-    call: LinearCall,
-    head: Head,
-    chunks: list[ChunkRows],
-    *,
-    gradient: bool,
-    entropy_gradient: bool = False,
-) -> Workspace | ExpWorkspace:
-    """The buffers of a pass over `chunks`, as the call's backend needs them.
-
-    entropy_gradient: the entropies may have a gradient.
-    """
-    if call.exponentials:
-        return ExpWorkspace(call, head, chunks, tanh_slope=not entropy_gradient)
-    return Workspace(call, head, chunks, gradient=gradient)
+    def finish(self, backend: object) -> None:
+        """After the last chunk: the sum over shards."""
+        if self.hidden is not None and isinstance(backend, ExpShard):
+            backend.sum_(self.hidden)
 
 
-def make_grads(
+class FusedExpLoss(FusedLinearLoss):
+    """`FusedLinearLoss` by exponentials: 6 N D V operations, its backward the same."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        call: LinearCall,
+        chunk_loss: ChunkLoss,
+        needs: tuple[bool, bool, bool],
+    ):
+        head, hidden = call.head(weight, bias), hidden.detach()
+        with_gradient, without = chunk_loss.chunks(call, head, gradient=any(needs))
+        chunks, covers = with_gradient + without, call.index is None and not without
+        grads = None
+        if any(needs):
+            grads = ExpGrads(head, hidden, needs, with_gradient, all_rows=covers)
+        entropy_gradient = chunk_loss.has_entropy_gradient
+        one_pass = ExpPass(call, head, chunks, entropy_gradient=entropy_gradient)
+        parts = []
+        for number, rows in enumerate(chunks):
+            chunk = one_pass.load(hidden, rows, gradient=number < len(with_gradient))
+            parts.append(chunk_loss.losses(call, chunk, _temperature(call, rows)))
+            if chunk.grad is not None:
+                grads.add(chunk)
+        if grads is not None:
+            grads.finish(call.backend)
+        losses = _gather_rows(call, hidden, chunks, parts)
+        ctx.grads, ctx.backend = grads, call.backend
+        ctx.mark_non_differentiable(losses.logprobs, losses.entropy, losses.clipped)
+        return losses.loss.sum(), losses.logprobs, losses.entropy, losses.clipped
+
+
+class ExpTokenLogprobs(LinearTokenLogprobs):
+    """`LinearTokenLogprobs` by exponentials: 8 N D V operations; or 6, where the call keeps them
+    for the backward, 2 bytes times N V."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: LinearCall):
+        keep = call.keeps_exponentials and any(ctx.needs_input_grad)
+        head = call.head(weight, bias)
+        chunks = call.chunks(head)
+        one_pass = ExpPass(call, head, chunks, entropy_gradient=True)
+        scores, ctx.kept = torch.zeros((2, call.tokens.numel()), device=hidden.device), []
+        for rows in chunks:
+            chunk = one_pass.load(hidden.detach(), rows, gradient=keep)
+            stats = call.backend.row_stats(chunk.logits, chunk.logits.tokens, 1.0)
+            put(scores[0], rows, stats.logprobs)
+            put(scores[1], rows, stats.entropy)
+            if keep:
+                ctx.kept.append(chunk)
+        ctx.set_materialize_grads(False)
+        save(ctx, hidden, weight, bias)
+        ctx.call = call
+        return scores[0], scores[1]
+
+    @staticmethod
+    @first_order
+    def backward(ctx, logprob_grad: Tensor | None, entropy_grad: Tensor | None):
+        if logprob_grad is None and entropy_grad is None:
+            return None, None, None, None
+        call, (hidden, weight, bias) = ctx.call, saved(ctx)
+        if logprob_grad is None:
+            logprob_grad = torch.zeros_like(entropy_grad)
+        incoming = [row_grads(x, call.mask, torch.float32) for x in (logprob_grad, entropy_grad)]
+        # The gradient takes the kept chunks' place: a second backward makes them again.
+        kept, ctx.kept = ctx.kept, []
+        head, hidden = call.head(weight, bias), hidden.detach()
+        grads = _chunk_grads(call, head, hidden, *incoming, ctx.needs_input_grad, kept)
+        return *grads.scaled(None, call.backend), None
+
+
+def _chunk_grads(
     call: LinearCall,
     head: Head,
     hidden: Tensor,
-    needs: tuple[bool, bool, bool],
-    *,
-    all_rows: bool,
-    one_chunk: bool,
-) -> LinearGrads:
-    """The sums of gradients over chunks that cover all rows, or of which there is but one."""
-    if call.exponentials:
-        return ExpGrads(head, hidden, needs, all_rows=all_rows, one_chunk=one_chunk)
-    return LinearGrads(head, hidden, needs, all_rows=all_rows)
+    logprob_grad: Tensor,
+    entropy_grad: Tensor | None,
+    needs: tuple[bool, ...],
+    kept: list[ExpChunk],
+) -> ExpGrads:
+    """Make each chunk's E again, unless it is kept, and push the incoming gradients (N,) through
+    it."""
+    chunks = [chunk.rows for chunk in kept] or call.chunks(head)
+    grads = ExpGrads(head, hidden, needs[:3], chunks, all_rows=call.index is None)
+    one_pass = ExpPass(call, head, chunks, entropy_gradient=entropy_grad is not None)
+    for number, rows in enumerate(chunks):
+        chunk = kept[number] if kept else one_pass.load(hidden, rows, gradient=True)
+        call.backend.row_grad(
+            chunk.logits,
+            chunk.logits.tokens,
+            None,  # statistics: they are in the chunk
+            logprob_grad[rows],
+            of_rows(entropy_grad, rows),
+            _temperature(call, rows),
+            chunk.grad,
+        )
+        grads.add(chunk)
+    grads.finish(call.backend)
+    return grads

@@ -27,7 +27,7 @@ class LinearKeptLogprobs(torch.autograd.Function):
         stats, logits = call.backend.kept_stats(*arguments, call.mask)
         if kept.dense is not None:
             only = kept.dense if call.reads_values else None
-            over_all, _ = statistics(call, head, rows, only)
+            over_all = statistics(call, head, rows, only)
             pairs = zip(over_all, stats, strict=True)
             stats = RowStats(*(torch.where(kept.dense, x, y) for x, y in pairs))
         ctx.set_materialize_grads(False)
@@ -52,7 +52,7 @@ class LinearKeptLogprobs(torch.autograd.Function):
             grads = _new_grads(head, rows, ctx.needs_input_grad)
         else:
             incoming = [None if x is None else torch.where(kept.dense, x, 0.0) for x in (c, e)]
-            dense = chunk_grads(call, head, rows, stats, *incoming, ctx.needs_input_grad, [])
+            dense = chunk_grads(call, head, rows, stats, *incoming, ctx.needs_input_grad, wide=True)
             grads = KeptGrads(dense.hidden, dense.weight, dense.bias)
         call.backend.kept_grad(
             rows,

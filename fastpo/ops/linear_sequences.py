@@ -11,7 +11,8 @@ from torch import Tensor
 from fastpo.backends.base import RowLosses, two_step
 from fastpo.ops.batch import LossBatch
 from fastpo.ops.head import Head
-from fastpo.ops.linear_chunks import Chunk, ChunkRows, LinearCall
+from fastpo.ops.linear_chunks import ChunkRows, LinearCall
+from fastpo.ops.linear_workspace import Chunk
 from fastpo.segments import Segments
 
 _PER_TOKEN = (
