@@ -111,6 +111,12 @@ def test_a_run_leaves_everything_behind(tiny, capsys):
     assert [row["step"] for row in steps] == [1, 2]
     for name in METRICS:
         assert isinstance(steps[0][name], int | float), name
+    for first in steps:
+        spent = first["rollout_time"] + first["update_time"]
+        assert first["step_time"] == pytest.approx(spent) and 0 < first["rollout_time_share"] < 1
+        assert 1 <= first["completions/min_length"] <= first["completions/mean_length"] <= 4
+        assert first["accuracy"] == pytest.approx(first["reward"], abs=0.5)
+    assert 0 < steps[0]["num_tokens"] < steps[1]["num_tokens"]
     assert [row["step"] for row in rows(run) if "eval_accuracy" in row] == [0, 1, 2]
     summary = json.loads((run / "summary.json").read_text())
     assert summary["seed"] == 3 and summary["seconds"] > 0

@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import torch
 from rich.console import Console
 
 from fastpo.trainer.config import Config
+from fastpo.trainer.metrics import speed_metrics
 from fastpo.trainer.run import checkpoint, console, report
 from fastpo.trainer.run.console import SHOWN, Display
 from fastpo.trainer.run.directory import RunLog, create, read_metrics, write_config
@@ -269,6 +271,24 @@ def test_a_long_phase_is_seen_on_a_terminal_and_said_elsewhere(monkeypatch):
         for clock[0] in (30.0, 59.0, 61.0, 62.0, 122.0):
             console.tell(f"token {clock[0]:.0f}")
     assert screen.getvalue().split("\n") == ["token 61", "token 122", ""]
+
+
+def test_speed_is_tokens_over_seconds():
+    def completion(length, live=True):
+        return SimpleNamespace(length=length, prompt=[1, 2], live=live)
+
+    kept = [completion(3), completion(5), completion(9, live=False)]
+    batch = SimpleNamespace(sampled=[kept, [completion(3)]], samples=kept)
+    found = speed_metrics(batch, epochs=2, rollout_seconds=4.0, update_seconds=1.0)
+    assert 0.05 < found.pop("peak_memory_gib") < 500
+    assert found == {
+        "rollout_time": 4.0,
+        "update_time": 1.0,
+        "step_time": 5.0,
+        "rollout_time_share": 0.8,
+        "rollout_tokens_per_second": (3 + 5 + 9 + 3) / 4.0,
+        "update_tokens_per_second": 2 * (3 + 5 + 2 * 2) / 1.0,
+    }
 
 
 def test_a_full_disk_names_the_file(tmp_path):

@@ -227,6 +227,7 @@ class Trainer:
 
     def _advance(self) -> None:
         """One step and the evaluation that may be due; whatever fails, steps done are kept."""
+        self.display.phase = f"step {self.step + 1}"
         try:
             batch, metrics = train_step(self)
             self.step += 1

@@ -108,7 +108,8 @@ class _Decoding:
                 if finished.all() or step + 1 == noise.shape[1]:
                     break
                 chosen = self._drop(finished[rows], chosen)
-                console.tell(f"token {step + 1}, {len(self.rows)} of {len(tokens)} not at an end")
+                going = f"{len(self.rows)} of {len(tokens)} completions go on"
+                console.tell(f"token {step + 1} of at most {noise.shape[1]}, {going}")
             self._advance(chosen)
         if logprobs.isnan().any():  # one NaN or inf among its logits makes a whole row NaN
             raise TrainerError("the policy's logits are not finite; lower optim.learning_rate")

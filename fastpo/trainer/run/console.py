@@ -85,6 +85,5 @@ class Display:
         shown = (f"{name} {form.format(metrics[key])}" for key, (name, form) in SHOWN.items())
         self._numbers.plain = "  ".join(shown)
         self._bar.update(self._task, completed=step)
-        self.phase = f"step {step + 1}"
         if not self._animated and (step % self.print_every == 0 or step == self.steps):
             self.say(f"step {step}/{self.steps}  {self._numbers.plain}")
