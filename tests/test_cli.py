@@ -589,6 +589,8 @@ def test_any_checkpoint_directory_can_be_evaluated(tiny, tmp_path, capsys):
     one_line(capsys, "a model and no run", "task=sort")
     assert main(["eval", str(run), "eval.samples=4", "--json"]) == 0
     numbers = json.loads(capsys.readouterr().out)
+    assert main(["eval", str(run), "eval.samples=4", "eval.temperature=0"]) == 2
+    one_line(capsys, "eval.samples is 4", "eval.temperature=1.0")
     assert numbers["completions"] == 64 and numbers["pass@4"]["mean"] >= numbers["pass@1"]["mean"]
     content = bytearray((model / "model.safetensors").read_bytes())
     content[-1] ^= 1

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from fastpo.trainer import verifiers
-from fastpo.trainer.run.errors import RecipeError
+from fastpo.trainer.run.errors import RecipeError, TrainerError
 from fastpo.trainer.tasks import ProblemStream, held_out, load_task
 from fastpo.trainer.verifier import Verifier
 
@@ -56,6 +56,8 @@ def test_held_out_rows_are_the_test_file_or_taken_out_of_training(write):
         kept = held_out(source, 10)
         assert prompts(kept) == [row["prompt"] for row in test]
         assert prompts(held_out(source, 2)) == [row["prompt"] for row in test[:2]]
+        with pytest.raises(TrainerError, match="no test row fits"):
+            held_out(source, 2, lambda problem: False)
         stream = ProblemStream(source, "train-0", prompts(kept))
         assert not {"1+2="} & set(prompts(stream.take(50)))
     with Verifier(load_task("jsonl", {"train": args["train"]}), workers=1) as source:

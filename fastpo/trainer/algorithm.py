@@ -5,14 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import fastpo
+from fastpo import presets
 from fastpo.advantages import ESTIMATORS
 from fastpo.trainer.config import AlgorithmConfig
 from fastpo.trainer.run.errors import RecipeError
 
-PRESETS = (
-    *("dapo", "grpo", "dr_grpo", "bnpo", "gspo", "luspo", "cispo", "sapo", "gmpo", "vespo"),
-    *("ppo", "gpg", "reinforce"),
-)
+PRESETS = presets.__all__
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,10 +63,10 @@ def resolve(config: AlgorithmConfig, max_new_tokens: int) -> Algorithm:
             f"rollout.max_new_tokens = {max_new_tokens}"
         )
     critic = config.preset == "ppo" if config.critic is None else config.critic
-    if critic and objective.ratio_level != "token":
+    if critic and not objective.is_token_level:
         raise RecipeError(
-            f"algorithm.critic gives advantages to tokens, but {config.preset} has one ratio per "
-            "sequence: set algorithm.critic=false, or take another preset"
+            f"algorithm.critic gives advantages to tokens, but the loss of {config.preset} is of "
+            "whole sequences: set algorithm.critic=false, or take another preset"
         )
     return Algorithm(
         objective=objective,

@@ -175,7 +175,7 @@ class EvalConfig:
     """Accuracy on held-out problems, never trained on and the same for every seed."""
 
     problems: Count = 256
-    """Number of held-out problems."""
+    """Number of held-out problems; of test rows, the first so many."""
     every: Index = 0
     """Steps between evaluations; 0 = only before and after."""
     temperature: NonNegative = 0.0

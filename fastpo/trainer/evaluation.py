@@ -82,6 +82,11 @@ def evaluate_saved(path: Path, overrides: Sequence[str]) -> Evaluation:
         TrainerError: no recipe, no checkpoint, or a damaged one.
     """
     config, saved = _find(path, overrides)
+    if config.eval.samples > 1 and not config.eval.temperature:
+        raise RecipeError(
+            f"eval.samples is {config.eval.samples}, but greedy completions are all alike: set "
+            "eval.temperature=1.0, or eval.samples=1"
+        )
     if config.threads:
         torch.set_num_threads(config.threads)
     quiet_transformers()

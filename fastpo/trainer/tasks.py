@@ -262,7 +262,14 @@ class ProblemStream:
 def held_out(
     task: Source, count: int, fits: Callable[[Problem], bool] = lambda problem: True
 ) -> list[Problem]:
-    """`count` different problems, the same for every seed; a task's own test rows as they are."""
-    if task.test_rows is not None:
-        return [problem for problem in task.test_rows if fits(problem)][:count]
-    return ProblemStream(task, "held-out", fits=fits).take(count, distinct=True)
+    """`count` different problems, the same for every seed; a task's own test rows in their order.
+
+    Raises:
+        TrainerError: the task makes too few; or no test row fits.
+    """
+    if task.test_rows is None:
+        return ProblemStream(task, "held-out", fits=fits).take(count, distinct=True)
+    problems = [problem for problem in task.test_rows if fits(problem)]
+    if not problems:
+        raise TrainerError("no test row fits rollout.max_prompt_tokens: raise it")
+    return problems[:count]
