@@ -89,11 +89,7 @@ def test_a_new_critic_knows_nothing_and_a_nan_reward_takes_part_in_nothing():
 
 
 def test_the_critic_learns_what_the_reward_will_be():
-<<<<<<< HEAD
-    """To the bound: of 10 tokens the 4 first are drawn in one state, whose return is 1 or 0."""
-=======
     """To the bound: 4 of 10 tokens are drawn in one state, whose return is 1 or 0."""
->>>>>>> learn
     critic = make(OptimConfig(epochs=2, updates_per_batch=2), learning_rate=3e-3, clip=None, lam=1)
     generator, explained = torch.Generator().manual_seed(0), []
     for _ in range(25):
