@@ -5,6 +5,7 @@
 from fastpo.advantages import GroupAdvantages, group_advantages
 from fastpo.critic import Gae, ValueLoss, gae, value_loss
 from fastpo.masks import completion_mask
+from fastpo.mismatch import RolloutCorrection, rollout_correction
 from fastpo.objective import Objective
 from fastpo.ops.checks import set_debug
 from fastpo.ops.from_logprobs import policy_loss_from_logprobs

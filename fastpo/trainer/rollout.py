@@ -105,11 +105,14 @@ class _Decoding:
             finished[rows] |= ended
             if step + 1 == noise.shape[1] or self._is_time_to_look(step):
                 self._find_stop_text(tokens[:, : step + 1], lengths, finished)
-                if finished.all() or step + 1 == noise.shape[1]:
+                running = (~finished[rows]).nonzero().squeeze(1)  # the one wait for the device
+                if len(running) == 0 or step + 1 == noise.shape[1]:
                     break
-                chosen = self._drop(finished[rows], chosen)
-                going = f"{len(self.rows)} of {len(tokens)} completions go on"
+                going = f"{len(running)} of {len(tokens)} completions go on"
                 console.tell(f"token {step + 1} of at most {noise.shape[1]}, {going}")
+                if len(running) <= len(rows) // 2:  # dropping rows copies the cache
+                    self._select(running)
+                    self.rows, chosen = rows[running], chosen[running]
             self._advance(chosen)
         if logprobs.isnan().any():  # one NaN or inf among its logits makes a whole row NaN
             raise TrainerError("the policy's logits are not finite; lower optim.learning_rate")
@@ -132,15 +135,6 @@ class _Decoding:
             length = self.policy.length_to_stop(tokens[row, : lengths[row]].tolist())
             if length is not None:
                 lengths[row], finished[row] = length, True
-
-    def _drop(self, ended: Tensor, chosen: Tensor) -> Tensor:
-        """Forget ended rows. It copies the cache: worth it once half of them have ended."""
-        keep = (~ended).nonzero().squeeze(1)
-        if len(keep) > len(ended) // 2:
-            return chosen
-        self._select(keep)
-        self.rows = self.rows[keep]
-        return chosen[keep]
 
     def _select(self, index: Tensor) -> None:
         self.cache.reorder_cache(index)  # the one way of picking rows that every kind of layer has
