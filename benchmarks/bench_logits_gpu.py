@@ -61,7 +61,7 @@ class Problem:
         return -torch.min(ratio * advantages, clipped * advantages).mean()
 
 
-Peer = Callable[[Problem, Tensor], Tensor]  # (problem, leaf logits) -> loss
+Peer = Callable[[Problem, Tensor], Tensor]  # (problem, leaf logits) -> loss; row_kernel: gradient
 
 
 def eager(problem: Problem, logits: Tensor) -> Tensor:
@@ -123,7 +123,25 @@ def fastpo_separate(problem: Problem, logits: Tensor) -> Tensor:
     return _fastpo(problem, logits, inplace=False)
 
 
+def row_kernel(problem: Problem, logits: Tensor) -> Tensor:
+    """fastpo's one launch without the op around it: what the op adds is the difference.
+
+    Returns the gradient, which has overwritten the logits.
+    """
+    from fastpo.backends import triton as rows
+    from fastpo.backends.base import RowInputs
+
+    assert rows.unavailable(logits.device) is None
+    tokens, old = problem.tokens.flatten(), problem.old_logprobs.flatten()
+    ones = torch.ones_like(old)
+    inputs = RowInputs(ones / old.numel(), problem.advantages.expand_as(old), old, None, None)
+    flat = logits.detach()[0]
+    rows.row_policy_loss(flat, tokens, inputs, fastpo.ppo(clip_low=CLIP, clip_high=CLIP), 1.0, flat)
+    return flat[None]
+
+
 PEERS: dict[str, Peer] = {
+    "row kernel alone, in place": row_kernel,
     "fastpo, in place": fastpo_inplace,
     "fastpo": fastpo_separate,
     "TRL kernels": trl,
@@ -135,6 +153,8 @@ PEERS: dict[str, Peer] = {
 
 def gradient(peer: Peer, problem: Problem) -> Tensor:
     """dloss/dlogits of one run. The peers that work in place overwrite `problem.logits`."""
+    if peer is row_kernel:
+        return row_kernel(problem, problem.logits)
     leaf = problem.logits.detach().requires_grad_()
     (grad,) = torch.autograd.grad(peer(problem, leaf), leaf)
     return grad

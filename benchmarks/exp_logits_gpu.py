@@ -217,7 +217,8 @@ def main() -> None:
     if not torch.cuda.is_available() and not interpreted:
         parser.exit(2, "torch sees no GPU; TRITON_INTERPRET=1 and a small --shape try the script\n")
     if interpreted:
-        from fastpo.testing.interpreter import fix_arithmetic
+        sys.path.insert(0, str(HERE.parent / "tools"))
+        from triton_interpreter import fix_arithmetic
 
         fix_arithmetic()
     device = torch.device("cpu" if interpreted else "cuda")

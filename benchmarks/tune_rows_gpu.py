@@ -2,7 +2,7 @@
 
 python benchmarks/tune_rows_gpu.py --vocab 151936 --dtype bfloat16
 
-Prints the share of the copy floor for every (threads, body block, kept chunks), best first. What
+Prints the share of the copy floor for every (threads, waves a step, waves kept), best first. What
 computes a wrong gradient or does not compile is listed as such.
 """
 
@@ -20,14 +20,12 @@ from fastpo.kernels import _layout
 
 
 def candidates(vocab: int, itemsize: int) -> Iterator[_layout.RowLayout]:
-    """Layouts whose body reaches the tail: 4 to 64 logits per thread and step, 8 to 128 kept."""
-    vector = 16 // itemsize
-    for lanes, per_step, kept in itertools.product(
-        (256, 512, 1024), (8, 16, 32, 64), (2, 4, 8, 16)
-    ):
-        per_thread = kept * _layout.CHUNK_PER_LANE
-        if per_step >= vector and per_step <= per_thread <= 256 // itemsize * 2:
-            yield _layout.RowLayout(lanes, vector, lanes * per_step, kept)
+    """Layouts of 8 to 64 logits per thread and step, 8 to 128 kept."""
+    width = 16 // itemsize
+    for lanes, step, kept in itertools.product((256, 512, 1024), (2, 4, 8), (2, 4, 8, 12, 16)):
+        if step <= kept and kept * width <= 256 // itemsize:
+            layout = _layout.RowLayout(lanes, width, True, step, 1)
+            yield layout.with_tail(vocab, kept)
 
 
 def time_layout(layout: _layout.RowLayout, problem: Problem, original: torch.Tensor) -> float:

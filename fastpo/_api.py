@@ -36,3 +36,4 @@ from fastpo.presets import (
     vespo,
 )
 from fastpo.rewards import overlong_penalty
+from fastpo.rule import TokenInputs, loss_rule

@@ -1,6 +1,7 @@
-"""How a row of V logits is cut into blocks, and the launch of one program per row.
+"""How a row of V logits is cut into waves, and the launch of one program per row.
 
-A row is a *body* of whole blocks and a *kept* tail. The tail, read last by the first sweep, stays
+A *wave* is one load by every lane: LANES x WIDTH columns. A row is a *body*, walked
+STEP waves at a time, and a *kept* tail of KEPT waves. The tail, read last by the first sweep, stays
 in registers until the second sweep, which runs from the last column to the first: it is read once.
 
 Registers decide how much is kept (figures from ahead-of-time compilation, tests/test_aot.py):
@@ -27,37 +28,43 @@ import triton
 from torch import Tensor
 
 MAX_LANES = 512
-CHUNK_PER_LANE = 8
 
 
 class RowLayout(NamedTuple):
     """Constants of a compiled row kernel; they depend on V's size class and on alignment only."""
 
     LANES: int  # threads, each with running statistics of its own columns
-    VECTOR: int  # neighbouring logits one thread loads at once
-    BLOCK_V: int  # columns per step in the body
-    KEPT: int  # chunks of 8 * LANES columns in the kept tail
+    WIDTH: int  # columns of a lane in a wave
+    ADJACENT: bool  # whether they are neighbours, one 16-byte load, or LANES apart
+    STEP: int  # waves per step in the body
+    KEPT: int  # waves in the kept tail
 
     def body(self, V: int) -> int:
-        """Columns before the kept tail: a whole number of blocks such that the tail reaches V."""
-        beyond_kept = max(V - self.KEPT * CHUNK_PER_LANE * self.LANES, 0)
-        return -(-beyond_kept // self.BLOCK_V) * self.BLOCK_V
+        """Columns before the kept tail, whose last wave alone may reach beyond V."""
+        wave = self.LANES * self.WIDTH
+        return (-(-V // wave) - self.KEPT) * wave
+
+    def with_tail(self, V: int, most: int) -> RowLayout:
+        """The same with as many waves kept, up to `most`, as leave whole steps before them.
+
+        A tail of a fixed size would leave whole waves beyond V, 8 % of the row's slots at
+        V = 151,936 and more at 50,257, to be masked and computed for nothing.
+        """
+        waves = -(-V // (self.LANES * self.WIDTH))
+        return self._replace(KEPT=min(waves, most - (most - waves) % self.STEP))
 
 
 @functools.cache
 def _layout(V: int, itemsize: int, aligned: bool) -> RowLayout:
     packed = aligned and itemsize == 2
-    most_kept = (8 if packed else 6) if aligned else 3
+    kept_per_lane = (64 if packed else 48) if aligned else 24
     lanes = 128
-    while lanes < MAX_LANES and lanes * CHUNK_PER_LANE * most_kept < V:
+    while lanes < MAX_LANES and lanes * kept_per_lane < V:
         lanes *= 2
-    chunks = -(-V // (lanes * CHUNK_PER_LANE))
-    return RowLayout(
-        LANES=lanes,
-        VECTOR=16 // itemsize if aligned else 1,
-        BLOCK_V=lanes * (32 if packed else 16),
-        KEPT=min(1 << (chunks - 1).bit_length(), most_kept),
-    )
+    width = 16 // itemsize if aligned else 8
+    step = (32 if packed else 16) // width
+    layout = RowLayout(LANES=lanes, WIDTH=width, ADJACENT=aligned, STEP=step, KEPT=1)
+    return layout.with_tail(V, kept_per_lane // width)
 
 
 def row_stride(matrix: Tensor) -> int:
@@ -84,18 +91,25 @@ def _warp_size(kernel) -> int:
     return triton.runtime.driver.active.get_current_target().warp_size
 
 
-def launch_rows(kernel, logits: Tensor, layout: RowLayout, *arguments, **constants) -> None:
-    """Run `kernel` with one program per row of `logits` on its device; nothing for an empty batch.
+def launch_rows(
+    kernel,
+    logits: Tensor,
+    layout: RowLayout,
+    *arguments,
+    programs: int | None = None,
+    **constants,
+) -> None:
+    """Run `kernel` on the device of `logits`, by default one program per row; none for no rows.
 
     Fused multiply-adds that the source does not ask for stay off: which ones a compiler forms may
     differ between kernels, and with them the last bit of a log-prob.
     """
-    rows = logits.shape[0]
-    if rows == 0:
+    programs = logits.shape[0] if programs is None else programs
+    if programs == 0:
         return
     device = torch.cuda.device(logits.device) if logits.is_cuda else contextlib.nullcontext()
     with device:
-        kernel[(rows,)](
+        kernel[(programs,)](
             *arguments,
             **constants,
             num_warps=layout.LANES // _warp_size(kernel),

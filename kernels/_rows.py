@@ -1,21 +1,24 @@
-"""Device code that the row kernels share: addressing, the first sweep, the gradient of a block.
+"""Device code that the row kernels share: addressing, the first sweep, the gradient of a wave.
 
 The first sweep keeps statistics per thread (a *lane*) of its own columns, so that the loop over a
 row has no barrier; one merge at the end makes them the row's. `row_stats` and `row_policy_loss`
 compile this same code with the same layout (_layout.py), which makes them agree bit by bit.
 
-Blocks are (waves, LANES, VECTOR): a lane owns VECTOR neighbouring columns of every wave, one load.
+A wave is a tensor (LANES, WIDTH), a block of several waves a tuple of them. One tensor (waves,
+LANES, WIDTH) would leave it to the compiler which of its axes become threads: Triton 3.9 makes them
+the lanes, 3.6 lanes and waves, which costs 24 shuffles and 8 rescales a step.
 """
 
 import triton
 import triton.language as tl
+from triton.language.target_info import is_cuda
 
-from ._layout import CHUNK_PER_LANE
-
-_CHUNK_PER_LANE: tl.constexpr = tl.constexpr(CHUNK_PER_LANE)
 # exp is 0 in fp32 below -104, so a centered logit may be raised to this without changing any sum;
 # it keeps 0 * -inf out of p * (u - m). NaN needs no care there: p itself is NaN then.
 _LOWEST: tl.constexpr = tl.constexpr(-200.0)
+# Two of them in a 32-bit word.
+_MINUS_INF_BF16: tl.constexpr = tl.constexpr(-8323200)  # 0xFF80FF80
+_MINUS_INF_FP16: tl.constexpr = tl.constexpr(-67044352)  # 0xFC00FC00
 _SMALLEST_NORMAL: tl.constexpr = tl.constexpr(2.0**-126)
 _LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
@@ -50,28 +53,101 @@ def load_token_logit(row_ptr, token, V):
 
 
 @triton.jit
-def block_columns(start, WIDTH: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
-    """Columns start ... start + WIDTH - 1 as (waves, LANES, VECTOR)."""
-    WAVE: tl.constexpr = LANES * VECTOR
-    waves = tl.arange(0, WIDTH // WAVE) * WAVE
-    lanes = tl.arange(0, LANES) * VECTOR
-    return start + waves[:, None, None] + lanes[None, :, None] + tl.arange(0, VECTOR)[None, None, :]
+def wave_columns(start, LANES: tl.constexpr, WIDTH: tl.constexpr, ADJACENT: tl.constexpr):
+    """Columns start ... start + LANES * WIDTH - 1 as (LANES, WIDTH).
+
+    ADJACENT: a lane's are neighbours, one wide load. Else they lie LANES apart, and each is a load
+    that neighbouring lanes share a cache line in.
+    """
+    lanes = tl.arange(0, LANES)[:, None]
+    own = tl.arange(0, WIDTH)[None, :]
+    if ADJACENT:
+        return start + lanes * WIDTH + own
+    else:
+        return start + lanes + own * LANES
 
 
 @triton.jit
-def store_block(row_ptr, columns, values, V):
+def load_block(
+    row_ptr,
+    start,
+    WAVES: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ADJACENT: tl.constexpr,
+):
+    """WAVES waves from column `start` on, all of them within the row."""
+    waves = ()
+    for i in tl.static_range(WAVES):
+        columns = wave_columns(start + i * LANES * WIDTH, LANES, WIDTH, ADJACENT)
+        waves = waves + (tl.load(row_ptr + columns),)  # noqa: RUF005 - Triton has no starred tuples
+    return waves
+
+
+@triton.jit
+def load_tail(
+    row_ptr,
+    start,
+    V,
+    WAVES: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ADJACENT: tl.constexpr,
+):
+    """The WAVES waves from column `start` on, the last ones of the row; -inf beyond column V - 1.
+
+    Neighbouring 2-byte logits come as int32 words of two, which `unpack` takes apart: they stay in
+    registers for long. Only the last wave may reach beyond the row: a mask for each costs more
+    registers than sm_80 has.
+    """
+    dtype: tl.constexpr = row_ptr.dtype.element_ty
+    if ADJACENT and dtype.primitive_bitwidth == 16:
+        PER_WORD: tl.constexpr = 2
+        words_ptr = row_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+        beyond = _MINUS_INF_FP16 if dtype == tl.float16 else _MINUS_INF_BF16
+    else:
+        PER_WORD: tl.constexpr = 1
+        words_ptr = row_ptr
+        beyond = float("-inf")
+    WORDS: tl.constexpr = WIDTH // PER_WORD
+    tail = ()
+    for i in tl.static_range(WAVES):
+        words = wave_columns(start // PER_WORD + i * LANES * WORDS, LANES, WORDS, ADJACENT)
+        if i < WAVES - 1:
+            wave = tl.load(words_ptr + words)
+        else:
+            wave = tl.load(words_ptr + words, mask=words < V // PER_WORD, other=beyond)
+        tail = tail + (wave,)  # noqa: RUF005
+    return tail
+
+
+@triton.jit
+def unpack(wave, dtype: tl.constexpr):
+    """A wave of the tail as logits of `dtype`, (LANES, WIDTH)."""
+    if wave.dtype == tl.int32:
+        low = wave.to(tl.int16).to(dtype, bitcast=True)
+        high = (wave >> 16).to(tl.int16).to(dtype, bitcast=True)
+        return tl.reshape(tl.join(low, high), (wave.shape[0], 2 * wave.shape[1]))
+    else:
+        return wave
+
+
+@triton.jit
+def store_wave(row_ptr, columns, values, V):
     """Round values to the row's dtype and write the columns that lie within it."""
     tl.store(row_ptr + columns, values.to(row_ptr.dtype.element_ty), mask=columns < V)
 
 
 @triton.jit
 def fill_row_with_zero(
-    row_ptr, V, BLOCK_V: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr
+    row_ptr, V, STEP: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, ADJACENT: tl.constexpr
 ):
     """Write zeros over a row without reading it."""
-    for start in range(0, V, BLOCK_V):
-        columns = block_columns(start, BLOCK_V, LANES, VECTOR)
-        store_block(row_ptr, columns, tl.zeros(columns.shape, tl.float32), V)
+    WAVE: tl.constexpr = LANES * WIDTH
+    for start in range(0, V, STEP * WAVE):
+        for i in tl.static_range(STEP):
+            columns = wave_columns(start + i * WAVE, LANES, WIDTH, ADJACENT)
+            store_wave(row_ptr, columns, tl.zeros(columns.shape, tl.float32), V)
 
 
 @triton.jit
@@ -98,18 +174,20 @@ def _rescale(top, total, moment, origin, inverse_temperature):
 
 
 @triton.jit
-def _accumulate(top, total, moment, logits, inverse_temperature):
+def _accumulate(top, total, moment, waves, inverse_temperature):
     """Take a block into every lane's largest logit, sum exp and sum (u - m) exp, all (LANES,)."""
-    z = logits.to(tl.float32)
-    new_top = tl.maximum(top, tl.max(tl.max(z, 2), 0))
+    new_top = top
+    for i in tl.static_range(len(waves)):
+        new_top = tl.maximum(new_top, tl.max(waves[i].to(tl.float32), 1))
     origin = _origin(new_top, inverse_temperature)
     total, moment = _rescale(top, total, moment, origin, inverse_temperature)
-    # One rounding, of the difference: u itself, rounded at the size of the logits, would cost 5e-4
-    # at an offset of 1e4.
-    centered = tl.fma(z, inverse_temperature, -origin[None, :, None])
-    exps = _exp(centered)
-    total += tl.sum(tl.sum(exps, 2), 0)
-    moment += tl.sum(tl.sum(exps * tl.maximum(centered, _LOWEST), 2), 0)
+    for i in tl.static_range(len(waves)):
+        # One rounding, of the difference: u itself, rounded at the size of the logits, would cost
+        # 5e-4 at an offset of 1e4.
+        centered = tl.fma(waves[i].to(tl.float32), inverse_temperature, -origin[:, None])
+        exps = _exp(centered)
+        total += tl.sum(exps, 1)
+        moment += tl.sum(exps * tl.maximum(centered, _LOWEST), 1)
     return new_top, total, moment
 
 
@@ -132,25 +210,26 @@ def sweep_row(
     V,
     body,
     inverse_temperature,
-    BLOCK_V: tl.constexpr,
+    STEP: tl.constexpr,
     KEPT: tl.constexpr,
     LANES: tl.constexpr,
-    VECTOR: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ADJACENT: tl.constexpr,
 ):
-    """First sweep: m, log s and entropy of the row, and its tail as loaded, last chunk first."""
-    CHUNK: tl.constexpr = _CHUNK_PER_LANE * LANES
+    """First sweep: m, log s and entropy of the row, and its tail as loaded."""
     top = tl.full((LANES,), float("-inf"), tl.float32)
     total = tl.zeros((LANES,), tl.float32)
     moment = tl.zeros((LANES,), tl.float32)
-    for start in range(0, body, BLOCK_V):
-        block = tl.load(row_ptr + block_columns(start, BLOCK_V, LANES, VECTOR))
+    for start in range(0, body, STEP * LANES * WIDTH):
+        block = load_block(row_ptr, start, STEP, LANES, WIDTH, ADJACENT)
         top, total, moment = _accumulate(top, total, moment, block, inverse_temperature)
-    kept = ()
-    for i in tl.static_range(KEPT):
-        columns = block_columns(body + i * CHUNK, CHUNK, LANES, VECTOR)
-        chunk = tl.load(row_ptr + columns, mask=columns < V, other=float("-inf"))
-        top, total, moment = _accumulate(top, total, moment, chunk, inverse_temperature)
-        kept = (chunk,) + kept  # noqa: RUF005 - Triton has no starred tuples
+    kept = load_tail(row_ptr, body, V, KEPT, LANES, WIDTH, ADJACENT)
+    dtype: tl.constexpr = row_ptr.dtype.element_ty
+    for i in tl.static_range(0, KEPT, STEP):
+        waves = ()
+        for j in tl.static_range(i, min(i + STEP, KEPT)):
+            waves = waves + (unpack(kept[j], dtype),)  # noqa: RUF005
+        top, total, moment = _accumulate(top, total, moment, waves, inverse_temperature)
     row_max, log_sum, entropy = _merge_lanes(top, total, moment, inverse_temperature)
     return row_max, log_sum, entropy, kept
 
@@ -169,6 +248,17 @@ def without_subnormals(gradient):
 
 
 @triton.jit
+def flushing_product(a, b):
+    """`without_subnormals(a * b)`; NVIDIA's multiplication can, other GPUs spend two operations."""
+    if is_cuda():
+        return tl.inline_asm_elementwise(
+            "mul.ftz.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return without_subnormals(a * b)
+
+
+@triton.jit
 def softmax_gradient(logits, row, inverse_temperature, c, e, HAS_ENTROPY_GRAD: tl.constexpr):
     """-c p_j + e p_j (E_p[u] - u_j), the gradient save for the token's own term c.
 
@@ -176,31 +266,26 @@ def softmax_gradient(logits, row, inverse_temperature, c, e, HAS_ENTROPY_GRAD: t
     """
     row_max, log_sum, mean = row
     centered = tl.fma(logits.to(tl.float32), inverse_temperature, -row_max)
-    # Not by exp2, which _exp shows to be cheaper: ptxas then interleaves so many columns that
-    # row_policy_loss takes 128 registers in place of 77 and spills 16 bytes on sm_100.
-    p = tl.exp(centered - log_sum)
-    return without_subnormals(
-        p * (e * (mean - tl.maximum(centered, _LOWEST)) - c if HAS_ENTROPY_GRAD else -c)
-    )
+    p = tl.exp2(tl.fma(centered, _LOG2_E, -log_sum * _LOG2_E))
+    if HAS_ENTROPY_GRAD:
+        return flushing_product(p, tl.fma(-e, tl.maximum(centered, _LOWEST), e * mean - c))
+    else:
+        return flushing_product(p, -c)
 
 
 @triton.jit
-def _still_packed(chunk, V):
-    """The same 2-byte logits, such that the compiler keeps them two to a register until here.
+def _still_packed(wave, V):
+    """The same words, such that the compiler keeps them two logits to a register until here.
 
     It would otherwise widen them once for both sweeps, and keep them wide: 264 bytes of stack where
     this needs none (128 logits a thread, sm_90). V >> 31 is 0, which the compiler cannot know.
     """
-    if chunk.dtype.primitive_bitwidth == 16:
-        zero = (V >> 31).to(tl.int16)
-        return (chunk.to(tl.int16, bitcast=True) ^ zero).to(chunk.dtype, bitcast=True)
-    else:
-        return chunk
+    return wave ^ (V >> 31) if wave.dtype == tl.int32 else wave
 
 
 @triton.jit
-def write_kept_gradient(
-    kept,
+def write_tail_gradient(
+    tail,
     out_row_ptr,
     V,
     body,
@@ -209,17 +294,20 @@ def write_kept_gradient(
     c,
     e,
     HAS_ENTROPY_GRAD: tl.constexpr,
-    KEPT: tl.constexpr,
+    WAVES: tl.constexpr,
     LANES: tl.constexpr,
-    VECTOR: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ADJACENT: tl.constexpr,
 ):
-    """Second sweep over the kept tail, columns [body, V), from the last to the first."""
-    CHUNK: tl.constexpr = _CHUNK_PER_LANE * LANES
-    for i in tl.static_range(KEPT):
-        columns = block_columns(body + (KEPT - 1 - i) * CHUNK, CHUNK, LANES, VECTOR)
-        logits = _still_packed(kept[i], V)
+    """Second sweep over columns [body, V), whose logits `load_tail` loaded, last wave first."""
+    for i in tl.static_range(WAVES - 1, -1, -1):
+        columns = wave_columns(body + i * LANES * WIDTH, LANES, WIDTH, ADJACENT)
+        logits = unpack(_still_packed(tail[i], V), out_row_ptr.dtype.element_ty)
         gradient = softmax_gradient(logits, row, inverse_temperature, c, e, HAS_ENTROPY_GRAD)
-        store_block(out_row_ptr, columns, gradient, V)
+        if i == WAVES - 1:
+            store_wave(out_row_ptr, columns, gradient, V)
+        else:
+            tl.store(out_row_ptr + columns, gradient.to(out_row_ptr.dtype.element_ty))
 
 
 @triton.jit
@@ -233,9 +321,10 @@ def write_body_gradient(
     e,
     HAS_ENTROPY_GRAD: tl.constexpr,
     SHARED_ROWS: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    STEP: tl.constexpr,
     LANES: tl.constexpr,
-    VECTOR: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ADJACENT: tl.constexpr,
 ):
     """Second sweep over columns [0, end), whole blocks, from the last to the first.
 
@@ -243,13 +332,16 @@ def write_body_gradient(
     only columns that the sweep has passed, provided that all threads have loaded a block before one
     stores it.
     """
-    for done in range(0, end, BLOCK_V):
-        columns = block_columns(end - BLOCK_V - done, BLOCK_V, LANES, VECTOR)
-        logits = tl.load(row_ptr + columns)
+    WAVE: tl.constexpr = LANES * WIDTH
+    for done in range(0, end, STEP * WAVE):
+        start = end - STEP * WAVE - done
+        waves = load_block(row_ptr, start, STEP, LANES, WIDTH, ADJACENT)
         if SHARED_ROWS:
             tl.debug_barrier()
-        gradient = softmax_gradient(logits, row, inverse_temperature, c, e, HAS_ENTROPY_GRAD)
-        tl.store(out_row_ptr + columns, gradient.to(out_row_ptr.dtype.element_ty))
+        for i in tl.static_range(STEP):
+            gradient = softmax_gradient(waves[i], row, inverse_temperature, c, e, HAS_ENTROPY_GRAD)
+            columns = wave_columns(start + i * WAVE, LANES, WIDTH, ADJACENT)
+            tl.store(out_row_ptr + columns, gradient.to(out_row_ptr.dtype.element_ty))
 
 
 @triton.jit

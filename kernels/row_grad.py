@@ -12,14 +12,13 @@ from torch import Tensor
 
 from ._layout import launch_rows, row_layout, row_stride, shares_rows
 from ._rows import (
-    block_columns,
     fill_row_with_zero,
     load_inverse_temperature,
+    load_tail,
     load_token_logit,
     row_offset,
-    softmax_gradient,
-    store_block,
     write_body_gradient,
+    write_tail_gradient,
     write_token_gradient,
 )
 
@@ -44,9 +43,11 @@ def _row_grad_kernel(
     body,
     temperature,
     SHARED_ROWS: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    STEP: tl.constexpr,
+    KEPT: tl.constexpr,
     LANES: tl.constexpr,
-    VECTOR: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ADJACENT: tl.constexpr,
 ):
     HAS_ENTROPY_GRAD: tl.constexpr = entropy_grad_ptr is not None
     row = tl.program_id(0)
@@ -55,7 +56,7 @@ def _row_grad_kernel(
     c = tl.load(logprob_grad_ptr + row)
     e = tl.load(entropy_grad_ptr + row) if HAS_ENTROPY_GRAD else 0.0
     if (c == 0) & (e == 0):
-        fill_row_with_zero(out_row_ptr, V, BLOCK_V, LANES, VECTOR)
+        fill_row_with_zero(out_row_ptr, V, STEP, LANES, WIDTH, ADJACENT)
     else:
         inverse_temperature = load_inverse_temperature(temperature, temperatures_ptr)
         c = c * inverse_temperature
@@ -64,11 +65,23 @@ def _row_grad_kernel(
         token_logit = load_token_logit(row_ptr, token, V)
         log_sum = tl.load(log_sum_ptr + row)
         stats = (tl.load(row_max_ptr + row), log_sum, log_sum - tl.load(entropy_ptr + row))
-        columns = block_columns(body, BLOCK_V, LANES, VECTOR)
-        logits = tl.load(row_ptr + columns, mask=columns < V, other=float("-inf"))
+        tail = load_tail(row_ptr, body, V, KEPT, LANES, WIDTH, ADJACENT)
         tl.debug_barrier()  # all threads have read the token's logit, and shared rows this block
-        gradient = softmax_gradient(logits, stats, inverse_temperature, c, e, HAS_ENTROPY_GRAD)
-        store_block(out_row_ptr, columns, gradient, V)
+        write_tail_gradient(
+            tail,
+            out_row_ptr,
+            V,
+            body,
+            stats,
+            inverse_temperature,
+            c,
+            e,
+            HAS_ENTROPY_GRAD,
+            KEPT,
+            LANES,
+            WIDTH,
+            ADJACENT,
+        )
         write_body_gradient(
             row_ptr,
             out_row_ptr,
@@ -79,9 +92,10 @@ def _row_grad_kernel(
             e,
             HAS_ENTROPY_GRAD,
             SHARED_ROWS,
-            BLOCK_V,
+            STEP,
             LANES,
-            VECTOR,
+            WIDTH,
+            ADJACENT,
         )
         write_token_gradient(
             out_row_ptr,
@@ -113,7 +127,9 @@ def row_grad(
     Rows with c = e = 0 are not read and get zeros. `out` may be `logits`, or narrower and in the
     upper half of each logits row.
     """
-    layout, V = row_layout(logits), logits.shape[1]
+    V = logits.shape[1]
+    layout = row_layout(logits)
+    layout = layout.with_tail(V, layout.STEP)
     launch_rows(
         _row_grad_kernel,
         logits,
@@ -130,10 +146,8 @@ def row_grad(
         row_stride(logits),
         row_stride(out),
         V,
-        V // layout.BLOCK_V * layout.BLOCK_V,
+        layout.body(V),
         temperature,
         SHARED_ROWS=shares_rows(logits, out),
-        BLOCK_V=layout.BLOCK_V,
-        LANES=layout.LANES,
-        VECTOR=layout.VECTOR,
+        **layout._asdict(),
     )

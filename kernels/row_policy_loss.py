@@ -24,7 +24,7 @@ from ._rows import (
     sweep_row,
     token_logprob,
     write_body_gradient,
-    write_kept_gradient,
+    write_tail_gradient,
     write_token_gradient,
 )
 from ._token_loss import token_loss
@@ -78,10 +78,11 @@ def _row_policy_loss_kernel(
     GATE_BY: tl.constexpr,
     TWO_SIDED: tl.constexpr,
     SHARED_ROWS: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    STEP: tl.constexpr,
     KEPT: tl.constexpr,
     LANES: tl.constexpr,
-    VECTOR: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ADJACENT: tl.constexpr,
 ):
     HAS_ENTROPY_GRAD: tl.constexpr = entropy_weight_ptr is not None
     row = tl.program_id(0)
@@ -94,14 +95,21 @@ def _row_policy_loss_kernel(
         tl.store(clipped_ptr + row, 0)
         if out_ptr is not None:
             out_row_ptr = out_ptr + row_offset(out_stride)
-            fill_row_with_zero(out_row_ptr, V, BLOCK_V, LANES, VECTOR)
+            fill_row_with_zero(out_row_ptr, V, STEP, LANES, WIDTH, ADJACENT)
     else:
         row_ptr = logits_ptr + row_offset(logits_stride)
         inverse_temperature = load_inverse_temperature(temperature, temperatures_ptr)
         token = tl.load(tokens_ptr + row)
         token_logit = load_token_logit(row_ptr, token, V)
+        # Before the sweep: after it, the only program of the SM would wait for them idle.
+        advantage = tl.load(advantages_ptr + row)
+        old_logprob = 0.0 if old_logprobs_ptr is None else tl.load(old_logprobs_ptr + row)
+        ref_logprob = 0.0 if ref_logprobs_ptr is None else tl.load(ref_logprobs_ptr + row)
+        low = as_fp32(ratio_low) if clip_low_ptr is None else tl.load(clip_low_ptr + row)
+        high = as_fp32(ratio_high) if clip_high_ptr is None else tl.load(clip_high_ptr + row)
+        nll_weight = 0.0 if nll_weight_ptr is None else tl.load(nll_weight_ptr + row)
         row_max, log_sum, entropy, kept = sweep_row(
-            row_ptr, V, body, inverse_temperature, BLOCK_V, KEPT, LANES, VECTOR
+            row_ptr, V, body, inverse_temperature, STEP, KEPT, LANES, WIDTH, ADJACENT
         )
         logprob = token_logprob(token_logit, inverse_temperature, row_max, log_sum)
 
@@ -122,12 +130,12 @@ def _row_policy_loss_kernel(
         )
         loss, slope, clipped = token_loss(
             logprob,
-            logprob if old_logprobs_ptr is None else tl.load(old_logprobs_ptr + row),
-            tl.load(advantages_ptr + row),
-            0.0 if ref_logprobs_ptr is None else tl.load(ref_logprobs_ptr + row),
-            as_fp32(ratio_low) if clip_low_ptr is None else tl.load(clip_low_ptr + row),
-            as_fp32(ratio_high) if clip_high_ptr is None else tl.load(clip_high_ptr + row),
-            0.0 if nll_weight_ptr is None else tl.load(nll_weight_ptr + row),
+            logprob if old_logprobs_ptr is None else old_logprob,
+            advantage,
+            ref_logprob,
+            low,
+            high,
+            nll_weight,
             weight_rule,
             penalty_rule,
             SURROGATE,
@@ -152,9 +160,9 @@ def _row_policy_loss_kernel(
             e = -entropy_weight * inverse_temperature
             stats = (row_max, log_sum, log_sum - entropy)
             if (c == 0) & (e == 0):
-                fill_row_with_zero(out_row_ptr, V, BLOCK_V, LANES, VECTOR)
+                fill_row_with_zero(out_row_ptr, V, STEP, LANES, WIDTH, ADJACENT)
             else:
-                write_kept_gradient(
+                write_tail_gradient(
                     kept,
                     out_row_ptr,
                     V,
@@ -166,7 +174,8 @@ def _row_policy_loss_kernel(
                     HAS_ENTROPY_GRAD,
                     KEPT,
                     LANES,
-                    VECTOR,
+                    WIDTH,
+                    ADJACENT,
                 )
                 write_body_gradient(
                     row_ptr,
@@ -178,9 +187,10 @@ def _row_policy_loss_kernel(
                     e,
                     HAS_ENTROPY_GRAD,
                     SHARED_ROWS,
-                    BLOCK_V,
+                    STEP,
                     LANES,
-                    VECTOR,
+                    WIDTH,
+                    ADJACENT,
                 )
                 write_token_gradient(
                     out_row_ptr,

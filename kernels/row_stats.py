@@ -9,12 +9,12 @@ from torch import Tensor
 
 from ._layout import launch_rows, row_layout, row_stride
 from ._rows import (
-    block_columns,
     load_inverse_temperature,
     load_token_logit,
     row_offset,
     sweep_row,
     token_logprob,
+    wave_columns,
 )
 
 _PER_ROW = ["tokens_ptr", "live_ptr", "temperatures_ptr"]
@@ -31,9 +31,9 @@ def _row_details(
     inverse_temperature,
     row_max,
     log_sum,
-    BLOCK_V: tl.constexpr,
     LANES: tl.constexpr,
-    VECTOR: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ADJACENT: tl.constexpr,
 ):
     """log sum p^2, mean of u, and whether the token is the first maximum, in a sweep of their own.
 
@@ -44,16 +44,16 @@ def _row_details(
     total = tl.zeros((LANES,), tl.float32)
     before = tl.full((LANES,), float("-inf"), tl.float32)  # the largest logit left of the token
     after = tl.full((LANES,), float("-inf"), tl.float32)
-    for start in range(0, V, BLOCK_V):
-        columns = block_columns(start, BLOCK_V, LANES, VECTOR)
+    for start in range(0, V, LANES * WIDTH):
+        columns = wave_columns(start, LANES, WIDTH, ADJACENT)
         z = tl.load(row_ptr + columns, mask=columns < V, other=float("-inf")).to(tl.float32)
         exps = tl.exp(tl.fma(z, inverse_temperature, -row_max))
-        squares += tl.sum(tl.sum(exps * exps, 2), 0)
-        total += tl.sum(tl.sum(tl.where(columns < V, z, 0.0), 2), 0)
+        squares += tl.sum(exps * exps, 1)
+        total += tl.sum(tl.where(columns < V, z, 0.0), 1)
         left = tl.where(columns < token, z, float("-inf"))
         right = tl.where(columns > token, z, float("-inf"))
-        before = tl.maximum(before, tl.max(tl.max(left, 2), 0))
-        after = tl.maximum(after, tl.max(tl.max(right, 2), 0))
+        before = tl.maximum(before, tl.max(left, 1))
+        after = tl.maximum(after, tl.max(right, 1))
     is_top1 = (token_logit > tl.max(before, 0)) & (token_logit >= tl.max(after, 0))
     mean = tl.sum(total, 0) * inverse_temperature / V
     return tl.log(tl.sum(squares, 0)) - 2.0 * log_sum, mean, is_top1
@@ -76,10 +76,11 @@ def _row_stats_kernel(
     V,
     body,
     temperature,
-    BLOCK_V: tl.constexpr,
+    STEP: tl.constexpr,
     KEPT: tl.constexpr,
     LANES: tl.constexpr,
-    VECTOR: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ADJACENT: tl.constexpr,
 ):
     row = tl.program_id(0)
     logprob = 0.0
@@ -96,7 +97,7 @@ def _row_stats_kernel(
         token = tl.load(tokens_ptr + row)
         token_logit = load_token_logit(row_ptr, token, V)
         row_max, log_sum, entropy, _ = sweep_row(
-            row_ptr, V, body, inverse_temperature, BLOCK_V, KEPT, LANES, VECTOR
+            row_ptr, V, body, inverse_temperature, STEP, KEPT, LANES, WIDTH, ADJACENT
         )
         logprob = token_logprob(token_logit, inverse_temperature, row_max, log_sum)
         if is_top1_ptr is not None:
@@ -108,9 +109,9 @@ def _row_stats_kernel(
                 inverse_temperature,
                 row_max,
                 log_sum,
-                BLOCK_V,
                 LANES,
-                VECTOR,
+                WIDTH,
+                ADJACENT,
             )
             is_top1 = is_top1 & (logprob == logprob)
     tl.store(logprobs_ptr + row, logprob)

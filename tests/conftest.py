@@ -17,7 +17,7 @@ import torch
 HAS_GPU = torch.cuda.is_available()
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 if not HAS_TRITON:
-    collect_ignore_glob = ["test_triton_*.py", "test_traffic.py"]
+    collect_ignore_glob = ["test_triton_*.py", "test_traffic.py", "test_*aot.py"]
 if not HAS_GPU and "triton" not in sys.modules:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # decided once, when Triton is imported
 
@@ -26,7 +26,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Refuse to test on an interpreter that computes wrongly: such tests would prove nothing."""
     if HAS_GPU or not HAS_TRITON:
         return
-    from fastpo.testing.interpreter import fix_arithmetic
+    from triton_interpreter import fix_arithmetic
 
     try:
         fix_arithmetic()
@@ -35,11 +35,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` skip where there is none, with the reason."""
-    if not HAS_GPU:
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="torch sees no GPU"))
+    """`gpu` skips where there is none; `device` marks what runs on a GPU where there is one."""
+    for item in items:
+        if not HAS_GPU and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="torch sees no GPU"))
+        if "device" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.device)
 
 
 @pytest.fixture(autouse=True)
@@ -80,11 +81,17 @@ def triton_backend(device: torch.device):
 
 @pytest.fixture
 def small_layout(monkeypatch: pytest.MonkeyPatch, triton_backend) -> None:
-    """Blocks of 256 columns, two kept: short rows have a body and a tail as long ones do."""
+    """Steps of 256 columns, two kept: short rows have a body and a tail as long ones do.
+
+    64 lanes are the least that fill a warp of every GPU (AMD's CDNA has 64).
+    """
     from fastpo.kernels import _layout
 
-    layout = _layout.RowLayout(LANES=32, VECTOR=4, BLOCK_V=256, KEPT=2)
-    monkeypatch.setattr(_layout, "_layout", lambda *shape: layout)
+    def layout(V: int, itemsize: int, aligned: bool) -> _layout.RowLayout:
+        constants = _layout.RowLayout(LANES=64, WIDTH=2, ADJACENT=aligned, STEP=2, KEPT=1)
+        return constants.with_tail(V, most=4)
+
+    monkeypatch.setattr(_layout, "_layout", layout)
 
 
 class RayStub(importlib.abc.MetaPathFinder, importlib.abc.Loader):

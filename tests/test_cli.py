@@ -733,6 +733,20 @@ def test_doctor_names_every_backend_and_what_is_missing(capsys):
     assert output.count("the default") >= 1
 
 
+@pytest.mark.parametrize("found", ["addmm", None])
+def test_doctor_says_whether_products_keep_float32_sums(found, monkeypatch):
+    """REGRESSIONS 28: without it a bf16 head on a GPU is an order of magnitude slower."""
+    from fastpo import doctor
+    from fastpo.ops import head
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(head, "wide_gemm", lambda device, dtype: found)
+    lines = doctor._wide_gemms()
+    assert len(lines) == 2 and all("float32 sums" in line for line in lines)
+    assert all(("torch.addmm" if found else "slower") in line for line in lines)
+
+
 def test_settings_lists_every_key(capsys):
     assert main(["settings"]) == 0
     output = capsys.readouterr().out

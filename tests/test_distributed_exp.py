@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from triton_interpreter import fix_arithmetic
 
 import fastpo
 from fastpo.testing.budget import relative_error
-from fastpo.testing.interpreter import fix_arithmetic
 from fastpo.testing.linear import LinearCase
 
 SHARDS = (100, 1, 206)  # of 307 columns, ragged
@@ -78,7 +78,8 @@ def main(rank: str, rendezvous: str) -> None:
 def test_shards_on_three_ranks(tmp_path):
     """Sums of S and M, the owner's z_y, and one maximum for the rows to redo."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
-    environment["PYTHONPATH"] = str(Path(__file__).parents[1])
+    root = Path(__file__).parents[1]
+    environment["PYTHONPATH"] = os.pathsep.join([str(root), str(root / "tools")])
     processes = [
         subprocess.Popen(
             [sys.executable, __file__, str(rank), str(tmp_path / "rendezvous")],

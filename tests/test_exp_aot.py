@@ -1,27 +1,17 @@
 """`exp_logits` and its companions compiled for GPUs that are not here: registers, spills, memory.
 
-FASTPO_AOT_PYTHON names another interpreter to compile with, say of an environment with an older
-Triton; GPU machines have 3.6.
+Under the Triton that is installed and under 3.6.0, which GPU machines with torch 2.11 have.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from triton_aot import OTHER_TRITON, ROOT, run_compiling
 
-from fastpo.testing.budget import __file__ as _inside_fastpo
-
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="triton is not installed"
-)
-
-REPOSITORY = Path(_inside_fastpo).parents[2]
+TRITONS = [None, pytest.param(OTHER_TRITON, id="3.6.0")]
 SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "sm_120": 101_376}
 
 PROGRAM = """
@@ -31,7 +21,7 @@ import fastpo
 from fastpo.backends.base import Rule
 from fastpo.kernels import _exp_tiles, exp_entropy_grad, exp_logits, exp_row_grad
 from fastpo.kernels import exp_row_policy_loss, exp_row_stats, exp_sums, exp_targets
-from fastpo.testing.aot import compiling_for, read_resources
+from triton_aot import compiling_for, read_resources
 
 target, vocab, width, *only = sys.argv[1:]
 n, V, D = 8192, int(vocab), int(width)
@@ -87,15 +77,18 @@ print(json.dumps(found))
 """
 
 
-def resources(target: str, *only: str, vocab: int = 151936, width: int = 4096) -> list[dict]:
+def resources(
+    target: str,
+    *only: str,
+    vocab: int = 151936,
+    width: int = 4096,
+    triton: Path | None = None,
+) -> list[dict]:
     """What the compiler made of the kernels, or of `only` these, in a process that compiles."""
-    python = os.environ.get("FASTPO_AOT_PYTHON", sys.executable)
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    environment.pop("TRITON_INTERPRET", None)
-    command = [python, "-c", PROGRAM, target, str(vocab), str(width), *only]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+    if triton is not None and not triton.is_dir():
+        pytest.skip(f"{triton.relative_to(ROOT)} is missing: `make test-all` installs it")
+    arguments = (target, str(vocab), str(width), *only)
+    return json.loads(run_compiling(PROGRAM, *arguments, triton=triton))
 
 
 def check(kernels: list[dict], capsys) -> None:
@@ -117,9 +110,10 @@ def test_the_logits_gemm_on_hopper(capsys):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+@pytest.mark.parametrize("triton", TRITONS)
 @pytest.mark.parametrize("size", [(151936, 4096), (50257, 4100)], ids=["whole", "ragged"])
 @pytest.mark.parametrize("target", SHARED_MEMORY)
-def test_resources_everywhere(target, size, capsys):
-    kernels = resources(target, vocab=size[0], width=size[1])
+def test_resources_everywhere(target, size, triton, capsys):
+    kernels = resources(target, vocab=size[0], width=size[1], triton=triton)
     assert len(kernels) == 4 * 3 + 7
     check(kernels, capsys)

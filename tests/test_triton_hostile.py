@@ -294,6 +294,18 @@ def test_strided_gradient_leaves_its_neighbours_alone(device):
     assert (buffer[:, :14] == 7).all() and (buffer[:, 114:] == 7).all()
 
 
+def test_the_ratio_moves_up_to_the_clamp_of_its_logarithm(device):
+    """At |log r| = 20 exactly the slope is r, as torch.clamp's gradient has it; 0 beyond."""
+    case = RowCase.random(4, 300, CLIP, device=device)
+    logprobs = triton_rows.row_stats(case.logits, case.tokens, case.temperature).logprobs
+    log_ratio = torch.tensor([20.0, -20.0, 20.00001, -20.00001], device=device)
+    old = logprobs - log_ratio
+    assert torch.equal((logprobs - old).abs() > 20, log_ratio.abs() > 20)
+    inputs = RowInputs(torch.ones_like(old), -log_ratio.sign(), old, None, None)  # never clipped
+    _, grad = run_policy_loss(triton_rows, dataclasses.replace(case, inputs=inputs), CLIP)
+    assert grad.ne(0).any(1).tolist() == [True, True, False, False]
+
+
 def test_bounds(device):
     """25: log p <= 0 and 0 <= H <= log V, from nearly uniform to nearly certain."""
     scale = torch.logspace(-4, 4, 12)[:, None]

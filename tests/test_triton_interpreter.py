@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-from fastpo.testing.interpreter import check_arithmetic, fix_arithmetic, interpreting
+from triton_interpreter import check_arithmetic, fix_arithmetic, interpreting
 
 pytestmark = pytest.mark.skipif(not interpreting(), reason="Triton compiles here")
 

@@ -151,5 +151,5 @@ def check_arithmetic() -> None:
         raise RuntimeError(
             f"the interpreter of triton {triton.__version__} is wrong in {wrong} of 256 bf16 sums, "
             "bf16 products and fp32 fmas: tests on it would prove nothing; adapt "
-            "fastpo/testing/interpreter.py"
+            "tools/triton_interpreter.py"
         )
