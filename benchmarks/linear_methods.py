@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastpo
+from fastpo import backends
 
 OBJECTIVE = fastpo.dapo()
 TRL_COLUMNS = 32768  # TRL 1.16's own choice of columns per tile
@@ -88,7 +89,12 @@ def bare_gemms(problem: Problem) -> Result:
         return logits[0, 0], logits @ problem.weight, logits.t() @ hidden
 
 
-def fastpo_linear(problem: Problem) -> Result:
+def fastpo_exponentials(problem: Problem) -> Result:
+    """fastpo.linear_policy_loss, with exponentials in place of logits."""
+    return fastpo_linear(problem, "triton-exp")
+
+
+def fastpo_linear(problem: Problem, backend: str | None = None) -> Result:
     """fastpo.linear_policy_loss."""
     return problem.finish(
         fastpo.linear_policy_loss(
@@ -98,6 +104,7 @@ def fastpo_linear(problem: Problem) -> Result:
             problem.advantages,
             objective=OBJECTIVE,
             old_logprobs=problem.old_logprobs,
+            backend=backend,
         ).loss
     )
 
@@ -178,6 +185,7 @@ def cut_cross_entropy(problem: Problem) -> Result:
 
 METHODS: dict[str, Callable[[Problem], Result]] = {
     "fastpo": fastpo_linear,
+    "fastpo, exponentials": fastpo_exponentials,
     "eager": eager,
     "torch.compile": compiled,
     "torch linear_cross_entropy": torch_linear_cross_entropy,
@@ -192,6 +200,10 @@ def unavailable(name: str, device: torch.device | str) -> str | None:
     packages = {"TRL": "trl", "Liger": "liger_kernel", "cut-cross-entropy": "cut_cross_entropy"}
     if name == "torch linear_cross_entropy" and not hasattr(F, "linear_cross_entropy"):
         return f"torch {torch.__version__} has none"
+    if name == "fastpo, exponentials":
+        on_gpu = torch.device(device).type == "cuda"
+        reason = backends.unavailable("triton-exp", device) if on_gpu else None
+        return reason if on_gpu else "it takes bf16 operands on a GPU"
     if name == "cut-cross-entropy" and torch.device(device).type != "cuda":
         return "its kernels need a GPU"
     try:

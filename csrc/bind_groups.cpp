@@ -55,7 +55,7 @@ template <class Launch>
 Result group_advantages(const Tensor& rewards, int64_t group_size, const MaybeTensor& group_ids,
                         int64_t estimator, double eps, const MaybeTensor& lengths, Launch&& launch) {
   STD_TORCH_CHECK(rewards.dim() == 1 && rewards.is_contiguous(), "rewards must be contiguous (B,)");
-  STD_TORCH_CHECK(estimator >= 0 && estimator <= 5, "estimator must be 0 ... 5, got ", estimator);
+  STD_TORCH_CHECK(estimator >= 0 && estimator <= 6, "estimator must be 0 ... 6, got ", estimator);
   const int64_t count = rewards.size(0);
   STD_TORCH_CHECK(group_ids || (group_size > 0 && count % group_size == 0),
                   "group_size must divide the number of rewards, got ", group_size, " for ", count);

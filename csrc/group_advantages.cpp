@@ -110,7 +110,7 @@ void group_advantages_cpu(const GroupParams& p) {
     for (const int64_t* i = members.begin; i != members.end; ++i) {
       const bool counts = informative && std::isfinite(rewards[*i]);
       p.informative[*i] = counts;
-      p.advantages[*i] = counts ? float(advantage_of(p, group, rewards[*i], std)) : 0.0f;
+      p.advantages[*i] = counts ? stored(advantage_of(p, group, rewards[*i], std)) : 0.0f;
     }
   });
 }

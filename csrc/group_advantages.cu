@@ -93,7 +93,7 @@ __device__ void write_sample(const GroupParams& p, const double* rewards, int64_
     std = unbiased_std(squares, group.members);
   }
   p.informative[i] = counts;
-  p.advantages[i] = counts ? float(advantage_of(p, group, rewards[i], std)) : 0.0f;
+  p.advantages[i] = counts ? stored(advantage_of(p, group, rewards[i], std)) : 0.0f;
   if (counts && group.first_member == i)
     atomicAdd(reinterpret_cast<unsigned long long*>(p.num_informative), 1ull);
 }

@@ -12,7 +12,7 @@
 namespace fastpo {
 
 // In the order of fastpo.advantages.ESTIMATORS.
-enum class Estimator : int { kGrpo, kDrGrpo, kRloo, kOpo, kPassk, kReinforcePp };
+enum class Estimator : int { kGrpo, kDrGrpo, kRloo, kOpo, kPassk, kReinforcePp, kMaxrl };
 
 enum class RewardType : int {
   kFloat64,
@@ -88,9 +88,17 @@ FASTPO_SCALAR double advantage_of(const GroupParams& p, const GroupSums& group, 
       return group.length > 0 ? d - group.length_weighted / group.length : centered;
     case Estimator::kPassk:
       return d == group.best ? (d - group.second) / (std + p.eps) : 0.0;
+    case Estimator::kMaxrl:
+      return centered / (group.first + group.mean() + p.eps);
     default:  // kGrpo, kReinforcePp
       return centered / (std + p.eps);
   }
+}
+
+// As it is stored: 0 where rewards are so large that it overflows.
+FASTPO_SCALAR float stored(double advantage) {
+  const float narrow = float(advantage);
+  return narrow - narrow == 0 ? narrow : 0.0f;
 }
 
 FASTPO_SCALAR double unbiased_std(double sum_of_squares, int64_t count) {

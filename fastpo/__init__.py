@@ -3,6 +3,7 @@
 from fastpo.advantages import GroupAdvantages, group_advantages
 from fastpo.critic import Gae, ValueLoss, gae, value_loss
 from fastpo.masks import completion_mask
+from fastpo.mismatch import RolloutCorrection, rollout_correction
 from fastpo.objective import Objective
 from fastpo.ops.checks import set_debug
 from fastpo.ops.from_logprobs import policy_loss_from_logprobs
@@ -41,6 +42,7 @@ __all__ = [
     "GroupAdvantages",
     "Objective",
     "PolicyLoss",
+    "RolloutCorrection",
     "TokenLogprobs",
     "ValueLoss",
     "aspo",
@@ -69,6 +71,7 @@ __all__ = [
     "policy_loss_from_logprobs",
     "ppo",
     "reinforce",
+    "rollout_correction",
     "sapo",
     "set_debug",
     "token_logprobs",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ _REWARD_DTYPES = (
     *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
 )
-ESTIMATORS = ("grpo", "dr_grpo", "rloo", "opo", "passk", "reinforce_pp")
+ESTIMATORS = ("grpo", "dr_grpo", "rloo", "opo", "passk", "reinforce_pp", "maxrl")
 
 
 class GroupAdvantages(NamedTuple):
@@ -34,6 +35,8 @@ def group_advantages(
     estimator: str = "grpo",
     eps: float = 1e-6,
     lengths: Tensor | None = None,
+    weights: Sequence[float] | Tensor | None = None,
+    whiten: bool = False,
 ) -> GroupAdvantages:
     """The advantage of each completion over its group: the completions of one prompt.
 
@@ -45,23 +48,35 @@ def group_advantages(
         opo           r - sum(length * r) / sum(length)                arXiv 2505.23585
         passk         (r - second best) / (std + eps) for the best, else 0     arXiv 2503.19595
         reinforce_pp  (r - mean) / (std of r - mean over the batch + eps)      arXiv 2501.03262
+        maxrl         (r - mean) / (mean + eps), for rewards >= 0              arXiv 2602.02710
+
+    With `lengths`, reinforce_pp is over tokens: every completion counts with its length, and the
+    token mean of r - mean is subtracted too (whitening), as verl's reinforce_plus_plus_baseline.
+
+    Rewards [B, R] are R rewards of each completion: each is normalized in its group on its own,
+    and the advantages are summed with `weights` (GDPO, arXiv 2601.05242). `whiten` then takes
+    (A - mean) / (std + eps) over the batch, the paper's last step, as TRL's "normalize_then_sum"
+    does over completions; verl's "gdpo" over tokens.
 
     A group of one, or of equal rewards, gets exactly 0. A reward that is NaN or infinite is left
     out: its own advantage is 0, it is not informative, and its group's numbers come from the rest.
-    `num_excluded(rewards)` counts such rewards.
+    `num_excluded(rewards)` counts such rewards. Where finite rewards are so large (beyond 1e154)
+    that a square or the advantage overflows, the advantage is 0.
 
     Differences from verl 0.9: a group of one gets 0 (verl: the raw reward; an error for passk), opo
-    without `lengths` weighs all completions alike, and reinforce_pp takes the std over completions,
-    not over tokens. Nothing here waits for the device.
+    without `lengths` weighs all completions alike, and reinforce_pp is over completions unless it
+    has `lengths`. Nothing here waits for the device.
 
     Args:
-        rewards: (B,) bool, integer (uint8 or signed) or floating. The arithmetic is fp64, whatever
-            the dtype.
+        rewards: (B,), or (B, R) with `weights`; bool, integer (uint8 or signed) or floating. The
+            arithmetic is fp64, whatever the dtype.
         group_size: groups are consecutive runs of this many completions. Or else:
         group_ids: (B,) any integers; equal ids are one group, in any order and of any size.
         estimator: one of the above.
         eps: added to the standard deviation.
-        lengths: (B,) completion lengths in tokens, integer or floating; `opo` only.
+        lengths: (B,) completion lengths in tokens, integer or floating; opo, reinforce_pp.
+        weights: R numbers, one per reward; given exactly with rewards (B, R).
+        whiten: normalize the advantages over the batch as well.
 
     Raises:
         ValueError: not exactly one of `group_size` and `group_ids`, wrong shapes or devices, a
@@ -70,14 +85,54 @@ def group_advantages(
         TypeError: no tensor where one is expected, complex rewards, ids that are not integers, a
             mask as lengths, a `group_size` or an `eps` that is no number.
     """
-    _check_numbers(rewards, estimator, eps)
-    _check_groups(rewards, group_size, group_ids)
-    _check_lengths(rewards, estimator, lengths)
-    if rewards.device.type in _extension.devices():
+    _check_numbers(rewards, weights, estimator, eps)
+    one = rewards if rewards.dim() == 1 else rewards[:, 0]
+    _check_groups(one, group_size, group_ids)
+    _check_lengths(one, estimator, lengths)
+    weights = _checked_weights(rewards, weights)
+    options = (group_size, group_ids, estimator, eps, lengths)
+    if weights is None:
+        result = _of_one_reward(rewards, *options)
+    else:
+        parts = [_of_one_reward(column, *options) for column in rewards.unbind(1)]
+        advantages = torch.stack([part.advantages for part in parts], 1) @ weights
+        informative = torch.stack([part.informative for part in parts], 1).any(1)
+        groups = _Groups(_ids(one, group_size, group_ids), torch.ones_like(informative))
+        result = GroupAdvantages(advantages, informative, groups.number_of(informative))
+    if whiten:
+        counted = rewards.isfinite() if weights is None else rewards.isfinite().any(1)
+        result = result._replace(advantages=_whitened(result.advantages, counted, eps))
+    return result
+
+
+def _of_one_reward(
+    rewards: Tensor,
+    group_size: int | None,
+    group_ids: Tensor | None,
+    estimator: str,
+    eps: float,
+    lengths: Tensor | None,
+) -> GroupAdvantages:
+    by_token = estimator == "reinforce_pp" and lengths is not None
+    if rewards.device.type in _extension.devices() and not by_token:
         return _compiled(rewards, group_size, group_ids, estimator, eps, lengths)
-    if group_ids is None:
-        group_ids = torch.arange(rewards.numel(), device=rewards.device) // group_size
+    group_ids = _ids(rewards, group_size, group_ids)
     return _specified(rewards, group_ids, estimator, eps, lengths)
+
+
+def _ids(rewards: Tensor, group_size: int | None, group_ids: Tensor | None) -> Tensor:
+    if group_ids is not None:
+        return group_ids
+    return torch.arange(rewards.numel(), device=rewards.device) // group_size
+
+
+def _whitened(advantages: Tensor, counted: Tensor, eps: float) -> Tensor:
+    """(A - mean) / (unbiased std + eps) over the counted samples; 0 for the others."""
+    wide = advantages if advantages.device.type == "mps" else advantages.double()
+    count = counted.sum()
+    centered = wide - wide.where(counted, 0).sum() / count.clamp(min=1)
+    variance = centered.where(counted, 0).square().sum() / (count - 1).clamp(min=1)
+    return (centered / (variance.sqrt() + eps)).where(counted, 0).float()
 
 
 def num_excluded(rewards: Tensor) -> Tensor:
@@ -140,16 +195,28 @@ def _specified(
         others = groups.counted & ~is_best
         second = groups.reduce(offsets.masked_fill(~others, -torch.inf), "max")
         advantages = ((offsets - groups.spread(second)) / (std + eps)).where(is_best & alone, 0)
+    elif estimator == "maxrl":
+        mean = rewards[groups.first] + groups.mean(offsets)
+        advantages = centered / (groups.spread(mean) + eps)
     else:
-        advantages = centered / (_batch_std(centered, groups.counted) + eps)
-    advantages = advantages.where(informative, 0)
-    return GroupAdvantages(advantages.float(), informative, groups.number_of(informative))
+        deviation, std = _over_the_batch(centered, groups.counted, lengths)
+        advantages = deviation / (std + eps)
+    advantages = advantages.where(informative, 0).float()
+    advantages = advantages.where(advantages.isfinite(), 0)
+    return GroupAdvantages(advantages, informative, groups.number_of(informative))
 
 
-def _batch_std(centered: Tensor, counted: Tensor) -> Tensor:
-    """Unbiased standard deviation over the batch; the group means are out, so its own mean is 0."""
-    total = centered.where(counted, 0).square().sum()
-    return (total / (counted.sum() - 1).clamp(min=1)).sqrt()
+def _over_the_batch(
+    centered: Tensor, counted: Tensor, lengths: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Deviations from the batch's mean and their unbiased std: over completions, whose mean is 0
+    since the group means are out, or over tokens where lengths are given."""
+    weights = counted.to(centered.dtype)
+    if lengths is not None:
+        weights = weights * lengths.to(centered.dtype)
+        centered = centered - (weights * centered).sum() / weights.sum().clamp(min=1)
+    total = (weights * centered.square()).where(counted, 0).sum()
+    return centered, (total / (weights.sum() - 1).clamp(min=1)).sqrt()
 
 
 class _Groups:
@@ -208,12 +275,13 @@ def _check_tensor(name: str, value: object) -> None:
         )
 
 
-def _check_numbers(rewards: Tensor, estimator: str, eps: float) -> None:
+def _check_numbers(rewards: Tensor, weights: object, estimator: str, eps: float) -> None:
     _check_tensor("rewards", rewards)
-    if rewards.dim() != 1:
+    if rewards.dim() != 1 and (weights is None or rewards.dim() != 2 or rewards.shape[1] == 0):
         raise ValueError(
-            f"rewards have shape {tuple(rewards.shape)}, expected (B,): one reward per completion; "
-            "sum token rewards over the tokens, or flatten a [prompts, group] matrix"
+            f"rewards have shape {tuple(rewards.shape)}, expected (B,), one reward per completion, "
+            "or (B, R) with weights, one per reward; sum token rewards over the tokens, or flatten "
+            "a [prompts, group] matrix"
         )
     if rewards.dtype not in _REWARD_DTYPES:
         raise TypeError(
@@ -252,9 +320,10 @@ def _check_groups(rewards: Tensor, group_size: int | None, group_ids: Tensor | N
 def _check_lengths(rewards: Tensor, estimator: str, lengths: Tensor | None) -> None:
     if lengths is None:
         return
-    if estimator != "opo":
+    if estimator not in ("opo", "reinforce_pp"):
         raise ValueError(
-            f"got lengths for estimator={estimator!r}, expected them for 'opo' only; leave them out"
+            f"got lengths for estimator={estimator!r}, expected them for 'opo' and 'reinforce_pp' "
+            "only; leave them out"
         )
     _check_tensor("lengths", lengths)
     if lengths.dtype == torch.bool or lengths.is_complex():
@@ -264,6 +333,26 @@ def _check_lengths(rewards: Tensor, estimator: str, lengths: Tensor | None) -> N
         return
     if not ((lengths >= 0) & lengths.isfinite()).all():
         raise ValueError("lengths hold a number below 0 or not finite, expected token counts")
+
+
+def _checked_weights(rewards: Tensor, weights: object) -> Tensor | None:
+    """(R,) fp32 for rewards [B, R], None for [B]."""
+    if rewards.dim() == 1:
+        if weights is not None:
+            raise ValueError(
+                f"got weights for rewards of shape {tuple(rewards.shape)}, expected them for "
+                "(B, R) only; leave them out, or stack the rewards"
+            )
+        return None
+    count = rewards.shape[1]
+    if not isinstance(weights, Tensor):
+        weights = torch.tensor(list(weights), dtype=torch.float32)
+    if weights.shape != (count,):
+        raise ValueError(f"weights have shape {tuple(weights.shape)}, expected ({count},)")
+    on_host = weights.device.type == "cpu" and not torch.compiler.is_compiling()
+    if on_host and not weights.isfinite().all():
+        raise ValueError("weights hold a number that is not finite, expected one per reward")
+    return weights.detach().to(rewards.device, torch.float32)
 
 
 def _check_like_rewards(name: str, tensor: Tensor, rewards: Tensor) -> None:

@@ -85,6 +85,15 @@ class Segments:
         live = torch.ones_like(values) if mask is None else mask.to(values.dtype)
         return self.sum(values, mask) / self.sum(live.detach()).clamp(min=1)
 
+    def max(self, values: Tensor, mask: Tensor) -> Tensor:
+        """(N,) -> (B,) maxima of numbers >= 0 over each sequence's live rows; 0 without any."""
+        values = values.detach().masked_fill(~mask, 0)
+        if values.numel() == 0:
+            return values.new_zeros(self.count)
+        if self.offsets is None:
+            return values.view(self.count, self.width).amax(1)
+        return torch.segment_reduce(values, "max", offsets=self.offsets, unsafe=True, initial=0)
+
     def spread(self, values: Tensor) -> Tensor:
         """(B,) -> (N,) give every row its sequence's value."""
         if self.offsets is None:

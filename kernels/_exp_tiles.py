@@ -37,6 +37,7 @@ class ExpTile(NamedTuple):
     GROUP: int  # tiles of rows that pass over a tile of the weight while it is in L2
     num_warps: int
     num_stages: int
+    PER_SM: int = 1  # persistent programs: two of 128 threads may share an SM
 
     def tiles(self, V: int) -> int:
         """Tiles along the vocabulary: each leaves one partial sum per row."""
@@ -81,8 +82,8 @@ def _capability() -> int:
     return triton.runtime.driver.active.get_current_target().arch
 
 
-def persistent_programs(device: torch.device) -> int:
-    """One program per SM, each with tile after tile; a few where there is no GPU."""
+def processors(device: torch.device) -> int:
+    """SMs of a GPU; a few where there is none."""
     if device.type != "cuda":
         return 4
     return torch.cuda.get_device_properties(device).multi_processor_count

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._exp_rows import LOWEST, head_output
-from ._exp_tiles import ExpTile, on_device, persistent_programs
+from ._exp_tiles import ExpTile, on_device, processors
 
 _PER_ROW = ["slopes_ptr", "shifts_ptr", "partials_ptr", "rows_ptr", "count_ptr"]
 
@@ -171,8 +171,9 @@ def exp_logits(
     if tile.TMA:
         operands = _descriptors(operands, tile)
     constants = tile._asdict()
+    programs = constants.pop("PER_SM") * processors(hidden.device)
     with on_device(hidden):
-        _exp_logits_kernel[(persistent_programs(hidden.device),)](
+        _exp_logits_kernel[(programs,)](
             *operands,
             bias,
             slopes,
@@ -188,7 +189,7 @@ def exp_logits(
             0 if out is None else out.stride(0),
             inner,
             **constants,
-            PROGRAMS=persistent_programs(hidden.device),
+            PROGRAMS=programs,
             HAS_SOFTCAP=softcap,
             TANH_GRADIENT=tanh_gradient,
             WHOLE_TILES=V % tile.N == 0,

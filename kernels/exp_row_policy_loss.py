@@ -19,12 +19,22 @@ from .exp_row_stats import NUMBERS, ROWS
 
 _INPUTS = ["weight_ptr", "advantages_ptr", "old_logprobs_ptr", "ref_logprobs_ptr"]
 _OUTPUTS = ["loss_ptr", "logprobs_ptr", "entropy_ptr", "clipped_ptr", "logprob_grad_ptr"]
-_OTHERS = ["tokens_ptr", "entropy_weight_ptr", "factors_ptr"]
+_OPTIONAL = ["entropy_weight_ptr", "clip_low_ptr", "clip_high_ptr", "nll_weight_ptr"]
+_OTHERS = ["tokens_ptr", "factors_ptr"]
+
+
+@triton.jit
+def _load(pointer, row, present, other):
+    """Numbers of rows, or `other` for all where there are none."""
+    if pointer is None:
+        return other
+    else:
+        return tl.load(pointer + row, mask=present, other=0.0)
 
 
 @triton.jit(
     do_not_specialize=["n"],
-    do_not_specialize_on_alignment=[*NUMBERS, *_INPUTS, *_OUTPUTS, *_OTHERS],
+    do_not_specialize_on_alignment=[*NUMBERS, *_INPUTS, *_OPTIONAL, *_OUTPUTS, *_OTHERS],
 )
 def _exp_row_policy_loss_kernel(
     e_ptr,  # (n, V) or None: no gradient, or one that exp_entropy_grad makes
@@ -38,6 +48,9 @@ def _exp_row_policy_loss_kernel(
     old_logprobs_ptr,  # (n,) or None
     ref_logprobs_ptr,  # (n,) or None
     entropy_weight_ptr,  # (n,) or None
+    clip_low_ptr,  # (n,) or None
+    clip_high_ptr,  # (n,) or None
+    nll_weight_ptr,  # (n,) or None
     loss_ptr,  # (n,)
     logprobs_ptr,  # (n,)
     entropy_ptr,  # (n,)
@@ -51,42 +64,64 @@ def _exp_row_policy_loss_kernel(
     ratio_low,
     ratio_high,
     ratio_max,
+    ratio_min,
+    ratio_max_pos,
+    power_pos,
+    power_neg,
+    keep_low,
+    keep_high,
     kl_coef,
+    old_kl_coef,
     tau_pos,
     tau_neg,
     SURROGATE: tl.constexpr,
     KL: tl.constexpr,
     KL_RATIO_WEIGHTED: tl.constexpr,
+    OLD_KL: tl.constexpr,
+    GATE_BY: tl.constexpr,
+    TWO_SIDED: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     pointers = (totals_ptr, targets_ptr, slopes_ptr, shifts_ptr)
     row, present, numbers = load_rows(pointers, n, ROWS)
     logprob, entropy = statistics(numbers)
+    zero = tl.zeros((ROWS,), tl.float32)
     weight = tl.load(weight_ptr + row, mask=present, other=0.0)
-    entropy_weight = tl.zeros((ROWS,), tl.float32)
-    if entropy_weight_ptr is not None:
-        entropy_weight = tl.load(entropy_weight_ptr + row, mask=present, other=0.0)
-    old_logprob, ref_logprob = logprob, tl.zeros((ROWS,), tl.float32)
-    if old_logprobs_ptr is not None:
-        old_logprob = tl.load(old_logprobs_ptr + row, mask=present, other=0.0)
-    if ref_logprobs_ptr is not None:
-        ref_logprob = tl.load(ref_logprobs_ptr + row, mask=present, other=0.0)
-    rule = (
-        as_fp32(ratio_low),
-        as_fp32(ratio_high),
+    entropy_weight = _load(entropy_weight_ptr, row, present, zero)
+    weight_rule = (
         as_fp32(ratio_max),
-        as_fp32(kl_coef),
-        as_fp32(tau_pos),
-        as_fp32(tau_neg),
+        as_fp32(ratio_min),
+        as_fp32(ratio_max_pos),
+        as_fp32(power_pos),
+        as_fp32(power_neg),
+        as_fp32(keep_low),
+        as_fp32(keep_high),
     )
-    advantage = tl.load(advantages_ptr + row, mask=present, other=0.0)
+    penalty_rule = (as_fp32(kl_coef), as_fp32(old_kl_coef), as_fp32(tau_pos), as_fp32(tau_neg))
     loss, slope, clipped = token_loss(
-        logprob, old_logprob, advantage, ref_logprob, rule, SURROGATE, KL, KL_RATIO_WEIGHTED
+        logprob,
+        _load(old_logprobs_ptr, row, present, logprob),
+        tl.load(advantages_ptr + row, mask=present, other=0.0),
+        _load(ref_logprobs_ptr, row, present, zero),
+        _load(clip_low_ptr, row, present, zero + as_fp32(ratio_low)),
+        _load(clip_high_ptr, row, present, zero + as_fp32(ratio_high)),
+        _load(nll_weight_ptr, row, present, zero),
+        weight_rule,
+        penalty_rule,
+        SURROGATE,
+        KL,
+        KL_RATIO_WEIGHTED,
+        OLD_KL,
+        GATE_BY,
+        TWO_SIDED,
+        nll_weight_ptr is not None,
     )
     # A dead row's advantages, old and reference log-probs may be NaN; 0 * NaN is NaN.
     dead = (weight == 0) & (entropy_weight == 0)
-    loss = weight * loss - (0.0 if entropy_weight_ptr is None else entropy_weight * entropy)
+    loss = weight * loss
+    if entropy_weight_ptr is not None:  # 0 * NaN is NaN
+        loss -= entropy_weight * entropy
     c = tl.where(dead, 0.0, weight * slope)
     tl.store(loss_ptr + row, tl.where(dead, 0.0, loss), mask=present)
     tl.store(logprobs_ptr + row, tl.where(dead, 0.0, logprob), mask=present)
@@ -117,18 +152,28 @@ def exp_row_policy_loss(
     surrogate: int,
     kl: int,
     kl_ratio_weighted: bool,
+    old_kl: int,
+    gate: int,
+    two_sided: bool,
     ratio_low: float,
     ratio_high: float,
     ratio_max: float,
+    ratio_min: float,
+    ratio_max_pos: float,
+    power_pos: int,
+    power_neg: int,
+    keep_low: float,
+    keep_high: float,
     kl_coef: float,
+    old_kl_coef: float,
     tau_pos: float,
     tau_neg: float,
 ) -> None:
     """Fill `outputs`, loss, logprobs, entropy (n,) fp32 and clip bits uint8; c and f, (n,) fp32.
 
-    `inputs` are weight, advantages, old and reference log-probs or None, entropy weight or None,
-    each (n,) fp32. With `e` (n, V), column tokens[i] is fixed as in `exp_row_grad`, and factors
-    filled. Rows whose weight and entropy weight are 0 get zeros. The last eight are the fields of
+    `inputs` are the fields of `fastpo.backends.base.RowInputs`, each (n,) fp32 or None. With `e`
+    (n, V), column tokens[i] is fixed as in `exp_row_grad`, and factors filled. Rows whose weight
+    and entropy weight are 0 get zeros. The keywords from `surrogate` on are the fields of
     `fastpo.backends.base.Rule`.
     """
     n = targets.shape[0]
@@ -153,12 +198,22 @@ def exp_row_policy_loss(
             ratio_low,
             ratio_high,
             ratio_max,
+            ratio_min,
+            ratio_max_pos,
+            float(power_pos),  # an int of 1 would be compiled in
+            float(power_neg),
+            keep_low,
+            keep_high,
             kl_coef,
+            old_kl_coef,
             tau_pos,
             tau_neg,
             SURROGATE=surrogate,
             KL=kl,
             KL_RATIO_WEIGHTED=kl_ratio_weighted,
+            OLD_KL=old_kl,
+            GATE_BY=gate,
+            TWO_SIDED=two_sided,
             HAS_SOFTCAP=softcap,
             ROWS=ROWS,
             num_warps=4,

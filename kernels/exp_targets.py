@@ -66,10 +66,12 @@ def exp_targets(
     inner: float = 0.0,
     softcap: bool = False,
     depth: int = 64,
+    width: int = WIDTH,
 ) -> None:
     """targets[i] = the head's output of row i at column tokens[i]; 0 for an id outside [0, V).
 
     hidden (n, D) and weight (V, D) bf16, tokens (n,) int64, targets (n,) fp32; see `exp_logits`.
+    `depth`, a step along D, is that of `exp_logits`; `width` the columns of the product.
     """
     (n, D), V = hidden.shape, weight.shape[0]
     if n == 0:
@@ -89,7 +91,7 @@ def exp_targets(
             inner,
             HAS_SOFTCAP=softcap,
             ROWS=ROWS,
-            WIDTH=WIDTH,
+            WIDTH=width,
             K=depth,
             num_warps=4,
             enable_fp_fusion=False,

@@ -57,6 +57,7 @@ def naive(rewards, ids, estimator, lengths=None, eps=EPS):
                 "opo": rewards[i] - weighted / (math.fsum(weights) or 1.0),
                 "passk": (best - second) / (std + eps) if rewards[i] == best else 0.0,
                 "reinforce_pp": centered[i] / (batch + eps),
+                "maxrl": centered[i] / (math.fsum(mine) / len(mine) + eps),
             }[estimator]
     return out
 
@@ -267,7 +268,7 @@ VERL = {
 
 
 @pytest.mark.peer
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("estimator", VERL)
 def test_verl(estimator, verl):
     """verl 0.9 on groups of several completions; only opo sees lengths other than 1."""
     name, options = VERL[estimator]
@@ -279,4 +280,108 @@ def test_verl(estimator, verl):
     token_rewards[:, 0] = rewards
     theirs, _ = getattr(verl[0], name)(token_rewards, mask, ids.numpy(), **options)
     ours = fastpo.group_advantages(rewards, group_ids=ids, estimator=estimator, lengths=lengths)
+    torch.testing.assert_close(ours.advantages, theirs[:, 0], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("big", [1e150, 1e155, 1e200, 1e308, 1.7e308])
+def test_huge_rewards_give_no_nan(big, estimator):
+    """Where a square, a difference or the fp32 result overflows, the advantage is 0."""
+    rewards = torch.tensor([big, -big, 0.0, 1.0, 1.0, 2.0, 3.0, 5.0], dtype=torch.float64)
+    result = fastpo.group_advantages(rewards, group_size=4, estimator=estimator)
+    assert result.advantages.isfinite().all()
+    alone = fastpo.group_advantages(rewards[4:], group_size=4, estimator=estimator)
+    if estimator != "reinforce_pp":  # whose std is the batch's
+        assert torch.equal(result.advantages[4:], alone.advantages)
+
+
+def test_maxrl_is_the_reward_over_its_mean():
+    """Binary rewards with a share p right: (1 - p) / p and -1."""
+    rewards = torch.tensor([1.0, 0, 0, 0, 1, 1, 1, 0])
+    got = fastpo.group_advantages(rewards, group_size=4, estimator="maxrl", eps=0.0).advantages
+    expected = torch.tensor([3, -1, -1, -1, 1 / 3, 1 / 3, 1 / 3, -1])
+    torch.testing.assert_close(got, expected)
+
+
+def test_rewards_apart_are_normalized_apart_and_summed():
+    """GDPO: a reward of small spread is not drowned by one of large spread."""
+    rewards = torch.stack([torch.randn(12), 1e3 * torch.randn(12), torch.zeros(12)], 1)
+    rewards[3, 1] = math.nan
+    for estimator in ESTIMATORS:
+        options = {"group_ids": torch.arange(12) % 3, "estimator": estimator}
+        parts = [fastpo.group_advantages(column, **options) for column in rewards.unbind(1)]
+        got = fastpo.group_advantages(rewards, weights=[1.0, 0.5, 7.0], **options)
+        expected = parts[0].advantages + 0.5 * parts[1].advantages
+        torch.testing.assert_close(got.advantages, expected)
+        assert got.informative.all() and got.num_informative == 3
+    equal = fastpo.group_advantages(torch.ones(12, 2), weights=[1, 1], group_size=4)
+    assert not equal.advantages.any() and equal.num_informative == 0
+
+
+def test_whitened_over_the_batch():
+    rewards = torch.randn(12)
+    rewards[5] = math.nan
+    plain = fastpo.group_advantages(rewards, group_size=4, estimator="dr_grpo").advantages
+    got = fastpo.group_advantages(rewards, group_size=4, estimator="dr_grpo", whiten=True, eps=0.0)
+    counted = torch.arange(12) != 5
+    kept = plain[counted]
+    torch.testing.assert_close(got.advantages[counted], (kept - kept.mean()) / kept.std())
+    assert got.advantages[5] == 0
+
+
+def test_reinforce_pp_over_tokens_by_hand():
+    """Each completion counts with its length, in the mean and in the standard deviation."""
+    rewards, lengths = torch.randn(9, dtype=torch.float64), torch.arange(1, 10)
+    got = fastpo.group_advantages(
+        rewards, group_size=3, estimator="reinforce_pp", lengths=lengths, eps=0.0
+    ).advantages
+    centered = (rewards.view(3, 3) - rewards.view(3, 3).mean(1, keepdim=True)).flatten()
+    tokens = centered.repeat_interleave(lengths)
+    expected = (centered - tokens.mean()) / tokens.std()
+    torch.testing.assert_close(got, expected.float())
+
+
+def test_refusals_of_several_rewards():
+    for weights, words in (
+        (None, "or .B, R. with weights"),
+        ([1.0], r"weights have shape \(1,\), expected \(2,\)"),
+        ([1.0, math.inf], "not finite"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            fastpo.group_advantages(torch.zeros(6, 2), group_size=2, weights=weights)
+    with pytest.raises(ValueError, match="got weights for rewards of shape"):
+        fastpo.group_advantages(torch.zeros(6), group_size=2, weights=[1.0])
+
+
+@pytest.mark.peer
+def test_reinforce_pp_over_tokens_as_verl(verl):
+    generator = torch.Generator().manual_seed(0)
+    rewards, ids = torch.rand(24, generator=generator), torch.arange(24) % 5
+    lengths = torch.randint(1, 9, (24,), generator=generator)
+    mask = (torch.arange(9) < lengths[:, None]).float()
+    token_rewards = torch.zeros_like(mask)
+    token_rewards[:, 0] = rewards
+    theirs, _ = verl[0].compute_reinforce_plus_plus_baseline_outcome_advantage(
+        token_rewards, mask, ids.numpy()
+    )
+    ours = fastpo.group_advantages(
+        rewards, group_ids=ids, estimator="reinforce_pp", lengths=lengths
+    )
+    torch.testing.assert_close(ours.advantages, theirs[:, 0], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.peer
+def test_gdpo_as_verl(verl):
+    """One token each, so that verl's mean over tokens is one over completions."""
+    generator = torch.Generator().manual_seed(0)
+    rewards, ids = torch.rand(20, 2, generator=generator), torch.arange(20) % 4
+    weights = torch.tensor([1.0, 0.3])
+    mask = torch.ones(20, 1)
+    batch = {"prompts": torch.zeros(20, 1), "attention_mask": torch.ones(20, 2).long()}
+    config = {"gdpo_reward_keys": ["a", "b"], "gdpo_reward_weights": weights.tolist()}
+    columns = {"a": rewards[:, 0].numpy(), "b": rewards[:, 1].numpy()}
+    theirs, _ = verl[0].compute_gdpo_outcome_advantage(
+        rewards[:, :1], mask, ids.numpy(), config=config, non_tensor_batch=columns, batch=batch
+    )
+    ours = fastpo.group_advantages(rewards, group_ids=ids, weights=weights, whiten=True)
     torch.testing.assert_close(ours.advantages, theirs[:, 0], rtol=1e-4, atol=1e-6)

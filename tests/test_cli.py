@@ -129,11 +129,12 @@ def test_a_run_leaves_everything_behind(tiny, capsys):
     assert main(["plot", str(run)]) == 0 and (run / "curves.png").exists()
 
 
-@pytest.mark.parametrize("preset", ["dapo", "grpo", "gspo", "cispo"])
+@pytest.mark.parametrize("preset", ["dapo", "grpo", "gspo", "cispo", "ppo"])
 def test_reward_rises(tiny, preset):
     run = tiny(
         *(f"algorithm.preset={preset}", "algorithm.overlong_filter=false", "steps=8"),
         *("optim.updates_per_batch=4", "rollout.prompts=8", "eval.problems=64"),
+        "critic.learning_rate=1e-2",
     )
     summary = json.loads((run / "summary.json").read_text())
     assert summary["after"]["accuracy"] > summary["before"]["accuracy"] + 0.3
@@ -144,6 +145,7 @@ def test_reward_rises(tiny, preset):
     [
         ["optim.updates_per_batch=2", "optim.epochs=2", "algorithm.objective.kl_coef=0.1"],
         ["warmup.max_steps=2", "checkpoint_every=1", "algorithm.preset=grpo"],
+        ["algorithm.preset=ppo", "optim.updates_per_batch=2", "critic.warmup_steps=1"],
     ],
 )
 def test_resuming_is_bit_exact(tiny, options):

@@ -247,7 +247,7 @@ def test_presets_set_the_techniques_and_each_can_be_switched():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"preset": "dpo"}, "algorithm.preset is 'dpo', expected one of dapo"),
+        ({"preset": "dpo"}, "algorithm.preset is 'dpo', expected one of .*dapo"),
         ({"objective": {"aggregation": "mean"}}, "aggregation is 'mean'"),
         ({"objective": {"clip_hihg": 0.3}}, "did you mean 'clip_high'"),
         (

@@ -183,10 +183,36 @@ def test_unequal_prompts_and_learned_positions():
 def test_choices_follow_the_distribution_to_its_ends():
     logits = torch.tensor([[0.0, -math.inf, 2.0, -math.inf]]).expand(4, 4)
     noise = torch.tensor([0.0, 0.1, 0.2, 1 - 2**-53], dtype=torch.float64)
-    tokens, logprobs = rollout.choose(logits, 1.0, noise)
+    tokens, logprobs = rollout.choose(logits, Sampling(group_size=1, max_new_tokens=1), noise)
     assert tokens.tolist() == [0, 0, 2, 2]  # exp(0) / (exp(0) + exp(2)) = 0.12
     expected = logits.log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)
     torch.testing.assert_close(logprobs, expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({}, [0, 1, 2, 3, 4]),
+        ({"top_k": 2}, [0, 1]),
+        ({"top_k": 9}, [0, 1, 2, 3, 4]),
+        ({"top_p": 0.5}, [0]),
+        ({"top_p": 0.51}, [0, 1]),
+        ({"top_p": 0.76}, [0, 1, 2, 3]),  # equally likely ones stay together
+        ({"min_p": 0.2}, [0, 1, 2, 3]),
+        ({"min_p": 0.3}, [0, 1]),
+        ({"top_k": 2, "top_p": 0.6}, [0]),  # two thirds of what top-k left
+    ],
+)
+def test_only_likely_tokens_are_drawn_with_log_probs_of_the_whole_vocabulary(options, kept):
+    probs = torch.tensor([0.5, 0.25, 0.11, 0.11, 0.03]).flip(0)
+    sampling = Sampling(group_size=1, max_new_tokens=1, **options)
+    noise = torch.arange(1000, dtype=torch.float64) / 1000
+    tokens, logprobs = rollout.choose(probs.log().expand(1000, 5), sampling, noise)
+    assert sorted({4 - t for t in tokens.tolist()}) == kept
+    torch.testing.assert_close(logprobs, probs.log()[tokens])
+    share = probs.flip(0)[kept] / probs.flip(0)[kept].sum()
+    drawn = torch.tensor([(tokens == 4 - t).double().mean() for t in kept])
+    torch.testing.assert_close(drawn, share.double(), atol=2e-3, rtol=0)
 
 
 def test_non_finite_logits_are_one_clear_line(policy, monkeypatch):

@@ -356,6 +356,7 @@ def test_shared_prompts_meet_the_model_once(monkeypatch):
         seen.append(input_ids.shape)
         return forward(input_ids=input_ids, **rest)
 
+    learner.policy.head()  # which runs the model once to compare
     monkeypatch.setattr(learner.policy.model.base_model, "forward", counted)
     learner.update(samples, Sums(), on_policy=True)
     longest = max(s.length for s in samples)

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+import fastpo
 from fastpo.backends import triton_exp
 from fastpo.backends.base import RowInputs
 from fastpo.objective import Objective
@@ -243,7 +244,7 @@ def test_bits_depend_on_the_row_alone(device, monkeypatch):
     for other in (numbers(N), numbers(2 * N), numbers(store=False)):
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=False))
     for programs in (1, 7):
-        monkeypatch.setattr(exp_logits, "persistent_programs", lambda device, p=programs: p)
+        monkeypatch.setattr(exp_logits, "processors", lambda device, p=programs: p)
         assert all(torch.equal(a, b) for a, b in zip(first, numbers(), strict=True))
 
 
@@ -267,6 +268,12 @@ def test_losses_equal_the_row_kernels(device):
             Objective(kl_coef=0.1, kl_ratio_weighted=True, entropy_coef=0.1),
             RowInputs(weight, normal(), old, ref, full),
         ),
+        (
+            Objective(),  # bounds per token, and an SFT term
+            RowInputs(weight, normal(), old, None, None, 0.9 - 10 * full, 1 + full, 3 * full),
+        ),
+        (fastpo.dppo(), RowInputs(weight, normal(), old, None, None)),
+        (fastpo.topr(), RowInputs(weight, normal(), old, None, None)),
     ]
     product = batch.products(torch.float32).detach()
     for objective, inputs in cases:

@@ -78,7 +78,7 @@ def check_loss(given: LossInputs, leading: torch.Size, like: Tensor) -> None:
     for name in ("advantages", "importance_weights"):
         value = getattr(given, name)
         if value is not None or name == "advantages":
-            _check_per_token_or_sequence(name, value, leading, given.cu_seqlens, like)
+            check_per_token_or_sequence(name, value, leading, given.cu_seqlens, like)
     if objective.kl_coef != 0 and given.ref_logprobs is None:
         raise ValueError(
             f"objective {objective.name!r} has kl_coef={objective.kl_coef} but ref_logprobs is "
@@ -308,9 +308,10 @@ def is_per_sequence(value: Tensor, leading: torch.Size, count: int | None) -> bo
     return value.shape != leading and count is not None and value.shape in ((count,), (count, 1))
 
 
-def _check_per_token_or_sequence(
+def check_per_token_or_sequence(
     name: str, value: object, leading: torch.Size, cu_seqlens: Tensor | None, like: Tensor
 ) -> None:
+    """A floating tensor of the leading shape, or [B] or [B, 1] where the sequences are known."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is {type(value).__name__}, expected a tensor")
     check_floating(name, value)

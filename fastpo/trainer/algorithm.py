@@ -5,14 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import fastpo
+from fastpo import presets
 from fastpo.advantages import ESTIMATORS
 from fastpo.trainer.config import AlgorithmConfig
 from fastpo.trainer.run.errors import RecipeError
 
-PRESETS = (
-    *("dapo", "grpo", "dr_grpo", "bnpo", "gspo", "luspo", "cispo", "sapo", "gmpo", "vespo"),
-    *("ppo", "gpg", "reinforce"),
-)
+PRESETS = presets.__all__
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +18,7 @@ class Algorithm:
     """Everything between rewards and the loss, with nothing left open."""
 
     objective: fastpo.Objective
+    critic: bool
     dynamic_sampling: bool
     dynamic_sampling_by: str
     overlong_cache: int  # tokens; 0 = no soft penalty
@@ -63,8 +62,15 @@ def resolve(config: AlgorithmConfig, max_new_tokens: int) -> Algorithm:
             f"algorithm.overlong_cache is {cache}, expected less than "
             f"rollout.max_new_tokens = {max_new_tokens}"
         )
+    critic = config.preset == "ppo" if config.critic is None else config.critic
+    if critic and not objective.is_token_level:
+        raise RecipeError(
+            f"algorithm.critic gives advantages to tokens, but the loss of {config.preset} is of "
+            "whole sequences: set algorithm.critic=false, or take another preset"
+        )
     return Algorithm(
         objective=objective,
+        critic=critic,
         dynamic_sampling_by=config.dynamic_sampling_by,
         dynamic_sampling=dapo if config.dynamic_sampling is None else config.dynamic_sampling,
         overlong_cache=cache,

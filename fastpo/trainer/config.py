@@ -78,6 +78,12 @@ class RolloutConfig:
     """Problems with a longer prompt are skipped; none = every prompt must fit the context."""
     temperature: Positive = 1.0
     """Sampling temperature; log-probs of old and new policy are taken under it, too."""
+    top_k: Index = 0
+    """Only the k likeliest tokens are drawn; 0 = all. Log-probs are of the whole vocabulary."""
+    top_p: Annotated[float, Gt(0), Le(1)] = 1.0
+    """Only the likeliest tokens that together hold this share are drawn, as for `top_k`."""
+    min_p: Share = 0.0
+    """Only tokens of at least this share of the likeliest one's probability are drawn, likewise."""
     batch_size: Count = 1024
     """Completions decoded side by side: bounds the KV cache."""
 
@@ -88,6 +94,8 @@ class AlgorithmConfig:
 
     preset: str = "dapo"
     """dapo, grpo, dr_grpo, gspo, cispo, ...: only dapo switches its techniques on by itself."""
+    critic: bool | None = None
+    """Advantages of every token from a critic, by GAE, in place of the group's (ppo: yes)."""
     objective: dict[str, Any] = field(default_factory=dict)
     """Fields of fastpo.Objective in place of the preset's: clip_high, kl_coef, aggregation, ..."""
     dynamic_sampling: bool | None = None
@@ -137,6 +145,22 @@ class OptimConfig:
 
 
 @section()
+class CriticConfig:
+    """The critic of PPO, where the algorithm has one."""
+
+    learning_rate: Rate = 1e-5
+    """AdamW, constant."""
+    gamma: Annotated[float, Ge(0), Le(1)] = 1.0
+    """Discount per token."""
+    lam: Annotated[float, Ge(0), Le(1)] = 0.95
+    """Of GAE: 1 = the whole return, 0 = one step."""
+    clip: Positive | None = 0.5
+    """How far a value may move from the old one before its loss is clipped; none = any way."""
+    warmup_steps: Index = 0
+    """Steps in which the critic learns and the policy does not."""
+
+
+@section()
 class VerifierConfig:
     """The task's code, which runs in processes of its own."""
 
@@ -151,7 +175,7 @@ class EvalConfig:
     """Accuracy on held-out problems, never trained on and the same for every seed."""
 
     problems: Count = 256
-    """Number of held-out problems."""
+    """Number of held-out problems; of test rows, the first so many."""
     every: Index = 0
     """Steps between evaluations; 0 = only before and after."""
     temperature: NonNegative = 0.0
@@ -201,6 +225,7 @@ class Config:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
     verifier: VerifierConfig = field(default_factory=VerifierConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)

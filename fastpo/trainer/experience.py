@@ -27,9 +27,11 @@ class Sample:
     score: float  # what the task said; 1.0 = right
     reward: float  # score + overlong penalty
     parts: dict[str, float] = field(default_factory=dict)  # of the score, by name
-    advantage: float = 0.0
+    advantage: float | list[float] = 0.0  # of every token alike, or of each (a critic's)
     live: bool = True  # False: carries no loss
     old_logprobs: list[float] = field(default_factory=list)  # of the policy before the updates
+    values: list[float] = field(default_factory=list)  # of every token, by the critic before it
+    returns: list[float] = field(default_factory=list)  # what they should have been
 
     def __post_init__(self) -> None:
         self.old_logprobs = self.old_logprobs or self.completion.logprobs

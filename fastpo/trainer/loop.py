@@ -11,8 +11,9 @@ import torch
 from rich.console import Console
 
 from fastpo.trainer import selfcheck
-from fastpo.trainer.algorithm import Algorithm, resolve
+from fastpo.trainer.algorithm import resolve
 from fastpo.trainer.config import Config
+from fastpo.trainer.critic import Critic
 from fastpo.trainer.evaluation import evaluate_held_out
 from fastpo.trainer.experience import Batch, assign_advantages, collect, mute_truncated
 from fastpo.trainer.metrics import rollout_metrics, update_metrics
@@ -29,7 +30,7 @@ from fastpo.trainer.run.errors import Interrupted, RecipeError, TrainerError
 from fastpo.trainer.run.plot import plot
 from fastpo.trainer.run.signals import StopRequest, terminable
 from fastpo.trainer.tasks import ProblemStream, held_out, load_task
-from fastpo.trainer.update import Learner
+from fastpo.trainer.update import Learner, Sums
 from fastpo.trainer.verifier import Verifier
 from fastpo.trainer.warmup import reference_answers, warm_up
 
@@ -65,32 +66,35 @@ def train(
             trainer.log.close()
 
 
-def train_step(
-    policy: Policy,
-    verifier: Verifier,
-    problems: ProblemStream,
-    learner: Learner,
-    algorithm: Algorithm,
-    config: Config,
-    generator: torch.Generator,
-    order: torch.Generator,
-) -> tuple[Batch, dict[str, float]]:
+def train_step(run: Trainer) -> tuple[Batch, dict[str, float]]:
     """One iteration of reinforcement learning: the batch it learned from, and its numbers."""
     started = time.monotonic()
-    sampling = Sampling.of(config.rollout)
     # Prompts, rollouts, rewards and overlong punishment, refilled until every group can teach.
     batch = collect(
-        policy, verifier, problems, config.rollout.prompts, sampling, algorithm, generator
+        run.policy,
+        run.verifier,
+        run.problems,
+        run.config.rollout.prompts,
+        Sampling.of(run.config.rollout),
+        run.algorithm,
+        run.generator,
     )
     sampled = time.monotonic()
-    assign_advantages(batch.groups, algorithm.estimator)
-    if algorithm.overlong_filter:
+    if run.critic is None:
+        assign_advantages(batch.groups, run.algorithm.estimator)
+    else:
+        run.critic.assign_advantages(batch.groups)
+    if run.algorithm.overlong_filter:
         mute_truncated(batch.groups)
-    learning_rate = learner.learning_rate
-    sums = learner.learn(batch.samples, order).read()
+    learning_rate = run.learner.learning_rate
+    values = {} if run.critic is None else run.critic.learn(batch.samples, run.order)
+    sums = Sums()
+    if run.critic is None or run.step >= run.config.critic.warmup_steps:
+        sums = run.learner.learn(batch.samples, run.order)
     return batch, {
-        **rollout_metrics(batch, algorithm.dynamic_sampling_by),
-        **update_metrics(sums),
+        **rollout_metrics(batch, run.algorithm.dynamic_sampling_by),
+        **update_metrics(sums.read()),
+        **values,
         "learning_rate": learning_rate,
         "rollout_time": sampled - started,
         "step_time": time.monotonic() - started,
@@ -114,7 +118,7 @@ class Trainer:
         self.order = torch.Generator().manual_seed(config.seed)  # which samples share an update
         self.step, self.num_tokens, self.seconds = 0, 0, 0.0
         self.before: dict[str, Any] | None = None
-        # Born in one of these two: policy, held_out and problems; dir and log; learner.
+        # Born in one of these two: policy, held_out and problems; dir and log; learner and critic.
         if resume:
             self._resume()
         else:
@@ -139,7 +143,8 @@ class Trainer:
         )
         self.dir = directory.create(self.config, self._say)
         self.log = directory.RunLog(self.dir, tensorboard=self.config.log.tensorboard)
-        self.learner = None  # made after the warm-up, from whose end the reference policy is taken
+        # Made after the warm-up, from whose end the reference policy and the critic are taken.
+        self.learner = None
 
     def _resume(self) -> None:
         self.dir = directory.path_of(self.config)
@@ -158,7 +163,7 @@ class Trainer:
             load_policy(saved, self.config.model, self.device, stop=self.verifier.stop)
         )
         self.step = state["step"]
-        self.learner = self._make_learner()
+        self._make_learner()
         self._load(state)
         self.log = directory.RunLog(
             self.dir, tensorboard=self.config.log.tensorboard, resume_at=self.step
@@ -185,7 +190,7 @@ class Trainer:
         self._say(self._headline())
         if self.learner is None:
             self._warm_up()
-            self.learner = self._make_learner()
+            self._make_learner()
             self.before = self._evaluate()
             self._say(f"Held-out accuracy before: {self.before['accuracy']:.3f}")
         with (
@@ -220,16 +225,7 @@ class Trainer:
     def _advance(self, display: console.Display) -> None:
         """One step and the evaluation that may be due; whatever fails, steps done are kept."""
         try:
-            batch, metrics = train_step(
-                self.policy,
-                self.verifier,
-                self.problems,
-                self.learner,
-                self.algorithm,
-                self.config,
-                self.generator,
-                self.order,
-            )
+            batch, metrics = train_step(self)
             self.step += 1
             self.num_tokens += sum(len(s.prompt) + s.length for g in batch.sampled for s in g)
             metrics["num_tokens"] = self.num_tokens
@@ -288,6 +284,7 @@ class Trainer:
             "seconds": time.monotonic() - self._clock,
             "before": self.before,
             "learner": self.learner.state_dict(),
+            "critic": self.critic and self.critic.state_dict(),
             "problems": self.problems.state(),
             "generator": self.generator.get_state(),
             "order": self.order.get_state(),
@@ -300,6 +297,8 @@ class Trainer:
         )
         try:
             self.learner.load_state_dict(state["learner"])
+            if self.critic and state["critic"]:
+                self.critic.load_state_dict(state["critic"])
             self.problems.load_state(state["problems"])
             self.generator.set_state(state["generator"])
             self.order.set_state(state["order"])
@@ -322,9 +321,12 @@ class Trainer:
             lambda step, accuracy: self._say(f"warm-up step {step}: accuracy {accuracy:.2f}"),
         )
 
-    def _make_learner(self) -> Learner:
+    def _make_learner(self) -> None:
         optim = self.config.optim
-        return Learner(
+        self.critic = None
+        if self.algorithm.critic:
+            self.critic = Critic(self.policy, self.config.critic, optim)
+        self.learner = Learner(
             self.policy,
             optim,
             self.algorithm.objective,

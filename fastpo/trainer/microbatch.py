@@ -120,7 +120,7 @@ class MicroBatch:
     layout: Rows | SharedPrompts
     tokens: Tensor  # (N,) what was sampled
     cu_seqlens: Tensor  # (B + 1,) int32: whose they are
-    advantages: Tensor  # (B,)
+    advantages: Tensor  # (B,), or (N,) by a critic
     sampled_logprobs: Tensor  # (N,) as the sampler computed them
     old_logprobs: Tensor  # (N,) of the policy that sampled
 
@@ -141,7 +141,7 @@ class MicroBatch:
             else Rows.of(samples, device, packed=packed),
             tokens=torch.tensor([t for s in samples for t in s.completion.tokens], device=device),
             cu_seqlens=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int().to(device),
-            advantages=torch.tensor([s.advantage for s in samples], device=device),
+            advantages=_advantages(samples).to(device),
             sampled_logprobs=torch.tensor(
                 [p for s in samples for p in s.completion.logprobs], device=device
             ),
@@ -151,6 +151,12 @@ class MicroBatch:
     def hidden(self, policy: Policy) -> Tensor:
         """Hidden states (N, D) that predict completion tokens: no other row meets the head."""
         return self.layout.hidden(policy).to(policy.dtype)
+
+
+def _advantages(samples: list[Sample]) -> Tensor:
+    if isinstance(samples[0].advantage, list):
+        return torch.tensor([a for s in samples for a in s.advantage])
+    return torch.tensor([s.advantage for s in samples])
 
 
 def layout_of(policy: Policy, config: OptimConfig) -> dict[str, bool]:
@@ -181,3 +187,12 @@ def by_token_budget(
         total += width
     if part:
         yield part
+
+
+def micro_batches(
+    samples: list[Sample], policy: Policy, config: OptimConfig
+) -> Iterator[tuple[list[Sample], MicroBatch]]:
+    """Samples in micro-batches of the size and layout that the recipe says."""
+    layout = layout_of(policy, config)
+    for part in by_token_budget(samples, config.token_budget, packed=layout["packed"]):
+        yield part, MicroBatch.of(part, policy.device, **layout)

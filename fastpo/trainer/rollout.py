@@ -36,6 +36,9 @@ class Sampling:
     group_size: int  # completions per prompt
     max_new_tokens: int
     temperature: float = 1.0  # 0 = greedy
+    top_k: int = 0  # 0 = all
+    top_p: float = 1.0
+    min_p: float = 0.0
     batch_size: int = 1024  # completions side by side
 
     @classmethod
@@ -94,18 +97,19 @@ class _Decoding:
         finished = torch.zeros(noise.shape[:1], dtype=torch.bool, device=noise.device)
         for step in range(noise.shape[1]):
             rows = self.rows
-            chosen, logprobs[rows, step] = choose(
-                self.logits, self.sampling.temperature, noise[rows, step]
-            )
+            chosen, logprobs[rows, step] = choose(self.logits, self.sampling, noise[rows, step])
             tokens[rows, step] = chosen
             ended = torch.isin(chosen, self.policy.stop_ids) & ~finished[rows]
             lengths[rows] = torch.where(ended, step + 1, lengths[rows])
             finished[rows] |= ended
             if step + 1 == noise.shape[1] or self._is_time_to_look(step):
                 self._find_stop_text(tokens[:, : step + 1], lengths, finished)
-                if finished.all() or step + 1 == noise.shape[1]:
+                running = (~finished[rows]).nonzero().squeeze(1)  # the one wait for the device
+                if len(running) == 0 or step + 1 == noise.shape[1]:
                     break
-                chosen = self._drop(finished[rows], chosen)
+                if len(running) <= len(rows) // 2:  # dropping rows copies the cache
+                    self._select(running)
+                    self.rows, chosen = rows[running], chosen[running]
             self._advance(chosen)
         if logprobs.isnan().any():  # one NaN or inf among its logits makes a whole row NaN
             raise TrainerError("the policy's logits are not finite; lower optim.learning_rate")
@@ -128,15 +132,6 @@ class _Decoding:
             length = self.policy.length_to_stop(tokens[row, : lengths[row]].tolist())
             if length is not None:
                 lengths[row], finished[row] = length, True
-
-    def _drop(self, ended: Tensor, chosen: Tensor) -> Tensor:
-        """Forget ended rows. It copies the cache: worth it once half of them have ended."""
-        keep = (~ended).nonzero().squeeze(1)
-        if len(keep) > len(ended) // 2:
-            return chosen
-        self._select(keep)
-        self.rows = self.rows[keep]
-        return chosen[keep]
 
     def _select(self, index: Tensor) -> None:
         self.cache.reorder_cache(index)  # the one way of picking rows that every kind of layer has
@@ -212,18 +207,34 @@ def left_pad(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Te
     return ids, torch.arange(width, device=device) < (width - lengths)[:, None]
 
 
-def choose(logits: Tensor, temperature: float, noise: Tensor) -> tuple[Tensor, Tensor]:
+def choose(logits: Tensor, sampling: Sampling, noise: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens (R,) and their fp32 log-probs (R,) from logits [R, V]; temperature 0 = greedy.
 
-    Where the cumulative distribution passes `noise` (R,), uniform in [0, 1), in float64: float32
-    would never draw tokens below 6e-8.
+    A token is where the cumulative distribution passes `noise` (R,), uniform in [0, 1), in float64:
+    float32 would never draw tokens below 6e-8. Log-probs are of the whole vocabulary, as those of
+    the update: where tokens are left out, the ratio of the two policies still starts at 1.
     """
-    logprobs = (logits.float() / (temperature or 1.0)).log_softmax(-1)
-    if temperature == 0:
+    logprobs = (logits.float() / (sampling.temperature or 1.0)).log_softmax(-1)
+    if sampling.temperature == 0:
         tokens = logprobs.argmax(-1)
     else:
-        cumulative = logprobs.exp().cumsum(-1, dtype=torch.float64)
+        cumulative = keep(logprobs.exp(), sampling).cumsum(-1, dtype=torch.float64)
         drawn = noise[:, None] * cumulative[:, -1:]
         tokens = torch.searchsorted(cumulative, drawn, right=True).squeeze(1)
         tokens = tokens.clamp(max=logits.shape[1] - 1)  # NaN sorts behind everything
     return tokens, logprobs.gather(1, tokens[:, None]).squeeze(1)
+
+
+def keep(probs: Tensor, sampling: Sampling) -> Tensor:
+    """Probabilities [R, V], 0 outside of top-k, then top-p of the rest, then min-p; ties stay."""
+    least = torch.zeros_like(probs[:, :1])  # probability that is still drawn
+    if 0 < sampling.top_k < probs.shape[1]:
+        least = probs.topk(sampling.top_k).values[:, -1:]
+    if sampling.top_p < 1:
+        ordered = probs.where(probs >= least, 0.0).sort(descending=True).values
+        above = ordered.cumsum(-1) - ordered  # share of the tokens that are likelier
+        kept = above < sampling.top_p * ordered.sum(-1, keepdim=True)
+        least = ordered.where(kept, torch.inf).amin(-1, keepdim=True)
+    if sampling.min_p:
+        least = least.maximum(sampling.min_p * probs.amax(-1, keepdim=True))
+    return probs.where(probs >= least, 0.0)

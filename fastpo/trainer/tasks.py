@@ -94,7 +94,11 @@ class SortDigits:
         return float(completion == problem.answer)
 
 
-TASKS = {"sort": SortDigits}
+TASKS: dict[str, Any] = {
+    "sort": SortDigits,
+    "jsonl": "fastpo.trainer.data:JsonLines",
+    "datasets": "fastpo.trainer.data:HubRows",
+}
 
 
 def load_task(name: str, arguments: dict[str, Any]) -> Task:
@@ -103,9 +107,13 @@ def load_task(name: str, arguments: dict[str, Any]) -> Task:
     Raises:
         RecipeError: no such task, or it does not take these arguments.
     """
-    factory = TASKS.get(name) or _import_attribute(name)
+    factory = TASKS.get(name, name)
+    if isinstance(factory, str):
+        factory = import_attribute(factory, "task", ", ".join(TASKS))
     try:
         task = factory(**arguments)
+    except RecipeError:
+        raise
     except Exception as error:
         raise RecipeError(
             f"task {name!r} does not take task_args {arguments}: {_describe(error)}"
@@ -119,17 +127,21 @@ def load_task(name: str, arguments: dict[str, Any]) -> Task:
     return task
 
 
-def _import_attribute(name: str) -> Any:
+def import_attribute(name: str, kind: str, known: str) -> Any:
+    """What `module:attribute` names; the working directory is searched, too.
+
+    Raises:
+        RecipeError: it cannot be imported; or it is no such name, and not one of `known`.
+    """
     module, colon, attribute = name.partition(":")
     if not colon:
-        known = ", ".join(TASKS)
-        raise RecipeError(f"task is {name!r}, expected {known}, or your own module:attribute")
+        raise RecipeError(f"{kind} is {name!r}, expected {known}, or your own module:attribute")
     if "" not in sys.path:
         sys.path.insert(0, "")
     try:
         return getattr(importlib.import_module(module), attribute)
     except Exception as error:  # whatever the user's module raises
-        raise RecipeError(f"cannot import task {name!r}: {_describe(error)}") from error
+        raise RecipeError(f"cannot import {kind} {name!r}: {_describe(error)}") from error
 
 
 def judge(task: Task, problem: Problem, completion: str) -> Verdict:
@@ -191,9 +203,7 @@ class ProblemStream:
         self.exclude = set(exclude)
         self.fits = fits  # others are skipped
         self.rng = random.Random(seed)
-        self.order: list[int] = []  # of the rows, in this epoch
-        self.epoch = self.rng.getstate()  # before its order was drawn
-        self.position = 0
+        self._begin_epoch()
 
     def state(self) -> dict[str, Any]:
         """Plain values from which `load_state` goes on."""
@@ -203,7 +213,7 @@ class ProblemStream:
         """Go on where another stream of the same rows was; a shorter list begins a new epoch."""
         if self.task.rows:
             self.rng.setstate(state["epoch"])
-            self._shuffle()
+            self._begin_epoch()
         self.rng.setstate(state["rng"])
         self.position = state["position"]
 
@@ -238,20 +248,28 @@ class ProblemStream:
         if rows is None:
             return self.task.draw(self.rng, count)
         if self.position >= len(self.order):
-            self.epoch, self.position = self.rng.getstate(), 0
-            self._shuffle()
+            self._begin_epoch()
         chosen = self.order[self.position : self.position + count]
         self.position += len(chosen)
         return [rows[index] for index in chosen]
 
-    def _shuffle(self) -> None:
-        self.order = self.rng.sample(range(len(self.task.rows)), len(self.task.rows))
+    def _begin_epoch(self) -> None:
+        self.epoch, self.position = self.rng.getstate(), 0  # before its order was drawn
+        count = len(self.task.rows or ())
+        self.order = self.rng.sample(range(count), count)
 
 
 def held_out(
     task: Source, count: int, fits: Callable[[Problem], bool] = lambda problem: True
 ) -> list[Problem]:
-    """`count` different problems, the same for every seed; a task's own test rows as they are."""
-    if task.test_rows is not None:
-        return [problem for problem in task.test_rows if fits(problem)][:count]
-    return ProblemStream(task, "held-out", fits=fits).take(count, distinct=True)
+    """`count` different problems, the same for every seed; a task's own test rows in their order.
+
+    Raises:
+        TrainerError: the task makes too few; or no test row fits.
+    """
+    if task.test_rows is None:
+        return ProblemStream(task, "held-out", fits=fits).take(count, distinct=True)
+    problems = [problem for problem in task.test_rows if fits(problem)]
+    if not problems:
+        raise TrainerError("no test row fits rollout.max_prompt_tokens: raise it")
+    return problems[:count]

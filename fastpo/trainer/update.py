@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 import fastpo
 from fastpo.trainer.config import OptimConfig
 from fastpo.trainer.experience import Sample
-from fastpo.trainer.microbatch import MicroBatch, by_token_budget, layout_of
+from fastpo.trainer.microbatch import MicroBatch, micro_batches
 from fastpo.trainer.policy import Policy
 from fastpo.trainer.run.errors import TrainerError
 
@@ -114,7 +113,7 @@ class Learner:
         normalizer = sum(sample.length for sample in live) if by_tokens else len(samples)
         self.optimizer.zero_grad(set_to_none=True)
         loss = torch.zeros((), device=self.policy.device)
-        for _, batch in self._micro_batches(live):
+        for _, batch in micro_batches(live, self.policy, self.config):
             result = self._loss(batch, normalizer, on_policy)
             result.loss.backward()
             loss += result.loss.detach()
@@ -134,12 +133,6 @@ class Learner:
         self.updates += 1
         sums.add({"loss": loss, "grad_norm": norm, "updates": 1})
 
-    def _micro_batches(self, samples: list[Sample]) -> Iterator[tuple[list[Sample], MicroBatch]]:
-        layout = layout_of(self.policy, self.config)
-        budget = self.config.token_budget
-        for part in by_token_budget(samples, budget, packed=layout["packed"]):
-            yield part, MicroBatch.of(part, self.policy.device, **layout)
-
     def _loss(self, batch: MicroBatch, normalizer: int, on_policy: bool) -> fastpo.PolicyLoss:
         return fastpo.linear_policy_loss(
             batch.hidden(self.policy),
@@ -156,7 +149,7 @@ class Learner:
 
     def recompute_old_logprobs(self, samples: list[Sample]) -> None:
         """Old log-probs as the update computes them: low-precision decoding gives others."""
-        for part, batch in self._micro_batches(samples):
+        for part, batch in micro_batches(samples, self.policy, self.config):
             pieces = self._score(self.policy, batch).split([sample.length for sample in part])
             for sample, logprobs in zip(part, pieces, strict=True):
                 sample.old_logprobs = logprobs.tolist()

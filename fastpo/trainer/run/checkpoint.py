@@ -23,7 +23,7 @@ from fastpo.trainer.run.errors import TrainerError
 NAME, PREVIOUS, BEST = "checkpoint", "checkpoint.previous", "best"
 STATE, MANIFEST = "trainer_state.pt", "SHA256SUMS"
 KEYS = {
-    *("step", "num_tokens", "seconds", "before", "learner"),
+    *("step", "num_tokens", "seconds", "before", "learner", "critic"),
     *("problems", "generator", "order"),  # random states
 }
 Score = tuple[float, float]  # of an evaluation: accuracy, then reward
