@@ -1,4 +1,4 @@
-"""The layout as its imports have it: layers point downwards, no circle, no file too long to read."""
+"""The layout by its imports: layers point downwards, no circle, no file too long to read."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from fastpo.ops.linear import linear_token_logprobs
 
 _READER, _NAME = "add_fused_lm_head", "_ChunkedLogProbFunction"
-_DETAILS = ("log_sum_sq_probs", "mean_logits", "is_top1")
+_STATISTICS = ("log_sum_sq_probs", "mean_logits", "is_top1")
 _log = logging.getLogger(__name__)
 
 
@@ -55,10 +55,10 @@ class _FastpoLogProbs:
             temperature=temperature,
             logit_scale=logit_scale,
             softcap=softcap,
-            details=any(name in outputs for name in _DETAILS),
+            statistics=[name for name in _STATISTICS if name in outputs],
         )
         _gather_in_backward(scored.logprobs, weight, bias)
-        fields = ("entropy", *_DETAILS)
+        fields = ("entropy", *_STATISTICS)
         return scored.logprobs, *(getattr(scored, n) if n in outputs else None for n in fields)
 
 

@@ -24,6 +24,8 @@ one GEMM is left. `tp_group` changes none of this: `VocabularyShard` is a backen
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -52,7 +54,7 @@ from fastpo.ops.linear_chunks import LinearCall
 from fastpo.ops.linear_exp import ExpShard, ExpTokenLogprobs, FusedExpLoss
 from fastpo.ops.linear_kept import LinearKeptLogprobs
 from fastpo.ops.linear_sequences import SequenceLevelLoss
-from fastpo.ops.results import PolicyLoss, TokenDetails, TokenLogprobs
+from fastpo.ops.results import PolicyLoss, TokenLogprobs, TokenStatistics
 from fastpo.ops.tensor_parallel import VocabularyShard
 from fastpo.rule import Rule, RuleObjective, as_objective
 
@@ -232,19 +234,16 @@ def linear_token_logprobs(
     live_rows: int | None = None,
     kept_tokens: Tensor | None = None,
     kept_offsets: Tensor | None = None,
-    details: bool = False,
-) -> TokenLogprobs | TokenDetails:
+    statistics: Sequence[str] = (),
+) -> TokenLogprobs | TokenStatistics:
     """Log-prob and entropy of every token from hidden states, both differentiable.
 
     The base of any loss you write. One GEMM forward, the same one and two more backward (8 N D V in
     all), four numbers per token kept in between. Arguments, and what enters the GEMMs, are as in
     `linear_policy_loss`; the gradients of rows whose incoming gradients are both 0 are skipped too.
 
-    With `details` the same sweep also gives log sum_v p_v^2, the mean logit over the vocabulary and
-    whether the token is the most likely one (the first of equals), without gradient.
-
-    Returns:
-        TokenLogprobs, or TokenDetails with `details`; [...] as the tokens.
+    `statistics` names any of "log_sum_sq_probs", "mean_logits" and "is_top1": they come from the
+    same logits, without gradient, in a `TokenStatistics`. Not with kept_tokens, nor with tp_group.
 
     Raises:
         ValueError, TypeError: see the message: what was got, what is expected, what to do.
@@ -262,28 +261,34 @@ def linear_token_logprobs(
     check_kept(kept_tokens, kept_offsets, tokens, mask, weight.shape[0])
     call = _linear_call(hidden, weight, tokens, mask, temperature, backend, **options)
     kept = _kept_sets(call, kept_tokens, kept_offsets)
-    operands = _operands(hidden, weight, bias)
-    if details:
-        _check_details(call, kept)
-        outputs = call.checked(*LinearTokenLogprobs.apply(*operands, call, True))
-        return TokenDetails(*(x.view(leading) for x in outputs))
-    logprobs, entropy = _logprobs(*operands, call, kept)
-    return TokenLogprobs(logprobs.view(leading), entropy.view(leading))
+    _check_statistics(statistics, call, kept)
+    outputs = _logprobs(*_operands(hidden, weight, bias), call, kept, bool(statistics))
+    return TokenStatistics.from_rows(outputs, statistics, leading)
 
 
-def _check_details(call: LinearCall, kept: Kept | None) -> None:
-    if kept is not None or call.exponentials or not hasattr(call.backend, "row_details"):
+def _check_statistics(statistics: object, call: LinearCall, kept: Kept | None) -> None:
+    checks.check_statistics(statistics)
+    whole = kept is None and not call.exponentials and hasattr(call.backend, "row_details")
+    if statistics and not whole:
+        what = "kept_tokens" if kept is not None else type(call.backend).__name__
         raise ValueError(
-            "details=True with kept_tokens, tp_group or a backend of exponentials: expected a "
-            "whole head on one of the backends 'cpp', 'triton' and 'torch'"
+            f"statistics with {what}: they are of whole rows of a whole head, expected one of the "
+            "backends 'torch', 'cpp' and 'triton' with neither kept_tokens nor tp_group"
         )
 
 
 def _logprobs(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, call: LinearCall, kept: Kept | None
-) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropies (N,), differentiable."""
-    if kept is None:
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    call: LinearCall,
+    kept: Kept | None,
+    with_details: bool = False,
+) -> tuple[Tensor, ...]:
+    """Log-probs and entropies (N,), differentiable; with details also those, which are not."""
+    if with_details:
+        outputs = LinearTokenLogprobs.apply(hidden, weight, bias, call, True)
+    elif kept is None:
         score = ExpTokenLogprobs if call.exponentials else LinearTokenLogprobs
         outputs = score.apply(hidden, weight, bias, call)
     else:

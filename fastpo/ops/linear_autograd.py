@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fastpo.backends.base import RowInputs, RowLosses, RowStats, two_step
+from fastpo.backends.base import RowDetails, RowInputs, RowLosses, RowStats, two_step
 from fastpo.objective import Objective
 from fastpo.ops.autograd import first_order, row_grads, save, saved
 from fastpo.ops.batch import LossBatch, loss_of_rows, of_rows
@@ -202,19 +202,16 @@ class LinearTokenLogprobs(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         call: LinearCall,
-        details: bool = False,
+        with_details: bool = False,
     ):
-        more = [] if details else None
-        stats = statistics(call, call.head(weight, bias), hidden.detach(), details=more)
+        details = _new_details(call, hidden) if with_details else ()
+        stats = statistics(call, call.head(weight, bias), hidden.detach(), details=details)
+        ctx.mark_non_differentiable(*details)
         ctx.set_materialize_grads(False)
         save(ctx, hidden, weight, bias, *stats)
         ctx.call = call
         # Copies: whoever edits a returned log-prob must not edit what the backward pass reads.
-        outputs = (stats.logprobs.clone(), stats.entropy.clone())
-        if details:
-            ctx.mark_non_differentiable(*more)
-            outputs += tuple(more)
-        return outputs
+        return stats.logprobs.clone(), stats.entropy.clone(), *details
 
     @staticmethod
     @first_order
@@ -232,39 +229,38 @@ class LinearTokenLogprobs(torch.autograd.Function):
         return *grads.scaled(None, call.backend), None, None
 
 
+def _new_details(call: LinearCall, hidden: Tensor) -> RowDetails:
+    numbers = torch.zeros((2, call.tokens.numel()), dtype=wide_dtype(hidden.dtype))
+    flags = torch.zeros_like(call.tokens, dtype=torch.bool)
+    return RowDetails(*numbers.to(hidden.device), flags)
+
+
 def statistics(
     call: LinearCall,
     head: Head,
     hidden: Tensor,
     only: Tensor | None = None,
     *,
-    details: list[Tensor] | None = None,
+    details: RowDetails | tuple[()] = (),
 ) -> RowStats:
     """Statistics of all rows, or of those where `only` (N,) is True; 0 on masked and other ones.
 
-    A list of `details` is filled with the (N,) fields of `RowDetails`.
+    Fills `details` (N,) of these rows where there are some.
     """
     count, dtype = call.tokens.numel(), wide_dtype(hidden.dtype)
     stats = RowStats(*torch.zeros((4, count), dtype=dtype, device=hidden.device))
-    results = list(stats)
-    if details is not None:
-        details.extend(torch.zeros((2, count), dtype=dtype, device=hidden.device))
-        details.append(torch.zeros(count, dtype=torch.bool, device=hidden.device))
-        results += details
     chunks = call.chunks(head, only)
     workspace = Workspace(call, head, [], chunks)
     for rows in chunks:
-        reading = (
+        sweep = call.backend.row_details if details else call.backend.row_stats
+        part = sweep(
             workspace.load(hidden, rows, gradient=False).logits,
             call.tokens[rows],
             call.row_temperature(rows, head),
             call.row_mask(rows),
         )
-        if details is None:
-            part = call.backend.row_stats(*reading)
-        else:
-            part = [x for group in call.backend.row_details(*reading) for x in group]
-        for full, values in zip(results, part, strict=True):
+        part = (*part[0], *part[1]) if details else part
+        for full, values in zip((*stats, *details), part, strict=True):
             put(full, rows, values)
     return stats
 
