@@ -12,12 +12,13 @@ OTHER_TRITON := .cache/triton-3.6.0
 SMOLLM2 := .cache/smollm2-135m-instruct
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints-dev.txt
 EXTENSION_SOURCES := $(wildcard setup.py csrc/* csrc/*/*)
+CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
 PEERS := trl liger-kernel pytest-benchmark
 VERL_IMPORTS := tensordict hydra-core codetiming orjson
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo demo-smollm2 test test-all lint format bench aot gpu clean
+.PHONY: help setup demo demo-smollm2 test test-all lint format sanitize bench aot gpu clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -40,13 +41,19 @@ test-all: export OMP_NUM_THREADS ?= 1
 test-all: $(STAMPS)/peers $(OTHER_TRITON) ## Run every test that needs no GPU, the slow ones and the peers' included
 	@$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
 
-lint: $(STAMPS)/lint ## Check the style: ruff check and ruff format --check
+lint: $(STAMPS)/lint ## Check the style: ruff for Python, clang-format and cpplint for csrc
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
+	@$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+	@$(BIN)/cpplint --quiet $(CXX_FILES)
 
 format: $(STAMPS)/lint ## Reformat the code
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
+	@$(BIN)/clang-format -i $(CXX_FILES)
+
+sanitize: $(STAMPS)/fastpo ## Run csrc's tests under AddressSanitizer and UBSan (GCC, Linux)
+	@$(BIN)/python tools/sanitize.py
 
 bench: $(STAMPS)/peers ## Time fastpo against its peers on this machine
 	@$(BIN)/python benchmarks/bench_cpu_rows.py
@@ -74,8 +81,8 @@ $(STAMPS)/venv:
 	@mkdir -p $(STAMPS) && touch $@
 
 $(STAMPS)/lint: constraints-dev.txt | $(STAMPS)/venv
-	@echo "setup: ruff"
-	@$(PIP) ruff
+	@echo "setup: ruff, clang-format, cpplint"
+	@$(PIP) ruff clang-format cpplint
 	@touch $@
 
 $(STAMPS)/torch: constraints-dev.txt | $(STAMPS)/venv

@@ -6,7 +6,8 @@ or if the compilation fails, one line says so and the installation goes on witho
 
 Environment: FASTPO_NO_EXT=1 leaves the extension out; FASTPO_FORCE_EXT=1 makes its failure fatal;
 FASTPO_CUDA=1 / 0 compiles the CUDA sources or not (default: if torch is a CUDA build and nvcc is
-found); TORCH_CUDA_ARCH_LIST names the architectures, as for any torch extension.
+found); TORCH_CUDA_ARCH_LIST names the architectures, as for any torch extension;
+FASTPO_CXXFLAGS is added to the C++ compiler's flags.
 """
 
 import os
@@ -146,6 +147,7 @@ class BuildExtension(build_ext):
         if source.endswith(".cu"):
             return self._compile_cuda(source)
         flags = CXX_FLAGS + SIMD_FLAGS.get(Path(source).name, [])
+        flags += os.environ.get("FASTPO_CXXFLAGS", "").split()
         (made,) = self.compiler.compile(
             [source], self.build_temp, ext.define_macros, ext.include_dirs, extra_postargs=flags
         )

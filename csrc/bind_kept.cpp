@@ -88,7 +88,8 @@ void prefer_huge_pages(const fastpo::Matrix& place, int64_t rows, int64_t width)
   constexpr uintptr_t kPage = 1 << 12;
   const uintptr_t data = reinterpret_cast<uintptr_t>(place.data), begin = (data + kPage - 1) / kPage * kPage;
   const uintptr_t end = data + ((rows - 1) * place.row_stride + width) * item_size(place.dtype);
-  if (end > begin + (1 << 22)) madvise(reinterpret_cast<void*>(begin), (end - begin) / kPage * kPage, MADV_HUGEPAGE);
+  if (end > begin + (1 << 22))
+    madvise(reinterpret_cast<void*>(begin), (end - begin) / kPage * kPage, MADV_HUGEPAGE);
 #endif
 }
 
@@ -157,7 +158,8 @@ void kept_grad(const Tensor& hidden, const Tensor& weight, const Tensor& tokens,
   if (dw.data || db.data) weight_grad(p, rows, dw, db, add);
 }
 
-#define FASTPO_KEPT_ROWS "Tensor tokens, Tensor ids, Tensor offsets, float temperature, Tensor? temperatures, "
+#define FASTPO_KEPT_ROWS \
+  "Tensor tokens, Tensor ids, Tensor offsets, float temperature, Tensor? temperatures, "
 
 }  // namespace
 

@@ -21,7 +21,8 @@ using Seven = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
 fastpo::RowsIn rows_in(const Tensor& logits, const Tensor& tokens, double temperature,
                        const MaybeTensor& temperatures) {
   const int64_t rows = logits.size(0);
-  return {matrix(logits, "logits"), logits.size(1),
+  return {matrix(logits, "logits"),
+          logits.size(1),
           vector<const int64_t>(tokens, ScalarType::Long, rows, "tokens"),
           {floats(temperatures, rows, "temperatures"), temperature}};
 }
@@ -118,8 +119,8 @@ fastpo::Rule rule_of(const std::vector<double>& numbers) {
   rule.gate = fastpo::Gate(int(*next++));
   rule.two_sided = *next++ != 0;
   for (float* field : {&rule.ratio_low, &rule.ratio_high, &rule.ratio_max, &rule.ratio_min,
-                       &rule.ratio_max_pos, &rule.power_pos, &rule.power_neg, &rule.keep_low,
-                       &rule.keep_high, &rule.kl_coef, &rule.old_kl_coef, &rule.tau_pos, &rule.tau_neg})
+                       &rule.ratio_max_pos, &rule.power_pos, &rule.power_neg, &rule.keep_low, &rule.keep_high,
+                       &rule.kl_coef, &rule.old_kl_coef, &rule.tau_pos, &rule.tau_neg})
     *field = float(*next++);
   return rule;
 }
@@ -127,9 +128,9 @@ fastpo::Rule rule_of(const std::vector<double>& numbers) {
 Four row_policy_loss(const Tensor& logits, const Tensor& tokens, const Tensor& weight,
                      const Tensor& advantages, const MaybeTensor& old_logprobs,
                      const MaybeTensor& ref_logprobs, const MaybeTensor& entropy_weight,
-                     const MaybeTensor& clip_low, const MaybeTensor& clip_high,
-                     const MaybeTensor& nll_weight, const std::vector<double>& rule, double temperature,
-                     const MaybeTensor& temperatures, const MaybeTensor& out) {
+                     const MaybeTensor& clip_low, const MaybeTensor& clip_high, const MaybeTensor& nll_weight,
+                     const std::vector<double>& rule, double temperature, const MaybeTensor& temperatures,
+                     const MaybeTensor& out) {
   const int64_t rows = logits.size(0);
   fastpo::LossParams p;
   p.in = rows_in(logits, tokens, temperature, temperatures);
@@ -167,9 +168,9 @@ void scale_(const Tensor& grad, const Tensor& factor) {
 #define FASTPO_STATS_ARGS "Tensor logprobs, Tensor entropy, Tensor row_max, Tensor log_sum, "
 #define FASTPO_GRAD_ARGS \
   "Tensor tokens, " FASTPO_STATS_ARGS "Tensor logprob_grad, Tensor? entropy_grad, " FASTPO_TEMPERATURE
-#define FASTPO_LOSS_ARGS                                                                    \
-  "Tensor tokens, Tensor weight, Tensor advantages, Tensor? old_logprobs, "                 \
-  "Tensor? ref_logprobs, Tensor? entropy_weight, Tensor? clip_low, Tensor? clip_high, "     \
+#define FASTPO_LOSS_ARGS                                                                \
+  "Tensor tokens, Tensor weight, Tensor advantages, Tensor? old_logprobs, "             \
+  "Tensor? ref_logprobs, Tensor? entropy_weight, Tensor? clip_low, Tensor? clip_high, " \
   "Tensor? nll_weight, float[] rule, " FASTPO_TEMPERATURE
 #define FASTPO_TEMPERATURE "float temperature, Tensor? temperatures"
 #define FASTPO_FOUR ") -> (Tensor, Tensor, Tensor, Tensor)"

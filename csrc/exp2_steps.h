@@ -20,10 +20,10 @@ struct Exp2Steps {
     alignas(4 * W) uint32_t bits[W] = {};
 
     constexpr Table() {
-      constexpr uint32_t kRoots[16] = {  // 2^(k / 16)
-          0x3F800000, 0x3F85AAC3, 0x3F8B95C2, 0x3F91C3D3, 0x3F9837F0, 0x3F9EF532,
-          0x3FA5FED7, 0x3FAD583F, 0x3FB504F3, 0x3FBD08A4, 0x3FC5672A, 0x3FCE248C,
-          0x3FD744FD, 0x3FE0CCDF, 0x3FEAC0C7, 0x3FF5257D};
+      constexpr uint32_t kRoots[16] = {// 2^(k / 16)
+                                       0x3F800000, 0x3F85AAC3, 0x3F8B95C2, 0x3F91C3D3, 0x3F9837F0, 0x3F9EF532,
+                                       0x3FA5FED7, 0x3FAD583F, 0x3FB504F3, 0x3FBD08A4, 0x3FC5672A, 0x3FCE248C,
+                                       0x3FD744FD, 0x3FE0CCDF, 0x3FEAC0C7, 0x3FF5257D};
       for (uint32_t k = 0; k < W; ++k) bits[k] = kRoots[k * 16 / W] - (k << kShift);
     }
   };

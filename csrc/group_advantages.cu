@@ -51,9 +51,8 @@ __device__ void for_each_member(const GroupParams& p, const double* rewards, int
 
 __device__ GroupSums sums_of(const GroupParams& p, const double* rewards, int64_t i) {
   GroupSums group;
-  for_each_member(p, rewards, i, [&](int64_t j, double reward) {
-    group.add(j, reward, p.lengths ? p.lengths[j] : 1.0);
-  });
+  for_each_member(p, rewards, i,
+                  [&](int64_t j, double reward) { group.add(j, reward, p.lengths ? p.lengths[j] : 1.0); });
   return group;
 }
 

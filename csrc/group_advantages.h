@@ -14,7 +14,17 @@ namespace fastpo {
 // In the order of fastpo.advantages.ESTIMATORS.
 enum class Estimator : int { kGrpo, kDrGrpo, kRloo, kOpo, kPassk, kReinforcePp, kMaxrl };
 
-enum class RewardType : int { kFloat64, kFloat32, kFloat16, kBFloat16, kInt64, kInt32, kInt16, kInt8, kUInt8 };
+enum class RewardType : int {
+  kFloat64,
+  kFloat32,
+  kFloat16,
+  kBFloat16,
+  kInt64,
+  kInt32,
+  kInt16,
+  kInt8,
+  kUInt8
+};
 
 struct GroupParams {
   int64_t count = 0;              // B
@@ -30,9 +40,7 @@ struct GroupParams {
   int64_t* num_informative = nullptr;  // one number
   double* scratch = nullptr;           // (2, B)
 
-  FASTPO_SCALAR_MEMBER int64_t group_of(int64_t i) const {
-    return group_ids ? group_ids[i] : i / group_size;
-  }
+  FASTPO_SCALAR_MEMBER int64_t group_of(int64_t i) const { return group_ids ? group_ids[i] : i / group_size; }
 };
 
 // What one pass over the finite rewards of a group gathers. Sums are taken of the differences to the

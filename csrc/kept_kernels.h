@@ -35,16 +35,18 @@ struct KeptKernels {
 
   static void weight_grad(const KeptWeightParams& p, int64_t begin, int64_t end, float* scratch) {
     [[maybe_unused]] const typename S::SubnormalGuard guard;
-    if (p.weight_grad.data)
+    if (p.weight_grad.data) {
       with_types(p.hidden.dtype, p.weight_grad.dtype, [&](auto zero, auto zero_out) {
         using T = decltype(zero);
         using O = decltype(zero_out);
         for (int64_t id = begin; id < end; ++id) weight_row<T, O>(p, id, scratch);
       });
-    if (p.bias_grad.data)
+    }
+    if (p.bias_grad.data) {
       RowTable<S>::with_type(p.bias_grad.dtype, [&](auto zero) {
         for (int64_t id = begin; id < end; ++id) bias_row<decltype(zero)>(p, id);
       });
+    }
   }
 
  private:

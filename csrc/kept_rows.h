@@ -57,19 +57,19 @@ struct KeptPair {
 
 // dW and db from pairs sorted by id, and by row within an id: the order of the sums.
 struct KeptWeightParams {
-  Matrix hidden;                     // (N, D)
-  int64_t width = 0;                 // D
-  const KeptPair* pairs = nullptr;   // those of id v: pairs[ends[v - 1] .. ends[v])
-  const int64_t* ends = nullptr;     // (V,)
-  Matrix weight_grad;                // (V, D), out; data null: not wanted
-  Matrix bias_grad;                  // (V, 1), out; data null: not wanted
-  bool add = false;                  // add to what is there; else every row is written, zeros included
+  Matrix hidden;                    // (N, D)
+  int64_t width = 0;                // D
+  const KeptPair* pairs = nullptr;  // those of id v: pairs[ends[v - 1] .. ends[v])
+  const int64_t* ends = nullptr;    // (V,)
+  Matrix weight_grad;               // (V, D), out; data null: not wanted
+  Matrix bias_grad;                 // (V, 1), out; data null: not wanted
+  bool add = false;                 // add to what is there; else every row is written, zeros included
 };
 
 // Compiled for one instruction set. `scratch` holds D floats.
 struct KeptKernelTable {
-  void (*stats)(const KeptStatsParams&, int64_t begin, int64_t end);                   // rows
-  void (*hidden_grad)(const KeptGradParams&, int64_t begin, int64_t end, float* scratch);  // rows
+  void (*stats)(const KeptStatsParams&, int64_t begin, int64_t end);                         // rows
+  void (*hidden_grad)(const KeptGradParams&, int64_t begin, int64_t end, float* scratch);    // rows
   void (*weight_grad)(const KeptWeightParams&, int64_t begin, int64_t end, float* scratch);  // ids
 };
 

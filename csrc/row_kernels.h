@@ -81,9 +81,8 @@ struct RowKernels {
   static float max_logit(const T* z, int64_t columns) {
     Vec best[kChains];
     for (Vec& b : best) b = S::all(-INFINITY);
-    forward(columns, [&](int chain, int64_t j, auto lanes) FASTPO_LAMBDA {
-      best[chain] = S::max(best[chain], S::load(z + j, lanes));
-    });
+    forward(columns, [&](int chain, int64_t j, auto lanes)
+                         FASTPO_LAMBDA { best[chain] = S::max(best[chain], S::load(z + j, lanes)); });
     return S::maximum(S::max(S::max(best[0], best[1]), S::max(best[2], best[3])));
   }
 
@@ -239,9 +238,7 @@ struct RowKernels {
 
   template <class O>
   static FASTPO_INLINE void fill_zero(O* out, int64_t columns) {
-    rewrite<O, O>(columns, [&](int64_t j, auto lanes) FASTPO_LAMBDA {
-      S::store(out + j, S::all(0), lanes);
-    });
+    rewrite<O, O>(columns, [&](int64_t j, auto lanes) FASTPO_LAMBDA { S::store(out + j, S::all(0), lanes); });
   }
 
   template <class T>
@@ -299,8 +296,7 @@ struct RowKernels {
   template <class O>
   static FASTPO_INLINE void write_token(const RowsIn& in, int64_t i, const Slopes& slopes, O* out) {
     const int64_t token = in.tokens[i];
-    if (token >= 0 && token < in.columns)
-      S::store(out + token, S::all(slopes.token_grad), First{1});
+    if (token >= 0 && token < in.columns) S::store(out + token, S::all(slopes.token_grad), First{1});
   }
 };
 

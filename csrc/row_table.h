@@ -146,8 +146,8 @@ struct RowTable {
   }
 
   template <class T, class O>
-  static void write_kept_grad(const LossParams& p, int64_t i, const Summary& row, float c,
-                              const Kept& kept, O* out) {
+  static void write_kept_grad(const LossParams& p, int64_t i, const Summary& row, float c, const Kept& kept,
+                              O* out) {
     const float e = p.entropy_weight ? -p.entropy_weight[i] : 0.0f;
     if (c == 0 && e == 0) return Kernels::fill_zero(out, p.in.columns);
     const Slopes slopes = Kernels::slopes_of(c, e, 1.0f / row.exp_sum, row);

@@ -89,8 +89,8 @@ struct LossParams {
   const float* clip_high = nullptr;
   const float* nll_weight = nullptr;
   Rule rule;
-  Matrix out;               // gradient (N, V), may lie in the logits' own rows; data null: not wanted
-  float* loss = nullptr;    // (N,), out, as all below
+  Matrix out;             // gradient (N, V), may lie in the logits' own rows; data null: not wanted
+  float* loss = nullptr;  // (N,), out, as all below
   float* logprobs = nullptr;
   float* entropy = nullptr;
   uint8_t* clipped = nullptr;

@@ -23,18 +23,14 @@ struct Avx2 {
     return _mm256_blendv_ps(all(-INFINITY), _mm256_maskload_ps(p, mask), _mm256_castsi256_ps(mask));
   }
   static FASTPO_INLINE Vec load(const BFloat16* p, All) { return widen(bits_of(p)); }
-  static FASTPO_INLINE Vec load(const BFloat16* p, First part) {
-    return widen(bits_of(p, part, 0xFF80));
-  }
+  static FASTPO_INLINE Vec load(const BFloat16* p, First part) { return widen(bits_of(p, part, 0xFF80)); }
   static FASTPO_INLINE Vec load(const Half* p, All) { return _mm256_cvtph_ps(bits_of(p)); }
   static FASTPO_INLINE Vec load(const Half* p, First part) {
     return _mm256_cvtph_ps(bits_of(p, part, 0xFC00));
   }
 
   static FASTPO_INLINE void store(float* p, Vec v, All) { _mm256_storeu_ps(p, v); }
-  static FASTPO_INLINE void store(float* p, Vec v, First part) {
-    _mm256_maskstore_ps(p, lanes(part), v);
-  }
+  static FASTPO_INLINE void store(float* p, Vec v, First part) { _mm256_maskstore_ps(p, lanes(part), v); }
   static FASTPO_INLINE void store(BFloat16* p, Vec v, All) { put(p, narrow(v)); }
   static FASTPO_INLINE void store(BFloat16* p, Vec v, First part) { put(p, narrow(v), part); }
   static FASTPO_INLINE void store(Half* p, Vec v, All) { put(p, to_half(v)); }
@@ -80,9 +76,7 @@ struct Avx2 {
     memcpy(lane, p, part.count * sizeof(uint16_t));
     return bits_of(lane);
   }
-  static FASTPO_INLINE void put(void* p, __m128i bits) {
-    _mm_storeu_si128(static_cast<__m128i*>(p), bits);
-  }
+  static FASTPO_INLINE void put(void* p, __m128i bits) { _mm_storeu_si128(static_cast<__m128i*>(p), bits); }
   static FASTPO_INLINE void put(void* p, __m128i bits, First part) {
     uint16_t lane[8];
     put(lane, bits);

@@ -32,14 +32,11 @@ struct Avx512 {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
   static FASTPO_INLINE Vec load(const Half* p, First part) {
-    return _mm512_cvtph_ps(
-        _mm256_mask_loadu_epi16(_mm256_set1_epi16(short(0xFC00)), lanes(part), p));
+    return _mm512_cvtph_ps(_mm256_mask_loadu_epi16(_mm256_set1_epi16(short(0xFC00)), lanes(part), p));
   }
 
   static FASTPO_INLINE void store(float* p, Vec v, All) { _mm512_storeu_ps(p, v); }
-  static FASTPO_INLINE void store(float* p, Vec v, First part) {
-    _mm512_mask_storeu_ps(p, lanes(part), v);
-  }
+  static FASTPO_INLINE void store(float* p, Vec v, First part) { _mm512_mask_storeu_ps(p, lanes(part), v); }
   static FASTPO_INLINE void store(BFloat16* p, Vec v, All) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(v));
   }
@@ -89,9 +86,9 @@ struct Avx512 {
     return _mm512_castsi512_si256(_mm512_permutexvar_epi16(upper, rounded));
   }
   static FASTPO_INLINE __m512i word_numbers() {
-    alignas(64) static constexpr uint16_t kNumbers[32] = {
-        0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15,
-        16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
+    alignas(64) static constexpr uint16_t kNumbers[32] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10,
+                                                          11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21,
+                                                          22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
     return _mm512_load_si512(kNumbers);
   }
 };

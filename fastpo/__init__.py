@@ -34,6 +34,7 @@ from fastpo.presets import (
     vespo,
 )
 from fastpo.rewards import overlong_penalty
+from fastpo.rule import TokenInputs, loss_rule
 
 __version__ = "0.1.0"
 
@@ -43,6 +44,7 @@ __all__ = [
     "Objective",
     "PolicyLoss",
     "RolloutCorrection",
+    "TokenInputs",
     "TokenLogprobs",
     "ValueLoss",
     "aspo",
@@ -65,6 +67,7 @@ __all__ = [
     "ipo",
     "linear_policy_loss",
     "linear_token_logprobs",
+    "loss_rule",
     "luspo",
     "overlong_penalty",
     "policy_loss",

@@ -64,6 +64,9 @@ def _register_fakes() -> None:
             (), dtype=torch.int64
         )
 
+    def gae(rewards, *arguments):
+        return torch.empty_like(rewards)
+
     def nothing(*arguments):
         return None
 
@@ -75,6 +78,7 @@ def _register_fakes() -> None:
         "cpp_row_policy_loss": row_policy_loss,
         "cpp_row_grad": nothing,
         "cpp_scale_": nothing,
+        "cpp_gae": gae,
         "group_advantages": group_advantages,
     }.items():
         torch.library.register_fake(f"fastpo::{name}", fake)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastpo import _extension
 from fastpo.objective import count_or_one
 from fastpo.ops import checks
 from fastpo.ops.batch import flat_mask
@@ -162,7 +163,25 @@ def _advantages(
     gamma: float,
     lam: float,
 ) -> Tensor:
-    """The recurrence on (N,) fp64 numbers, 0 in masked slots. A masked slot carries it on."""
+    """The recurrence on (N,) fp64 numbers, 0 in masked slots: in C++, or as specified."""
+    if rewards.device.type == "cpu" and "cpu" in _extension.devices():
+        offsets = segments.offsets
+        if offsets is None:
+            offsets = torch.arange(segments.count + 1) * segments.width
+        arguments = (rewards, values, live, offsets.contiguous())
+        return torch.ops.fastpo.cpp_gae(*arguments, float(gamma), float(lam))
+    return _specified(rewards, values, live, segments, gamma, lam)
+
+
+def _specified(
+    rewards: Tensor,
+    values: Tensor,
+    live: Tensor | None,
+    segments: Segments,
+    gamma: float,
+    lam: float,
+) -> Tensor:
+    """The recurrence in plain torch; a masked slot holds what it carries on, not 0."""
     inside = (~segments.is_last).to(values.dtype)  # 0 where a sequence ends
     alive = torch.ones_like(values) if live is None else live.to(values.dtype)
     next_value = _times(inside, _shift(_reverse_scan((1 - alive) * inside, values)))

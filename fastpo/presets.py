@@ -171,7 +171,7 @@ def dppo(**overrides: Any) -> Objective:
     bounds 0.15; `gate="kl"`: D = KL of the two Bernoulli distributions (p_old, p) with the sign of
     p - p_old, bounds 0.05. Token mean. Source: arXiv 2602.04879; the bounds from its code. verl:
     "dppo_tv" and "dppo_kl", where `ratio_max` is clip_ratio_c and A = 0 counts as clipped by the
-    lower bound, at no change of the loss. TRL 1.16: experimental DPPO.
+    lower bound, at no change of the loss. Not in TRL 1.16.
     """
     bound = 0.05 if overrides.get("gate") == "kl" else 0.15
     return _gated("dppo", overrides, gate="tv", clip_low=bound, clip_high=bound, ratio_max=20.0)
@@ -250,7 +250,8 @@ def gmpo(**overrides: Any) -> Objective:
 
     d is clipped to [-clip_low, clip_high], pessimistically by the sign of A, 0.4 / 0.4 in log space
     as in the paper. Source: Zhao et al. 2025, arXiv 2507.20673. verl: "geo_mean", which divides by
-    len + 1e-8, adds 1e-10 to importance weights and has no bound on the exponent. Not in TRL.
+    len + 1e-8, adds 1e-10 to importance weights and has no bound on the exponent. TRL 1.16: under
+    `trl.experimental`.
     """
     return _make(
         "gmpo",

@@ -106,7 +106,7 @@ def test_short_rows_take_fewer_threads_and_spill_nothing(triton):
 @pytest.mark.parametrize("target", TARGETS)
 def test_resources_everywhere(target, triton, capsys):
     kernels = compile_kernels([target], ["bf16", "fp32"], [50257, *ALIGNED], triton)
-    assert len(kernels) == 5 * (7 + 9)
+    assert len(kernels) == 5 * (8 + 10)
     check_resources(kernels)
     show(kernels, capsys)
 

@@ -6,10 +6,22 @@ import pytest
 import torch
 
 import fastpo
+from fastpo import _extension, critic
+from fastpo.segments import Segments
 
 FP64 = torch.float64
 LENGTHS = [4, 1, 0, 7, 3]
 B, T = len(LENGTHS), 9
+
+
+@pytest.fixture(params=["compiled", "specified"], autouse=True)
+def implementation(request, monkeypatch):
+    """Every test runs on the operator, if it is built, and on plain torch."""
+    if request.param == "specified":
+        monkeypatch.setattr(_extension, "devices", lambda: ())
+    elif (reason := _extension.load_error()) is not None:
+        pytest.skip(reason)
+    return request.param
 
 
 def batch(seed=0, dtype=FP64) -> dict[str, torch.Tensor]:
@@ -245,3 +257,26 @@ OFFSETS = torch.tensor([0, 3], dtype=torch.int32)
 def test_refusals(call, error, words):
     with pytest.raises(error, match=words):
         call()
+
+
+def test_the_operator_passes_opcheck_and_compiles(implementation):
+    if implementation == "specified":
+        pytest.skip("it is about the operator")
+    t = batch()
+    rows = [(t[key] * t["mask"]).flatten() for key in ("rewards", "values", "mask")]
+    offsets = torch.arange(B + 1) * T
+    torch.library.opcheck(torch.ops.fastpo.cpp_gae.default, (*rows, offsets, 0.9, 0.8))
+    segments = Segments.padded(B, T, torch.device("cpu"))
+    specified = critic._specified(*rows, segments, 0.9, 0.8).where(rows[2], 0)
+    got = torch.ops.fastpo.cpp_gae(*rows, offsets, 0.9, 0.8)
+    torch.testing.assert_close(got, specified, rtol=1e-12, atol=1e-13)
+
+    def step(rewards, values, mask):
+        return fastpo.gae(rewards, values, mask=mask, gamma=0.9, lam=0.8).advantages
+
+    arguments = (t["rewards"], t["values"], t["mask"])
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*arguments), step(*arguments))
+    for bad in (torch.tensor([0, 5]), torch.tensor([0, 9, 3, 45])):
+        with pytest.raises(RuntimeError, match="offsets must"):
+            torch.ops.fastpo.cpp_gae(*rows, bad, 0.9, 0.8)

@@ -1,5 +1,8 @@
 """The named objectives: their published defaults, overrides and docstrings."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from fastpo import presets
@@ -129,6 +132,13 @@ def test_unknown_override_names_the_nearest_field(name, wrong, nearest):
     assert f"{name}()" in message and repr(wrong) in message
     assert f"did you mean {nearest!r}" in message
     assert "\n" not in message
+
+
+def test_every_preset_has_a_row_in_the_docs():
+    table = Path(__file__).parent.parent.joinpath("docs", "objectives.md").read_text()
+    rows = [line for line in table.splitlines() if line.startswith("| `")]
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1])}
+    assert named == set(presets.__all__)
 
 
 def test_bad_values_are_refused_through_a_preset():

@@ -16,6 +16,8 @@ LOSS_KEYWORDS = {
     "old_logprobs": None,
     "ref_logprobs": None,
     "importance_weights": None,
+    "clip_bounds": None,
+    "nll_weights": None,
     "cu_seqlens": None,
     "normalizer": None,
 }
@@ -51,7 +53,26 @@ SIGNATURES = {
     ),
     "group_advantages": (
         ["rewards"],
-        {"group_size": None, "group_ids": None, "estimator": "grpo", "eps": 1e-6},
+        {
+            "group_size": None,
+            "group_ids": None,
+            "estimator": "grpo",
+            "eps": 1e-6,
+            "lengths": None,
+            "weights": None,
+        },
+    ),
+    "rollout_correction": (
+        ["old_logprobs", "rollout_logprobs"],
+        {"mode": "truncate", "level": "token", "mask": None, "cu_seqlens": None},
+    ),
+    "gae": (
+        ["rewards", "values"],
+        {"gamma": REQUIRED, "lam": REQUIRED, "mask": None, "cu_seqlens": None},
+    ),
+    "value_loss": (
+        ["values", "returns"],
+        {"old_values": None, "clip": None, "mask": None, "normalizer": None},
     ),
     "overlong_penalty": (["lengths"], {"max_length": REQUIRED, "cache_length": REQUIRED}),
 }
@@ -59,6 +80,9 @@ RESULTS = {
     "PolicyLoss": ["loss", "logprobs", "entropy", "metrics"],
     "TokenLogprobs": ["logprobs", "entropy"],
     "GroupAdvantages": ["advantages", "informative", "num_informative"],
+    "RolloutCorrection": ["weights", "mask", "metrics"],
+    "Gae": ["advantages", "returns"],
+    "ValueLoss": ["loss", "metrics"],
 }
 
 

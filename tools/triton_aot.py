@@ -264,6 +264,8 @@ def launches(vocab: int, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     live = torch.ones(1, dtype=torch.bool)
     dapo = Rule.from_objective(Objective(clip_high=0.28))._asdict()
     everything = Rule.from_objective(Objective(kl_coef=0.1, kl_ratio_weighted=True))._asdict()
+    gate = Objective(surrogate="gate", gate="kl", kl_coef=0.1, old_kl_coef=0.1)
+    gated = Rule.from_objective(gate)._asdict()
     in_place = logits
     calls = {
         "row_stats": lambda: row_stats.row_stats(logits, token, 1.0, None, live),
@@ -287,6 +289,9 @@ def launches(vocab: int, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
         )
 
     policy_losses(in_place, "")
+    calls["row_policy_loss, gated"] = lambda: row_policy_loss.row_policy_loss(
+        logits, token, *[x] * 8, 1.0, x, in_place, **gated
+    )
     if dtype == torch.float32:
         policy_losses(logits.view(torch.bfloat16)[:, vocab:], " fp32 -> bf16")
     return calls

@@ -317,11 +317,8 @@ def two_step(
     loss_of: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
 ) -> RowLosses:
     """Statistics, any loss on (N,) numbers by autograd, then the gradient: what `row_policy_loss`
-    does in one launch for the losses that a kernel knows.
-
-    `loss_of` takes log-probs and entropies (N,), and returns the weighted loss of every row,
-    differentiable in them, and its clip flags.
-    """
+    does in one launch for the losses that a kernel knows. `loss_of` takes log-probs and entropies,
+    and returns the weighted loss of every row, differentiable in them, and its clip flags."""
     gradient = out is not None
     stats = backend.row_stats(logits, tokens, temperature, live)
     with torch.set_grad_enabled(gradient):  # inference mode knows no requires_grad_

@@ -4,12 +4,12 @@ them. What users passed has been checked (`fastpo.ops.checks`)."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from fastpo.backends.base import Backend, RowInputs
+from fastpo.backends.base import RowInputs
 from fastpo.objective import (
     CLIPPED_HIGH,
     CLIPPED_LOW,
@@ -23,14 +23,28 @@ from fastpo.objective import (
     token_weights,
 )
 from fastpo.ops.checks import LossInputs, is_per_sequence, sequence_count, wide_dtype
+from fastpo.rule import RuleObjective, TokenInputs
 from fastpo.segments import Segments
+
+PER_TOKEN = (
+    "mask",
+    "advantages",
+    "old_logprobs",
+    "ref_logprobs",
+    "importance_weights",
+    "clip_low",
+    "clip_high",
+    "nll_weights",
+    "weight",
+    "entropy_weight",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossBatch:
     """Everything a policy loss needs but the policy's own log-probs. Tensors are (N,)."""
 
-    objective: Objective
+    objective: Objective | RuleObjective
     segments: Segments
     mask: Tensor | None
     advantages: Tensor
@@ -77,6 +91,11 @@ class LossBatch:
             entropy_weight=entropy_weights(objective, mask, segments, **options),
         )
 
+    def rows(self, rows: slice | Tensor) -> LossBatch:
+        """Some rows of a batch whose losses depend on their own token alone."""
+        values = {name: of_rows(getattr(self, name), rows) for name in PER_TOKEN}
+        return replace(self, **values)
+
     def row_inputs(self) -> RowInputs:
         """The inputs of `row_policy_loss`: importance weights multiply the advantage."""
         advantages = self.advantages
@@ -95,8 +114,11 @@ class LossBatch:
             self.nll_weights,
         )
 
-    def token_loss(self, logprobs: Tensor) -> TokenLoss:
-        """The specification's per-token terms for log-probs (N,)."""
+    def token_loss(self, logprobs: Tensor, entropy: Tensor | None = None) -> TokenLoss:
+        """The specification's per-token terms for log-probs (N,), or those of a rule, which also
+        sees entropies (N,)."""
+        if isinstance(self.objective, RuleObjective):
+            return self._rule_loss(self.objective, logprobs, entropy)
         return token_loss(
             self.objective,
             logprobs,
@@ -111,6 +133,36 @@ class LossBatch:
             segments=self.segments,
         )
 
+    def _rule_loss(
+        self, objective: RuleObjective, logprobs: Tensor, entropy: Tensor | None
+    ) -> TokenLoss:
+        mask = self.mask
+
+        def harmless(x: Tensor | None, fill: float) -> Tensor | None:
+            # where() also stops a gradient of 0 * inf that a masked slot's numbers would give
+            return x if x is None or mask is None else torch.where(mask, x, fill)
+
+        logprobs, entropy = harmless(logprobs, 0.0), harmless(entropy, 0.0)
+        old = logprobs.detach() if self.old_logprobs is None else harmless(self.old_logprobs, 0.0)
+        ref, weights = harmless(self.ref_logprobs, 0.0), harmless(self.importance_weights, 1.0)
+        if self.sequence_weights is not None:
+            weights = self.segments.spread(self.sequence_weights)
+        tokens = TokenInputs(
+            advantages=harmless(self.advantages, 0.0),
+            old_logprobs=old,
+            ref_logprobs=ref,
+            importance_weights=weights,
+            mask=mask,
+            sequence_ids=self.segments.ids if objective.couples_sequences else None,
+        )
+        loss = harmless(objective.losses(logprobs, entropy, tokens), 0.0)
+        if self.nll_weights is not None:
+            loss = loss - harmless(self.nll_weights, 0.0) * logprobs
+        detached = logprobs.detach()
+        ratio = (detached - old).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+        kl = None if ref is None else kl_term(objective, detached - ref, ratio)
+        return TokenLoss(loss, ratio, kl, torch.zeros_like(loss, dtype=torch.uint8))
+
     def metrics(
         self,
         logprobs: Tensor,
@@ -119,16 +171,13 @@ class LossBatch:
         *,
         ratio: Tensor | None = None,
         ref_kl: Tensor | None = None,
-        backend: Backend | None = None,
     ) -> dict[str, Tensor]:
         """Sums and counts over tokens under the mask (see `PolicyLoss.metrics`).
 
         Inputs (N,), detached. A sequence-level objective brings its own `ratio` and `ref_kl`; those
         of a token-level one follow from the log-probs. One table and one sum, for on GPU every
-        operation here is a launch; a backend may do it all in one (`metric_sums`).
+        operation here is a launch.
         """
-        if ratio is None and (fused := getattr(backend, "metric_sums", None)) is not None:
-            return fused(self.objective, logprobs, entropy, clipped, self)
         old = logprobs if self.old_logprobs is None else self.old_logprobs
         log_ratio = (logprobs - old).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
         ratio = log_ratio.exp() if ratio is None else ratio
@@ -156,7 +205,7 @@ def loss_of_rows(batch: LossBatch) -> Callable[[Tensor, Tensor], tuple[Tensor, T
     """The loss of a batch as the `loss_of` of `fastpo.backends.base.two_step`."""
 
     def loss_of(logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor]:
-        terms = batch.token_loss(logprobs)
+        terms = batch.token_loss(logprobs, entropy)
         loss = batch.weight * terms.loss
         if batch.entropy_weight is not None:
             loss = loss - batch.entropy_weight * entropy

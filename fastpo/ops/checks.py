@@ -8,7 +8,6 @@ the places where a call is checked; the rest is what they share.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from numbers import Real
 from typing import NamedTuple
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpo.objective import Objective, check_takes_clip_bounds
+from fastpo.rule import RuleObjective
 
 _debug = False
 
@@ -35,7 +35,7 @@ def inspects_values(tensor: Tensor) -> bool:
 class LossInputs(NamedTuple):
     """The arguments that every policy loss takes beside its log-probs, as the user gave them."""
 
-    objective: Objective
+    objective: Objective | RuleObjective
     advantages: Tensor
     mask: Tensor | None
     old_logprobs: Tensor | None
@@ -83,7 +83,8 @@ def check_loss(given: LossInputs, leading: torch.Size, like: Tensor) -> None:
             f"objective {objective.name!r} has kl_coef={objective.kl_coef} but ref_logprobs is "
             "None: pass the reference policy's log-probs, or set kl_coef=0"
         )
-    if objective.kl_coef == 0 and given.ref_logprobs is not None:
+    takes_reference = objective.kl_coef != 0 or isinstance(objective, RuleObjective)
+    if given.ref_logprobs is not None and not takes_reference:
         raise ValueError(
             f"ref_logprobs are given but objective {objective.name!r} has kl_coef=0 and would "
             "ignore them: set kl_coef, or pass ref_logprobs=None"
@@ -102,6 +103,11 @@ def _check_clip_bounds(given: LossInputs, leading: torch.Size, like: Tensor) -> 
     for name, bound in zip(("clip_bounds[0]", "clip_bounds[1]"), bounds, strict=True):
         check_tensor(name, bound, leading, like)
         check_floating(name, bound)
+    if isinstance(given.objective, RuleObjective):
+        raise ValueError(
+            f"clip_bounds are given but the objective is a rule, {given.objective.name}: it clips "
+            "as it likes; leave them None"
+        )
     check_takes_clip_bounds(given.objective)
     if not inspects_values(like):
         return
@@ -266,11 +272,9 @@ def check_normalizer(normalizer: object) -> None:
 
 def check_objective(objective: object) -> None:
     """objective: a fastpo.Objective."""
-    if isinstance(objective, Objective):
+    if isinstance(objective, Objective | RuleObjective):
         return
-    if isinstance(objective, Callable) and getattr(objective, "__module__", "") == (
-        "fastpo.presets"
-    ):
+    if callable(objective):
         name = objective.__name__
         raise TypeError(
             f"objective is the preset {name} itself, expected what it returns: call it, "
@@ -278,6 +282,7 @@ def check_objective(objective: object) -> None:
         )
     raise TypeError(
         f"objective is {type(objective).__name__}, expected a fastpo.Objective, e.g. fastpo.dapo()"
+        ", or a callable rule(logprobs, entropy, tokens)"
     )
 
 

@@ -10,13 +10,14 @@ from fastpo.ops import checks
 from fastpo.ops.batch import LossBatch
 from fastpo.ops.checks import LossInputs
 from fastpo.ops.results import PolicyLoss
+from fastpo.rule import Rule, as_objective
 
 
 def policy_loss_from_logprobs(
     logprobs: Tensor,
     advantages: Tensor,
     *,
-    objective: Objective,
+    objective: Objective | Rule,
     entropy: Tensor | None = None,
     mask: Tensor | None = None,
     old_logprobs: Tensor | None = None,
@@ -32,7 +33,7 @@ def policy_loss_from_logprobs(
     Args:
         logprobs: [N] or [B, T] floating, nats; differentiable. bf16 and fp16 are computed in fp32.
         advantages: [...] per token, or [B] (or [B, 1]) per sequence.
-        objective: which loss; see `fastpo.Objective`.
+        objective: which loss; see `fastpo.Objective`; or a callable, see `fastpo.loss_rule`.
         entropy: [...] entropies, nats, differentiable; required when `objective.entropy_coef != 0`.
         mask: [...] bool or 0/1 integers, the tokens that count; None = all.
         old_logprobs: [...] of the policy that sampled; None = strictly on-policy.
@@ -48,6 +49,7 @@ def policy_loss_from_logprobs(
     Raises:
         ValueError, TypeError: see the message: what was got, what is expected, what to do.
     """
+    objective = as_objective(objective)
     given = LossInputs(
         objective,
         advantages,
@@ -95,7 +97,7 @@ def loss_of_batch(
 
     logprobs and entropy are (N,), 0 under a False mask; `leading` is the shape of the result.
     """
-    terms = batch.token_loss(logprobs)
+    terms = batch.token_loss(logprobs, entropy)
     loss = (batch.weight * terms.loss).sum()
     if batch.entropy_weight is not None:
         loss = loss - (batch.entropy_weight * entropy).sum()

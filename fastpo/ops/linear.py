@@ -7,6 +7,8 @@ a training step. Here they exist for one chunk of tokens at a time. Which way a 
     loss, token-level objective       c depends on the row alone: the       6    TokenLevelLoss
                                       gradient is made while its chunk of
                                       logits exists
+    loss, a rule in plain torch       the same, by statistics, autograd on  6    RuleLoss
+                                      a number per token, and gradient
     loss, sequence-level objective,   c depends on the sequence: chunks of  6    SequenceLevelLoss
     every sequence fits a chunk and   whole sequences, statistics, then
     the host knows where they end     the gradient, the logits still there
@@ -16,8 +18,8 @@ a training step. Here they exist for one chunk of tokens at a time. Which way a 
     rows with kept_tokens             a few dot products each, no GEMM      0    LinearKeptLogprobs
                                       (dense rows beside them: 8)                and loss_of_batch
 
-The first two are `FusedLinearLoss`. A frozen head or frozen hidden states save their GEMM; without
-any gradient one GEMM is left. `tp_group` changes none of this: `VocabularyShard` is a backend.
+The first three are `FusedLinearLoss`. A frozen head or trunk saves its GEMM; without any gradient
+one GEMM is left. `tp_group` changes none of this: `VocabularyShard` is a backend.
 """
 
 from __future__ import annotations
@@ -34,7 +36,12 @@ from fastpo.ops.batch import LossBatch, flat_mask, flat_rows, flat_temperature
 from fastpo.ops.checks import LossInputs
 from fastpo.ops.from_logprobs import loss_of_batch
 from fastpo.ops.kept import Kept, check_kept
-from fastpo.ops.linear_autograd import FusedLinearLoss, LinearTokenLogprobs, TokenLevelLoss
+from fastpo.ops.linear_autograd import (
+    FusedLinearLoss,
+    LinearTokenLogprobs,
+    RuleLoss,
+    TokenLevelLoss,
+)
 from fastpo.ops.linear_checks import (
     autocasts,
     check_exponentials,
@@ -47,6 +54,7 @@ from fastpo.ops.linear_kept import LinearKeptLogprobs
 from fastpo.ops.linear_sequences import SequenceLevelLoss
 from fastpo.ops.results import PolicyLoss, TokenLogprobs
 from fastpo.ops.tensor_parallel import VocabularyShard
+from fastpo.rule import Rule, RuleObjective, as_objective
 
 _untraced = untraced("its loop over chunks runs GEMMs and one kernel each: nothing to compile")
 
@@ -59,7 +67,7 @@ def linear_policy_loss(
     advantages: Tensor,
     *,
     bias: Tensor | None = None,
-    objective: Objective,
+    objective: Objective | Rule,
     mask: Tensor | None = None,
     old_logprobs: Tensor | None = None,
     ref_logprobs: Tensor | None = None,
@@ -108,7 +116,8 @@ def linear_policy_loss(
         tokens: [...] int64 or int32 sampled ids.
         advantages: [...] per token, or [B] (or [B, 1]) per sequence.
         bias: [V], or None.
-        objective: which loss; see `fastpo.Objective` and the presets.
+        objective: which loss; see `fastpo.Objective` and the presets; or a callable of your own,
+            `rule(logprobs, entropy, tokens) -> loss` per token, see `fastpo.loss_rule`.
         mask: [...] bool or 0/1 integers, the tokens that count; None = all. NaN in masked rows
             changes nothing.
         old_logprobs: [...] of the policy that sampled; None = strictly on-policy (the ratio is 1
@@ -156,6 +165,7 @@ def linear_policy_loss(
         "tp_group": tp_group,
         "live_rows": live_rows,
     }
+    objective = as_objective(objective)
     given = LossInputs(
         objective,
         advantages,
@@ -181,6 +191,8 @@ def linear_policy_loss(
         return loss_of_batch(batch, logprobs, entropy, leading=leading)
     if objective.is_token_level:
         chunk_loss = TokenLevelLoss(inputs=batch.row_inputs(), objective=objective)
+    elif isinstance(objective, RuleObjective) and not objective.couples_sequences:
+        chunk_loss = RuleLoss.from_batch(batch)
     else:
         chunk_loss = SequenceLevelLoss.from_batch(batch, call, weight)
     if chunk_loss is None:
@@ -192,8 +204,8 @@ def linear_policy_loss(
     )
     fused = FusedExpLoss if call.exponentials else FusedLinearLoss
     loss, logprobs, entropy, clipped = fused.apply(hidden, weight, bias, call, chunk_loss, needs)
-    terms = {"backend": call.backend}
-    if not objective.is_token_level:
+    terms = {}
+    if isinstance(objective, Objective) and not objective.is_token_level:
         with torch.no_grad():
             whole = batch.token_loss(logprobs)
         terms = {"ratio": whole.ratio, "ref_kl": whole.kl}

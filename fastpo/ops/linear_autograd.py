@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from fastpo.backends.base import RowInputs, RowLosses, RowStats
+from fastpo.backends.base import RowInputs, RowLosses, RowStats, two_step
 from fastpo.objective import Objective
 from fastpo.ops.autograd import first_order, row_grads, save, saved
-from fastpo.ops.batch import of_rows
+from fastpo.ops.batch import LossBatch, loss_of_rows, of_rows
 from fastpo.ops.checks import wide_dtype
 from fastpo.ops.head import Head
 from fastpo.ops.linear_chunks import ChunkRows, LinearCall, put
@@ -145,6 +145,49 @@ class TokenLevelLoss:
             self.objective,
             temperature,
             chunk.grad,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuleLoss:
+    """A rule in plain torch whose losses depend on their own token alone: any rows at a time."""
+
+    batch: LossBatch
+    has_entropy_gradient: bool = True
+
+    @classmethod
+    def from_batch(cls, batch: LossBatch) -> RuleLoss:
+        """Weights per sequence become weights per token: a chunk knows no sequences."""
+        if batch.sequence_weights is not None:
+            weights = batch.segments.spread(batch.sequence_weights)
+            batch = replace(batch, sequence_weights=None, importance_weights=weights)
+        return cls(batch=batch)
+
+    def chunks(
+        self, call: LinearCall, head: Head, *, gradient: bool
+    ) -> tuple[list[ChunkRows], list[ChunkRows]]:
+        """Only the rule knows which rows have no gradient."""
+        return (call.chunks(head), []) if gradient else ([], call.chunks(head))
+
+    def losses(self, call: LinearCall, chunk: Chunk, temperature: float | Tensor) -> RowLosses:
+        """See `ChunkLoss`."""
+        part = self.batch.rows(chunk.rows)
+        loss_of = loss_of_rows(part)
+
+        def checked_loss_of(logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor]:
+            loss, clipped = loss_of(logprobs, entropy)
+            if chunk.grad is not None:
+                part.objective.check_depends_only_on(loss, logprobs, entropy)
+            return loss, clipped
+
+        return two_step(
+            call.backend,
+            chunk.logits,
+            call.tokens[chunk.rows],
+            temperature,
+            chunk.grad,
+            live=call.row_mask(chunk.rows),
+            loss_of=checked_loss_of,
         )
 
 

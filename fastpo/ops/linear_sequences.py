@@ -9,24 +9,12 @@ import torch
 from torch import Tensor
 
 from fastpo.backends.base import RowLosses, two_step
-from fastpo.ops.batch import LossBatch
+from fastpo.ops.batch import PER_TOKEN, LossBatch
 from fastpo.ops.head import Head
 from fastpo.ops.linear_chunks import ChunkRows, LinearCall
 from fastpo.ops.linear_workspace import Chunk
+from fastpo.rule import RuleObjective
 from fastpo.segments import Segments
-
-_PER_TOKEN = (
-    "mask",
-    "advantages",
-    "old_logprobs",
-    "ref_logprobs",
-    "importance_weights",
-    "clip_low",
-    "clip_high",
-    "nll_weights",
-    "weight",
-    "entropy_weight",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +28,8 @@ class SequenceLevelLoss:
     @property
     def has_entropy_gradient(self) -> bool:
         """See `fastpo.ops.linear_autograd.ChunkLoss`."""
-        return self.batch.entropy_weight is not None
+        is_rule = isinstance(self.batch.objective, RuleObjective)
+        return is_rule or self.batch.entropy_weight is not None
 
     @classmethod
     def from_batch(
@@ -83,10 +72,16 @@ class SequenceLevelLoss:
 
         def loss_of(logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor]:
             # 0 in the sequences' masked rows, which are not in this chunk
-            full = torch.zeros_like(part.weight)
+            full, full_entropy = torch.zeros_like(part.weight), None
             full[inside] = logprobs
-            terms = part.token_loss(full)
+            is_rule = isinstance(part.objective, RuleObjective)
+            if is_rule:
+                full_entropy = torch.zeros_like(part.weight)
+                full_entropy[inside] = entropy
+            terms = part.token_loss(full, full_entropy)
             loss = (part.weight * terms.loss)[inside]
+            if is_rule and chunk.grad is not None:
+                part.objective.check_depends_only_on(loss, logprobs, entropy)
             if part.entropy_weight is not None:
                 loss = loss - part.entropy_weight[inside] * entropy
             return loss, terms.clipped[inside]
@@ -134,7 +129,7 @@ def _cut(batch: LossBatch, begin: int, end: int, span: slice) -> LossBatch:
         offsets = batch.segments.offsets[begin : end + 1] - span.start
         segments = Segments.packed(offsets, span.stop - span.start)
     weights = batch.sequence_weights
-    rows = {name: getattr(batch, name) for name in _PER_TOKEN}
+    rows = {name: getattr(batch, name) for name in PER_TOKEN}
     return replace(
         batch,
         segments=segments,

@@ -25,6 +25,7 @@ from fastpo.ops.checks import LossInputs
 from fastpo.ops.from_logprobs import loss_of_batch
 from fastpo.ops.kept import Kept, check_kept, kept_logprobs
 from fastpo.ops.results import PolicyLoss, TokenLogprobs
+from fastpo.rule import Rule, as_objective
 
 _Rows = TypeVar("_Rows", bound=tuple)
 
@@ -34,7 +35,7 @@ def policy_loss(
     tokens: Tensor,
     advantages: Tensor,
     *,
-    objective: Objective,
+    objective: Objective | Rule,
     mask: Tensor | None = None,
     old_logprobs: Tensor | None = None,
     ref_logprobs: Tensor | None = None,
@@ -61,7 +62,8 @@ def policy_loss(
             along V. `logits[i]` scores `tokens[i]`: nothing is shifted here.
         tokens: [...] int64 or int32 sampled ids.
         advantages: [...] per token, or [B] (or [B, 1]) per sequence.
-        objective: which loss; see `fastpo.Objective` and the presets.
+        objective: which loss; see `fastpo.Objective` and the presets; or a callable of your own,
+            `rule(logprobs, entropy, tokens) -> loss` per token, see `fastpo.loss_rule`.
         mask: [...] bool or 0/1 integers, the tokens that count; None = all. Masked rows are never
             read.
         old_logprobs: [...] of the policy that sampled; None = strictly on-policy (the ratio is 1
@@ -89,6 +91,7 @@ def policy_loss(
     Raises:
         ValueError, TypeError: see the message: what was got, what is expected, what to do.
     """
+    objective = as_objective(objective)
     given = LossInputs(
         objective,
         advantages,
@@ -127,7 +130,7 @@ def policy_loss(
     loss, logprobs, entropy, clipped = FusedPolicyLoss.apply(
         logits, tokens, batch.row_inputs(), *settings
     )
-    metrics = batch.metrics(logprobs, entropy, clipped, backend=backends.load(backend))
+    metrics = batch.metrics(logprobs, entropy, clipped)
     return PolicyLoss(loss, logprobs.view(leading), entropy.view(leading), metrics)
 
 
@@ -228,7 +231,7 @@ class FusedPolicyLoss(torch.autograd.Function):
         logits: Tensor,
         tokens: Tensor,
         inputs: RowInputs,
-        objective: Objective,
+        objective: Objective | Rule,
         temperature: float | Tensor,
         backend: str,
         needs_grad: bool,
@@ -273,7 +276,7 @@ def _row_losses(
     logits: Tensor,
     tokens: Tensor,
     inputs: RowInputs,
-    objective: Objective,
+    objective: Objective | Rule,
     temperature: float | Tensor,
     backend: str,
     grad: Tensor | None,

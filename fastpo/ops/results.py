@@ -23,8 +23,8 @@ class PolicyLoss(NamedTuple):
     metrics: dict[str, Tensor]
     """Detached 0-d tensors on the device, sums and counts only, so micro-batches and ranks add:
     `tokens` (under the mask), `entropy`, `ratio`, `old_kl` (k3 estimate of KL(old || policy)),
-    `clip_low`, `clip_high`, `clip_max` (tokens whose gradient each bound cut; CISPO: whose ratio is
-    above `ratio_max`), `ref_kl` (with a reference). Divide by `tokens` for means."""
+    `clip_low`, `clip_high`, `clip_max` (tokens that each bound clipped), `ref_kl` (with a
+    reference). Divide by `tokens` for means; a rule in plain torch counts no clips."""
 
     def means(self) -> dict[str, float]:
         """The metrics as floats: `tokens` itself, everything else per token (0 without tokens).
