@@ -2,6 +2,13 @@
 
 from fastpo.advantages import GroupAdvantages, group_advantages
 from fastpo.critic import Gae, ValueLoss, gae, value_loss
+from fastpo.kept import (
+    KeptTokens,
+    kept_from_arrays,
+    kept_from_logits,
+    kept_from_mask,
+    sampling_mask,
+)
 from fastpo.masks import completion_mask
 from fastpo.mismatch import RolloutCorrection, rollout_correction
 from fastpo.objective import Objective
@@ -41,6 +48,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Gae",
     "GroupAdvantages",
+    "KeptTokens",
     "Objective",
     "PolicyLoss",
     "RolloutCorrection",
@@ -65,6 +73,9 @@ __all__ = [
     "gspo_token",
     "icepop",
     "ipo",
+    "kept_from_arrays",
+    "kept_from_logits",
+    "kept_from_mask",
     "linear_policy_loss",
     "linear_token_logprobs",
     "loss_rule",
@@ -75,6 +86,7 @@ __all__ = [
     "ppo",
     "reinforce",
     "rollout_correction",
+    "sampling_mask",
     "sapo",
     "set_debug",
     "token_logprobs",
