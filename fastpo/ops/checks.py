@@ -8,12 +8,14 @@ the places where a call is checked; the rest is what they share.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from numbers import Real
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from fastpo.backends.base import RowDetails
 from fastpo.objective import Objective, check_takes_clip_bounds
 from fastpo.rule import RuleObjective
 
@@ -126,7 +128,7 @@ def check_rows(tokens: object, mask: object, temperature: object, like: Tensor) 
     check_tensor("tokens", tokens, leading, like, what=" (one id per row; the ops never shift)")
     if tokens.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"tokens have dtype {tokens.dtype}, expected int64 or int32")
-    _check_temperature(temperature, leading, mask, like)
+    check_temperature(temperature, leading, mask, like)
 
 
 def check_token_range(tokens: Tensor, vocabulary: int, mask: Tensor | None) -> None:
@@ -233,7 +235,7 @@ def check_positive(name: str, value: object, *, what: str = "a number") -> None:
         raise ValueError(f"{name} is {value}, expected a finite number > 0")
 
 
-def _check_temperature(
+def check_temperature(
     temperature: object, leading: torch.Size, mask: Tensor | None, like: Tensor
 ) -> None:
     """A finite number > 0, or a tensor of them with the leading shape."""
@@ -246,6 +248,20 @@ def _check_temperature(
         if not (good if mask is None else good | ~mask.bool()).all():
             raise ValueError(
                 "temperature holds a value that is not finite and positive on a live row"
+            )
+
+
+def check_statistics(statistics: object) -> None:
+    """Names of `fastpo.backends.base.RowDetails`."""
+    if isinstance(statistics, str) or not isinstance(statistics, Sequence):
+        raise TypeError(
+            f"statistics is {type(statistics).__name__}, expected a tuple of names, e.g. "
+            '("is_top1",)'
+        )
+    for name in statistics:
+        if name not in RowDetails._fields:
+            raise ValueError(
+                f"statistics hold {name!r}, expected names among {', '.join(RowDetails._fields)}"
             )
 
 

@@ -10,6 +10,7 @@ kept_tokens     the logits of these ids alone, gathered, in plain torch; dense r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
@@ -24,7 +25,7 @@ from fastpo.ops.batch import LossBatch, flat_mask, flat_rows, flat_temperature, 
 from fastpo.ops.checks import LossInputs
 from fastpo.ops.from_logprobs import loss_of_batch
 from fastpo.ops.kept import Kept, check_kept, kept_logprobs
-from fastpo.ops.results import PolicyLoss, TokenLogprobs
+from fastpo.ops.results import PolicyLoss, TokenLogprobs, TokenStatistics
 from fastpo.rule import Rule, as_objective
 
 _Rows = TypeVar("_Rows", bound=tuple)
@@ -107,7 +108,7 @@ def policy_loss(
     checks.check_logits_op(logits, tokens, mask, temperature, inplace=inplace)
     leading = logits.shape[:-1]
     checks.check_loss(given, leading, logits)
-    _check_kept(kept_tokens, kept_offsets, tokens, mask, logits, inplace=inplace)
+    check_kept(kept_tokens, kept_offsets, tokens, mask, logits.shape[-1], inplace=inplace)
     backend = backends.resolve(backend, logits.device, logits.dtype)
     batch = LossBatch.from_inputs(given, leading, logits)
     tokens, temperature = flat_rows(tokens, torch.int64), flat_temperature(temperature, logits)
@@ -145,7 +146,8 @@ def token_logprobs(
     backend: str | None = None,
     kept_tokens: Tensor | None = None,
     kept_offsets: Tensor | None = None,
-) -> TokenLogprobs:
+    statistics: Sequence[str] = (),
+) -> TokenLogprobs | TokenStatistics:
     """Log-prob and entropy of every token, both differentiable: the base of any loss you write.
 
     One read of the logits forward, one read and one write backward, nothing of their size in
@@ -162,13 +164,18 @@ def token_logprobs(
         inplace_backward: another name of `inplace`.
         backend: as in `policy_loss`.
         kept_tokens, kept_offsets: as in `policy_loss`.
+        statistics: "log_sum_sq_probs", "mean_logits", "is_top1", any of them, from the same launch
+            and without gradient: a `TokenStatistics` comes back. Not with kept_tokens.
 
     Raises:
         ValueError, TypeError: see the message: what was got, what is expected, what to do.
     """
     inplace = inplace or inplace_backward
     checks.check_logits_op(logits, tokens, mask, temperature, inplace=inplace)
-    _check_kept(kept_tokens, kept_offsets, tokens, mask, logits, inplace=inplace)
+    check_kept(kept_tokens, kept_offsets, tokens, mask, logits.shape[-1], inplace=inplace)
+    checks.check_statistics(statistics)
+    if statistics and kept_tokens is not None:
+        raise ValueError("statistics with kept_tokens: they are of whole rows, ask for one of both")
     leading = logits.shape[:-1]
     backend = backends.resolve(backend, logits.device, logits.dtype)
     tokens, mask = flat_rows(tokens, torch.int64), flat_mask(mask)
@@ -177,32 +184,16 @@ def token_logprobs(
     if kept is not None:
         logprobs, entropy = _kept_rows(logits, tokens, mask, temperature, backend, kept)
         return TokenLogprobs(logprobs.view(leading), entropy.view(leading))
-    logprobs, entropy = LogitsTokenLogprobs.apply(
+    outputs = LogitsTokenLogprobs.apply(
         logits,
         tokens,
         mask,
         temperature,
         backend,
         inplace and not torch.compiler.is_compiling(),
+        bool(statistics),
     )
-    return TokenLogprobs(logprobs.view(leading), entropy.view(leading))
-
-
-def _check_kept(
-    kept_tokens: object,
-    kept_offsets: object,
-    tokens: Tensor,
-    mask: Tensor | None,
-    logits: Tensor,
-    *,
-    inplace: bool,
-) -> None:
-    check_kept(kept_tokens, kept_offsets, tokens, mask, logits.shape[-1])
-    if kept_tokens is not None and inplace:
-        raise ValueError(
-            "inplace with kept_tokens: their gradient is scattered into a new tensor of zeros, "
-            "expected inplace=False"
-        )
+    return TokenStatistics.from_rows(outputs, statistics, leading)
 
 
 def _kept_rows(
@@ -306,27 +297,33 @@ class LogitsTokenLogprobs(torch.autograd.Function):
         temperature: float | Tensor,
         backend: str,
         inplace: bool,
+        with_details: bool = False,
     ):
-        row_stats = backends.load(backend).row_stats
+        rows = backends.load(backend)
+        sweep = rows.row_details if with_details else rows.row_stats
         views = row_views(logits.detach())
-        stats = concatenate(
-            [
-                row_stats(view, tokens[cut], of_rows(temperature, cut), of_rows(mask, cut))
-                for view, cut in zip(views, slices(views), strict=True)
-            ]
-        )
+        parts = [
+            sweep(view, tokens[cut], of_rows(temperature, cut), of_rows(mask, cut))
+            for view, cut in zip(views, slices(views), strict=True)
+        ]
+        details = ()
+        if with_details:
+            parts, more = zip(*parts, strict=True)
+            details = concatenate(list(more))
+            ctx.mark_non_differentiable(*details)
+        stats = concatenate(list(parts))
         ctx.set_materialize_grads(False)
         per_row = temperature if isinstance(temperature, Tensor) else None
         save(ctx, logits, tokens, mask, per_row, *stats)
         ctx.temperature, ctx.backend, ctx.inplace = temperature, backend, inplace
         # Copies: whoever edits a returned log-prob must not edit what the backward pass reads.
-        return stats.logprobs.clone(), stats.entropy.clone()
+        return stats.logprobs.clone(), stats.entropy.clone(), *details
 
     @staticmethod
     @first_order
-    def backward(ctx, logprob_grad: Tensor | None, entropy_grad: Tensor | None):
+    def backward(ctx, logprob_grad: Tensor | None, entropy_grad: Tensor | None, *_):
         if logprob_grad is None and entropy_grad is None:
-            return (None,) * 6
+            return (None,) * 7
         if ctx.inplace:
             _refuse_second_backward(ctx)
         logits, tokens, mask, per_row, *stats = saved(ctx)
@@ -349,7 +346,7 @@ class LogitsTokenLogprobs(torch.autograd.Function):
                 of_rows(temperature, cut),
                 out,
             )
-        return grad, *(None,) * 5
+        return grad, *(None,) * 6
 
 
 def _refuse_second_backward(ctx) -> None:
