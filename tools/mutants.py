@@ -7,8 +7,8 @@ its place, and the `tests` that must fail then. It is killed if one does, or the
 survived otherwise. Those with a reason under `equivalent` compute the same, and are not run.
 
 Everything happens in copies of the checkout, where the tests of all chosen mutants must first pass.
-They run in forks of this process, which has imported torch once; a mutant of csrc is linked from
-the object files that it leaves alone.
+They run in forks of this process, which has imported torch once. A mutant of csrc names the `units`
+to compile anew, `rows` for the one of the SIMD level that tests run on.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -75,10 +74,15 @@ class Tree:
         self.extension = {file: file.read_bytes() for file in (path / "fastpo").glob("_C*.so")}
 
     def _build(self) -> list[list[str]]:
-        environment = {**os.environ, "FASTPO_FORCE_EXT": "1", "FASTPO_CUDA": "0"}
+        switches = {"FASTPO_FORCE_EXT": "1", "FASTPO_CUDA": "0", "FASTPO_CXXFLAGS": "-O1"}
         command = [sys.executable, "setup.py", "build_ext", "--inplace", "--force"]
         output = subprocess.run(
-            command, cwd=self.path, env=environment, capture_output=True, text=True, check=True
+            command,
+            cwd=self.path,
+            env=os.environ | switches,
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout
         return [shlex.split(line) for line in output.splitlines() if " -o " in line]
 
@@ -96,30 +100,21 @@ class Tree:
         for file, content in self.extension.items() if mutant["area"] == "csrc" else ():
             file.write_bytes(content)
 
-    def compile(self, file: str) -> bool:
-        """Compile the units that include `file`; of the SIMD levels, the one that tests run on."""
-        link, done = next(c for c in self.commands if "-shared" in c), True
+    def compile(self, units: list[str]) -> bool:
+        """Compile some units, `rows` at the SIMD level that tests run on, and link."""
         level = next(name for name, flag in LEVELS if flag in Path("/proc/cpuinfo").read_text())
-        for command in (c for c in self.commands if "-c" in c):
-            unit, target = command[command.index("-c") + 1], command[command.index("-o") + 1]
-            others = {f"csrc/rows_{name}.cpp" for name, _ in LEVELS if name != level}
-            if file in self._included(unit) and unit not in others:
-                changed = {target: f"{target}.mutant.o", "-O3": "-O1"}
-                command = [changed.get(x, x) for x in command]
-                done &= not subprocess.run(command, cwd=self.path).returncode
-                link = [changed.get(x, x) for x in link]
-        return done and not subprocess.run(link, cwd=self.path).returncode
-
-    def _included(self, file: str) -> set[str]:
-        found, waiting = set(), [file]
-        while waiting:
-            found.add(name := waiting.pop())
-            names = re.findall(r'#include "([^"]+)"', (self.path / name).read_text())
-            waiting += [f"csrc/{n}" for n in names if f"csrc/{n}" not in found]
-        return found
+        link, good = next(c for c in self.commands if "-shared" in c), True
+        for unit in units:
+            source = f"csrc/rows_{level}.cpp" if unit == "rows" else f"csrc/{unit}.cpp"
+            command = next(c for c in self.commands if source in c)
+            target = command[command.index("-o") + 1]
+            changed = {target: f"{target}.mutant.o"}
+            command, link = ([changed.get(x, x) for x in line] for line in (command, link))
+            good &= not subprocess.run(command, cwd=self.path).returncode
+        return good and not subprocess.run(link, cwd=self.path).returncode
 
 
-def fork(tree: Tree, tests: list[str], log: Path, changed: str = "") -> int:
+def fork(tree: Tree, tests: list[str], log: Path, units: list[str] | None = None) -> int:
     """Run tests in a tree, in a process group of their own; its id."""
     sys.stdout.flush()
     if child := os.fork():
@@ -132,7 +127,7 @@ def fork(tree: Tree, tests: list[str], log: Path, changed: str = "") -> int:
         os.chdir(tree.path)
         sys.path.insert(0, str(tree.path))
         os.environ["PYTHONPATH"] = str(tree.path)
-        if not changed.startswith("csrc/") or tree.compile(changed):
+        if not units or tree.compile(units):
             import pytest
 
             code = int(pytest.main(["-x", "-q", "-m", "", "-p", "no:cacheprovider", *tests]))
@@ -171,7 +166,7 @@ def run(mutants: list[dict], folder: Path, jobs: int, seconds: float) -> None:
         while todo and trees:
             mutant, tree = todo.pop(), trees.pop()
             tree.apply(mutant)
-            child = fork(tree, mutant["tests"], folder / str(mutant["number"]), mutant["file"])
+            child = fork(tree, mutant["tests"], folder / str(mutant["number"]), mutant.get("units"))
             running[child] = (time.monotonic() + seconds, tree, mutant)
         child, result = wait_for({child: entry[0] for child, entry in running.items()})
         _, tree, mutant = running.pop(child)
