@@ -459,6 +459,13 @@ def test_writing_is_seen_by_autograd():
         cpp_rows.scale_(capped, torch.tensor(2.0))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         capped.sum().backward()
+    case = RowCase.random(5, 64, EVERYTHING)
+    capped = torch.randn(5, 64, requires_grad=True).tanh()
+    with torch.no_grad():
+        stats = cpp_rows.row_stats(case.logits, case.tokens, 1.0)
+        cpp_rows.row_grad(case.logits, case.tokens, stats, torch.ones(5), None, 1.0, capped)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        capped.sum().backward()
 
 
 def test_compiles_into_one_graph():

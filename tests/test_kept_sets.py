@@ -242,6 +242,22 @@ def test_masked_rows_of_logits_are_never_read(backend):
         assert torch.equal(x, y) and x.isfinite().all()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_returned_numbers_may_be_edited(backend):
+    """REGRESSIONS 44: in place, before the backward, which reads none of them."""
+    batch, grads = KeptBatch(), []
+    for edit in (False, True):
+        leaves = [x.clone().requires_grad_() for x in (batch.hidden, batch.weight)]
+        scored = fastpo.linear_token_logprobs(
+            *leaves, batch.tokens, backend=backend, **batch.head, **batch.kept
+        )
+        if edit:
+            scored.logprobs.mul_(2)
+            scored.entropy.zero_()
+        grads.append(torch.autograd.grad(scored.logprobs.sum() * (1 - edit / 2), leaves))
+    assert all(torch.equal(a, b) and a.any() for a, b in zip(*grads, strict=True))
+
+
 def test_a_frozen_head_and_missing_gradients():
     batch = KeptBatch(bias=torch.randn(V))
     arguments = {"tokens": batch.tokens, "temperature": 0.8} | batch.kept

@@ -232,6 +232,19 @@ def test_strides_of_any_argument(view, chunk_tokens):
     assert all(torch.equal(a, b) for a, b in zip(grads, expected, strict=True))
 
 
+def test_chunks_of_an_unmasked_view():
+    """Consecutive rows of `hidden[:, :-1]`, whose dimensions do not merge."""
+    hidden, weight = torch.randn(3, 9, 8), torch.randn(31, 8)
+    tokens = torch.randint(31, (3, 8))
+    assert not hidden[:, :-1].is_contiguous()
+    for chunk_tokens in (None, 5):
+        view, copy = (
+            fastpo.linear_token_logprobs(x, weight, tokens, chunk_tokens=chunk_tokens)
+            for x in (hidden[:, :-1], hidden[:, :-1].contiguous())
+        )
+        assert all(torch.equal(a, b) for a, b in zip(view, copy, strict=True))
+
+
 def test_expanded_incoming_gradient():
     """REGRESSIONS 5: sum() sends back a stride-0 gradient, a slice a strided one."""
     case = LinearCase.random()

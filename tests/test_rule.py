@@ -123,6 +123,27 @@ def test_equals_the_loss_it_writes_out_on_logits_and_logprobs(name, backend):
     close(results[1], results[3], skip)
 
 
+@pytest.mark.parametrize("chunk_tokens", [None, 8])
+def test_weights_per_sequence_reach_a_rule(chunk_tokens):
+    """A chunk knows no sequences: there they are weights per token."""
+    case = LinearCase.random()
+    weights = torch.tensor([0.5, 2.0, 0.0])
+    options = {"mask": case.mask, "old_logprobs": case.old_logprobs, "importance_weights": weights}
+    losses = [
+        fastpo.linear_policy_loss(
+            case.hidden,
+            case.weight,
+            case.tokens,
+            case.advantages,
+            objective=objective,
+            chunk_tokens=chunk_tokens,
+            **options,
+        ).loss
+        for objective in (dapo, fastpo.dapo())
+    ]
+    torch.testing.assert_close(*losses)
+
+
 @pytest.mark.parametrize(("name", "chunk_tokens", "gemms"), [("dapo", 32, 3), ("gspo", 64, 3)])
 def test_costs_one_pass(name, chunk_tokens, gemms):
     """6 N D V, as a built-in loss of its kind."""
