@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 SEED ?= 0
 PYTEST_ARGS ?=
+MUTANTS ?=
 
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
@@ -18,7 +19,7 @@ VERL_IMPORTS := ray tensordict hydra-core codetiming orjson
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo demo-smollm2 test test-all lint format sanitize bench aot gpu clean
+.PHONY: help setup demo demo-smollm2 test test-all lint format sanitize mutants bench aot gpu clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -54,6 +55,9 @@ format: $(STAMPS)/lint ## Reformat the code
 
 sanitize: $(STAMPS)/fastpo ## Run csrc's tests under AddressSanitizer and UBSan (GCC, Linux)
 	@$(BIN)/python tools/sanitize.py
+
+mutants: $(STAMPS)/peers ## Plant the defects of tools/mutants.toml, one at a time, and count which tests notice (MUTANTS=...)
+	@$(BIN)/python tools/mutants.py $(MUTANTS)
 
 bench: $(STAMPS)/peers ## Time fastpo against its peers on this machine
 	@$(BIN)/python benchmarks/bench_cpu_rows.py

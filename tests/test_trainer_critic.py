@@ -103,6 +103,19 @@ def test_the_critic_learns_what_the_reward_will_be():
     assert metrics["value/clip_ratio"] == 0.0 and metrics["value/grad_norm"] > 0
 
 
+def test_the_critic_leaves_the_policy_alone():
+    """Its trunk is a copy: the policy moves by its own loss only."""
+    torch.manual_seed(0)
+    model = ModelConfig(hidden_size=32, layers=1, heads=2)
+    policy = make_policy(model, CPU, alphabet="0123456789=", stop=None)
+    before = [p.detach().clone() for p in policy.model.parameters()]
+    critic = Critic(policy, CriticConfig(), OptimConfig())
+    groups = groups_of(1.0, 0.0, 0.5, 1.0)
+    critic.assign_advantages(groups)
+    critic.learn(groups[0], torch.Generator())
+    assert all(map(torch.equal, before, policy.model.parameters()))
+
+
 def test_micro_batches_change_nothing_and_clipping_bounds_a_step():
     steps = []
     for budget in (4, 10_000):

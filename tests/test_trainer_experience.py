@@ -163,6 +163,8 @@ def test_a_group_teaches_by_its_verdicts_or_by_its_rewards():
     ):
         assert experience.is_informative(scored(*scores)) is by_correct
         assert experience.is_informative(scored(*scores), "reward") is by_reward
+    verdicts = [sample.correct for sample in scored(1.0, 0.9, math.inf, math.nan)]
+    assert verdicts == [True, False, False, False]
 
 
 def test_continuous_rewards_are_learned_from_when_told_so(monkeypatch):

@@ -189,6 +189,12 @@ def test_choices_follow_the_distribution_to_its_ends():
     torch.testing.assert_close(logprobs, expected)
 
 
+def test_a_draw_of_zero_takes_no_impossible_token():
+    logits = torch.tensor([[-math.inf, -math.inf, 0.0, 1.0]])
+    sampling, noise = Sampling(group_size=1, max_new_tokens=1), torch.zeros(1, dtype=torch.float64)
+    assert rollout.choose(logits, sampling, noise)[0].tolist() == [2]
+
+
 @pytest.mark.parametrize(
     ("options", "kept"),
     [
