@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import fastpo
+from fastpo.integrations import _tap
 from fastpo.integrations._lm_head import read_head
 from fastpo.integrations.transformers import (
     attach,
@@ -162,6 +163,33 @@ def test_a_head_that_does_more_is_refused_by_name(dtype):
     model.lm_head.forward = lambda hidden: torch.nn.Linear.forward(model.lm_head, hidden) + shift
     with pytest.raises(ValueError, match="LlamaForCausalLM does more"):
         causal_lm_policy_loss(model, ids, advantages, **options)
+
+
+def test_a_head_that_changes_is_compared_again(monkeypatch):
+    """REGRESSIONS 31: once for each state of a head, its adapters included."""
+    compared = []
+    monkeypatch.setattr(_tap, "check_logits", lambda *arguments: compared.append(arguments))
+    ids, mask, advantages = batch()
+    asked = {"advantages": advantages, "completion_mask": mask, "objective": fastpo.dapo()}
+    model = attach(tiny())
+    for adapters, count in ((), 1), ((), 1), (("a",), 2), (("a",), 2), (("b",), 3):
+        model.lm_head.active_adapters = adapters
+        model(input_ids=ids, policy_loss=asked)
+        assert len(compared) == count
+
+
+class Twice(transformers.LlamaForCausalLM):
+    def forward(self, input_ids, **inputs):
+        states = self.model(input_ids, **inputs).last_hidden_state
+        self.lm_head(states)
+        return transformers.modeling_outputs.CausalLMOutput(logits=self.lm_head(states))
+
+
+def test_a_head_that_is_called_twice_is_refused():
+    ids, mask, advantages = batch()
+    options = {"completion_mask": mask, "objective": fastpo.dapo()}
+    with pytest.raises(ValueError, match="Twice's forward calls its LM head more than once"):
+        causal_lm_policy_loss(Twice(tiny().config), ids, advantages, **options)
 
 
 def test_lm_head_goes_with_the_trunk_or_is_refused():

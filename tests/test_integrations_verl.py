@@ -97,6 +97,19 @@ def test_a_preset_is_verls_own_loss_with_every_setting_of_its_config(installed, 
     assert {key: metrics[key] for key in expected} == pytest.approx(expected, rel=1e-6)
 
 
+def test_a_token_far_off_policy_counts_20_nats_in_the_kl(installed):
+    """As in verl, whose log-ratio is clamped before its mean."""
+    core, config_class = installed
+    data = Data()
+    data.mask[0, 0] = 1
+    data.old[0, 0] = data.logprobs[0, 0] + 50
+    config = actor(config_class)
+    (_, ours), (_, theirs) = (
+        data.call(core, n, config, MODES[0]) for n in ("fastpo_dapo", "vanilla")
+    )
+    assert ours["actor/ppo_kl"] == pytest.approx(theirs["actor/ppo_kl"], rel=1e-6)
+
+
 def test_the_configs_numbers_reach_the_loss(installed):
     """Each of them changes it: a comparison with verl alone could pass with both ignored."""
     core, config_class = installed

@@ -320,6 +320,6 @@ def test_bad_input_is_refused_in_one_line(name):
 def test_a_token_that_was_not_kept_is_nan_where_nobody_checks(monkeypatch):
     """As on a GPU, where reading values would wait for the device."""
     monkeypatch.setattr(checks, "inspects_values", lambda tensor: False)
-    kept = {"kept_tokens": torch.tensor([1, 2, 3, 4]), "kept_offsets": torch.tensor([0, 2, 4])}
-    logprobs = fastpo.token_logprobs(torch.randn(2, 9), torch.tensor([1, 5]), **kept).logprobs
-    assert logprobs.isnan().tolist() == [False, True]
+    kept = {"kept_tokens": torch.arange(1, 6), "kept_offsets": torch.tensor([0, 2, 4, 5])}
+    logprobs = fastpo.token_logprobs(torch.randn(3, 9), torch.tensor([1, 5, 6]), **kept).logprobs
+    assert logprobs.isnan().tolist() == [False, True, True]

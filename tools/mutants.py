@@ -103,7 +103,8 @@ class Tree:
     def compile(self, units: list[str]) -> bool:
         """Compile some units, `rows` at the SIMD level that tests run on, and link."""
         level = next(name for name, flag in LEVELS if flag in Path("/proc/cpuinfo").read_text())
-        link, good = next(c for c in self.commands if "-shared" in c), True
+        link, good = list(next(c for c in self.commands if "-shared" in c)), True
+        link[link.index("-o") + 1] = str(next(iter(self.extension)))  # not below build/
         for unit in units:
             source = f"csrc/rows_{level}.cpp" if unit == "rows" else f"csrc/{unit}.cpp"
             command = next(c for c in self.commands if source in c)
