@@ -1,5 +1,5 @@
 """fastpo in SkyRL, OpenRLHF and AReaL: each adapter against the trainer's own function, from its
-wheel (`make peers`), on the same inputs: loss, gradient, metrics."""
+wheel (tools/peer_wheels.txt), on the same inputs: loss, gradient, metrics."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastpo.integrations import areal, openrlhf, skyrl
 
 pytestmark = [
     pytest.mark.peer,
-    pytest.mark.skipif(not peer_wheels.PEERS.is_dir(), reason="needs the wheels: make peers"),
+    pytest.mark.skipif(not peer_wheels.PEERS.is_dir(), reason="needs the wheels of test-all"),
 ]
 
 B, T = 5, 9

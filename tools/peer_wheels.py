@@ -1,6 +1,6 @@
 """Single modules of large trainers, imported from wheels that were unpacked but never installed.
 
-`make peers` puts the wheels of `VERSIONS` into .cache/peers. Their dependencies (Ray, DeepSpeed,
+`make test-all` puts those of peer_wheels.txt into .cache/peers. Their dependencies (DeepSpeed,
 vLLM, ...) would take gigabytes; a loss function needs none of them.
 """
 
@@ -18,11 +18,10 @@ from pathlib import Path
 from unittest.mock import MagicMock
 
 PEERS = Path(__file__).parents[1] / ".cache" / "peers"
-VERSIONS = {"skyrl": "0.3.0", "openrlhf": "0.11.2", "areal": "1.0.4"}
 
 
 class WheelFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Modules of one wheel; its packages' __init__ files do not run, what is in `stubs` is a mock."""
+    """Modules of one wheel: its packages' __init__ files do not run; `stubs` are mocks."""
 
     def __init__(self, name: str, stubs: tuple[str, ...]):
         self.name, self.stubs = name, stubs

@@ -6,11 +6,15 @@ need the terms, not their sum: here they are the specification's, `fastpo.object
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fastpo.objective import CLIPPED_HIGH, CLIPPED_LOW, Objective, TokenLoss, token_loss
 from fastpo.ops.checks import wide_dtype
+from fastpo.ops.logits import token_logprobs
+from fastpo.ops.results import TokenLogprobs
 from fastpo.segments import Segments
 
 
@@ -70,3 +74,9 @@ def refuse(trainer: str, settings: dict[str, object]) -> None:
             f"{trainer} sets {', '.join(on)}, which fastpo's loss does not have: "
             f"expected it off; use {trainer}'s own loss with it"
         )
+
+
+def score_shards(logits: Tensor, tokens: Tensor, group: Any) -> TokenLogprobs:
+    """`token_logprobs` of logits [N, V / tp], this rank's columns of them under a process group."""
+    alone = group is None or group.size() == 1
+    return token_logprobs(logits, tokens, tp_group=None if alone else group)
