@@ -147,10 +147,8 @@ def test_prime_rls_head_has_a_temperature_per_token_and_sampling_masks(stand_in)
     ids[0, 0] = -1  # nothing kept
     ids[0, 1, 0] = (data.labels[0, 1] + 5) % V  # the label is not among them
     replayed = head(data.hidden, data.labels, temperature, ids.int())
-    pair = (data.hidden @ data.weight.t() / temperature[..., None]).gather(
-        -1, ids[..., :2].clamp(0)
-    )
-    expected = pair.log_softmax(-1)[..., 0]
+    logits = data.hidden @ data.weight.t() / temperature[..., None]
+    expected = logits.gather(-1, ids[..., :2].clamp(0)).log_softmax(-1)[..., 0]
     expected[0, :2] = logprobs[0, :2]
     torch.testing.assert_close(replayed["logprobs"], expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(replayed["entropy"], entropy, rtol=1e-5, atol=1e-5)
@@ -322,7 +320,7 @@ def test_nemo_rls_loss_and_head(stand_in):
 
     nemo_rl.install_head()
     head = module.from_parallel_hidden_states_to_logprobs
-    arguments = (data.hidden, data.weight, False, data.labels, 0, V, None)
+    arguments = (data.hidden.transpose(0, 1), data.weight, False, data.labels, 0, V, None)
     logits = data.hidden[:, :-1] @ data.weight.t()
     truth = logits.log_softmax(-1).gather(-1, data.labels[:, 1:, None])[..., 0]
     torch.testing.assert_close(head(*arguments, chunk_size=3), truth, rtol=1e-5, atol=1e-5)

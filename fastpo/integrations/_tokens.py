@@ -78,5 +78,6 @@ def refuse(trainer: str, settings: dict[str, object]) -> None:
 
 def score_shards(logits: Tensor, tokens: Tensor, group: Any) -> TokenLogprobs:
     """`token_logprobs` of logits [N, V / tp], this rank's columns of them under a process group."""
-    alone = group is None or group.size() == 1
-    return token_logprobs(logits, tokens, tp_group=None if alone else group)
+    if group is None or group.size() == 1:
+        return token_logprobs(logits, tokens)
+    return token_logprobs(logits, tokens, tp_group=group)

@@ -96,7 +96,9 @@ def from_parallel_hidden_states_to_logprobs(
     cp_group: Any = None,
     chunk_size: int | None = None,
 ) -> Tensor:
-    """Log-probs [B, S - 1] of hidden [B, S, D]: position t scores target t + 1, as in NeMo-RL.
+    """Log-probs [B, S - 1] of hidden [S / tp, B, D], sequence first as Megatron keeps it.
+
+    Position t scores target t + 1. The weight is this rank's [V / tp, D].
 
     Raises:
         ValueError: context parallelism, which NeMo-RL's own fusion lacks too.
@@ -108,12 +110,29 @@ def from_parallel_hidden_states_to_logprobs(
             f"the head has {output_weight_layer.shape[0]} rows, expected those of the ids from "
             f"{vocab_start_index} to {vocab_end_index}: pass this rank's shard"
         )
-    hidden = tensor_parallel_hidden_states[:, :-1]
+    group = None if tp_group is None or tp_group.size() == 1 else tp_group
+    hidden = tensor_parallel_hidden_states
+    hidden = (hidden if group is None else _Gather.apply(hidden, group))[:-1].transpose(0, 1)
     with torch.set_grad_enabled(torch.is_grad_enabled() and not inference_only):
         return linear_token_logprobs(
             hidden,
             output_weight_layer,
             target[:, 1:],
             chunk_tokens=None if chunk_size is None else chunk_size * hidden.shape[0],
-            tp_group=None if tp_group is None or tp_group.size() == 1 else tp_group,
+            tp_group=group,
         ).logprobs
+
+
+class _Gather(torch.autograd.Function):
+    """The whole sequence from its shards; every rank has the whole gradient, and keeps its part."""
+
+    @staticmethod
+    def forward(ctx, shard: Tensor, group: Any) -> Tensor:
+        parts = [torch.empty_like(shard) for _ in range(group.size())]
+        torch.distributed.all_gather(parts, shard.contiguous(), group=group)
+        ctx.part, ctx.parts = group.rank(), group.size()
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.chunk(ctx.parts)[ctx.part], None
