@@ -66,6 +66,34 @@ def _owned(key: str, name: str, stubs: tuple[str, ...]) -> bool:
     return any(key == root or key.startswith(f"{root}.") for root in (name, *stubs))
 
 
-def source(module: str) -> ast.Module:
-    """The syntax tree of a module of a wheel, which is not run."""
-    return ast.parse(PEERS.joinpath(*module.split(".")).with_suffix(".py").read_text())
+def outline(root: Path, module: str) -> dict[str, tuple[str, ...]]:
+    """Names of a module that is not run -> arguments of functions, fields of classes, () of others.
+
+    Methods are "Class.method"; what is imported counts, since that is where others look it up.
+    """
+    path = root.joinpath(*module.split("."))
+    path = path.with_suffix(".py") if path.with_suffix(".py").is_file() else path / "__init__.py"
+    return dict(_names(ast.parse(path.read_text()).body, "")) if path.is_file() else {}
+
+
+def _names(body: list[ast.stmt], prefix: str) -> Iterator[tuple[str, tuple[str, ...]]]:
+    for node in body:
+        if isinstance(node, ast.FunctionDef):
+            arguments = node.args
+            given = (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)
+            yield prefix + node.name, tuple(x.arg for x in given)
+        elif isinstance(node, ast.ClassDef):
+            fields = [x.target.id for x in node.body if _is_field(x)]
+            yield prefix + node.name, tuple(fields)
+            yield from _names(node.body, f"{prefix}{node.name}.")
+        elif isinstance(node, ast.ImportFrom | ast.Import):
+            yield from ((prefix + (x.asname or x.name), ()) for x in node.names)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            yield from ((prefix + x.id, ()) for x in targets if isinstance(x, ast.Name))
+        elif isinstance(node, ast.If | ast.Try):
+            yield from _names(node.body, prefix)
+
+
+def _is_field(node: ast.stmt) -> bool:
+    return isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)

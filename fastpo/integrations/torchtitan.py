@@ -14,6 +14,8 @@ Metrics are those of torchtitan's DAPO loss. A log-ratio is bounded by 20, where
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,28 +103,20 @@ def _objective(config: Any) -> Objective:
     return objective
 
 
-class _gathered:
+@contextmanager
+def _gathered(head: nn.Module | None) -> Iterator[dict[str, Any]]:
     """A head's local weight, bias and tensor-parallel group, for the length of a block."""
-
-    def __init__(self, head: nn.Module | None):
-        if head is None:
-            raise ValueError("the loss has no LM head yet: call set_lm_head first")
-        self.head = head
-
-    def __enter__(self) -> dict[str, Any]:
-        if hasattr(self.head, "unshard"):  # FSDP2; its root's backward reduces what is unsharded
-            self.head.unshard()
-        bias = getattr(self.head, "bias", None)
-        weight, group = _shard(self.head.weight)
-        return {
-            "weight": weight,
-            "bias": bias if bias is None else _shard(bias)[0],
-            "tp_group": group,
-        }
-
-    def __exit__(self, *_: object) -> None:
-        if hasattr(self.head, "reshard") and not torch.is_grad_enabled():
-            self.head.reshard()
+    if head is None:
+        raise ValueError("the loss has no LM head yet: call set_lm_head first")
+    sharded = hasattr(head, "unshard")  # FSDP2; its root's backward reduces what is unsharded
+    if sharded:
+        head.unshard()
+    bias = getattr(head, "bias", None)
+    weight, group = _shard(head.weight)
+    bias = None if bias is None else _shard(bias)[0]
+    yield {"weight": weight, "bias": bias, "tp_group": group}
+    if sharded and not torch.is_grad_enabled():
+        head.reshard()
 
 
 def _shard(parameter: Tensor) -> tuple[Tensor, Any]:
