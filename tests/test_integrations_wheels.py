@@ -246,6 +246,36 @@ def test_areals_actor_loss_with_every_setting(rejection, level, c_clip, packed):
             torch.testing.assert_close(statistics[name][live], value[live], rtol=1e-6, atol=1e-9)
 
 
+def test_install_puts_the_functions_where_the_actors_look():
+    with peer_wheels.wheel("openrlhf", "deepspeed", "openrlhf.trainer"):
+        from openrlhf.models import loss
+        from openrlhf.trainer.ray import ppo_actor
+
+        openrlhf.install()
+        installed = ppo_actor.PolicyLoss
+        openrlhf.install()
+        assert ppo_actor.PolicyLoss is loss.PolicyLoss is installed
+        assert installed.__module__ == openrlhf.__name__
+    with peer_wheels.wheel("areal", "areal.trainer"):
+        from areal.trainer.ppo import actor
+
+        areal.install()
+        assert actor.ppo_actor_loss_fn is areal.ppo_actor_loss_fn
+
+
+def test_skyrl_sends_a_loss_to_its_workers(skyrl_losses):
+    """REGRESSIONS 36: its registry pickles what is registered, by value or by name."""
+    cloudpickle = pytest.importorskip("cloudpickle")
+    skyrl.install()
+    registered = skyrl_losses.PolicyLossRegistry.get("fastpo_regular")
+    loss = cloudpickle.loads(cloudpickle.dumps(registered))
+    data = Data()
+    settings = {"eps_clip_low": 0.2, "eps_clip_high": 0.3}
+    config = SimpleNamespace(**settings, off_policy_correction=SimpleNamespace(**NO_CORRECTION))
+    arguments = (data.logprobs, data.old, data.advantages, config)
+    assert loss(*arguments)[0] == registered(*arguments)[0]
+
+
 def test_areal_refuses_a_level_that_it_does_not_know():
     data = Data()
     with pytest.raises(ValueError, match="importance_sampling_level is 'turn', expected one of"):
