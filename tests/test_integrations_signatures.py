@@ -224,6 +224,7 @@ def test_slimes_custom_loss_over_log_probs_that_fastpo_scores(stand_in):
         compute_approx_kl=lambda a, b, kl_loss_type, importance_ratio: 0.5 * (a - b) ** 2,
     )
     slime.install()
+    data.old = data.scored()[0].double() + 0.8 * data.advantages.sign() * torch.rand(B, T)
     logits = (data.hidden @ data.weight.t()).requires_grad_()
     names = {"advantages": data.advantages, "log_probs": data.old, "ref_log_probs": data.ref}
     batch = {name: list(rows.float()) for name, rows in names.items()}
@@ -306,11 +307,14 @@ def test_nemo_rls_loss_and_head(stand_in):
         "generation_logprobs": torch.cat([pad, data.old - 0.2], 1),
         "token_mask": torch.cat([pad, data.mask], 1),
         "sample_mask": torch.tensor([1.0, 0.0, 1.0]),
+        "curr_logprobs_keep_mask": torch.ones(B, T),  # 0 where NeMo-RL's filter took the token
     }
+    batch["curr_logprobs_keep_mask"][0, data.mask[0].nonzero()[0]] = 0
     loss_fn = nemo_rl.policy_loss(fastpo.ppo(clip_high=0.3), high=1.1)
     assert loss_fn.loss_type.name == "TOKEN_LEVEL" and loss_fn.input_type.name == "LOGPROB"
     loss, metrics = loss_fn(logprobs, batch, torch.tensor(5.0), torch.tensor(40.0))
     mask = data.mask & torch.tensor([True, False, True])[:, None]
+    mask = mask & batch["curr_logprobs_keep_mask"].bool()
     expected = (1.1 * data.clipped(logprobs))[mask].sum() / 40
     torch.testing.assert_close(loss, expected)
     assert metrics["num_valid_samples"] == 2 and metrics["tokens"] == mask.sum()
