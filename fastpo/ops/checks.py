@@ -12,6 +12,7 @@ from numbers import Real
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastpo.objective import Objective, check_takes_clip_bounds
@@ -50,10 +51,9 @@ class LossInputs(NamedTuple):
 def check_logits_op(
     logits: object, tokens: object, mask: object, temperature: object, *, inplace: bool
 ) -> None:
-    """What `policy_loss` and `token_logprobs` share."""
+    """What `policy_loss` and `token_logprobs` share, but for ids, of which a shard knows less."""
     check_matrix("logits", logits, "V")
     check_rows(tokens, mask, temperature, logits)
-    check_token_range(tokens, logits.shape[-1], mask)
     if inplace and _overlaps(logits):
         raise ValueError(
             "inplace on expanded or overlapping logits would write one row's gradient over "
@@ -129,10 +129,11 @@ def check_rows(tokens: object, mask: object, temperature: object, like: Tensor) 
     check_temperature(temperature, leading, mask, like)
 
 
-def check_token_range(tokens: Tensor, vocabulary: int, mask: Tensor | None) -> None:
+def check_token_range(tokens: Tensor, vocabulary: int | Tensor, mask: Tensor | None) -> None:
     """Ids inside the vocabulary under a True mask, where values may be read."""
     if not inspects_values(tokens) or tokens.numel() == 0:
         return
+    vocabulary = int(vocabulary)  # of shards, a number on the device
     lowest, highest = (int(x) for x in tokens.aminmax())
     if lowest >= 0 and highest < vocabulary:
         return
@@ -146,6 +147,15 @@ def check_token_range(tokens: Tensor, vocabulary: int, mask: Tensor | None) -> N
         if value == -100:
             hint = "-100 marks ignored labels elsewhere, here pass mask=tokens != -100"
         raise ValueError(f"tokens{where} is {value}, expected an id in [0, {vocabulary}): {hint}")
+
+
+def check_tp_group(tp_group: object, sharded: str) -> None:
+    """tp_group: None or a process group."""
+    if tp_group is not None and not isinstance(tp_group, dist.ProcessGroup):
+        raise TypeError(
+            f"tp_group is {type(tp_group).__name__}, expected a torch.distributed.ProcessGroup "
+            f"over which {sharded} sharded along V (a DeviceMesh has get_group())"
+        )
 
 
 def check_tensor(
