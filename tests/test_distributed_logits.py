@@ -98,6 +98,13 @@ def sharded_kept_sets(rank: int, ranks: int) -> None:
     ):
         torch.manual_seed(number)
         batch = KeptBatch(dtype, dense=dense, bias=torch.randn(V).to(dtype))
+        for row, first in ((4, 0), (8, 100)):  # tokens that are the first column of a shard
+            ids = batch.ids[batch.offsets[row] : batch.offsets[row + 1]]
+            if first not in ids:
+                ids[0] = first
+            batch.tokens[0, row] = first
+            assert ids.unique().numel() == ids.numel()
+            batch.mask[0, row] = True
         objective = OBJECTIVES["dapo_all"]
         for backend in ("torch", "cpp"):
             whole, hidden_grad, weight_grad = batch.linear(objective, backend)
