@@ -17,6 +17,7 @@ PACKAGES = {
     "transformers": "fastpo train; pip install 'fastpo[train]'",
     "flash-attn": "faster attention on GPUs; pip install 'fastpo[flash]'",
     "tensorboard": "event files of a run; pip install tensorboard",
+    "wandb": "log.wandb of a recipe; pip install wandb",
     "trl": "fastpo.integrations.trl; pip install 'fastpo[trl]'",
     "verl": "fastpo.integrations.verl; pip install 'fastpo[verl]'",
 }

@@ -151,6 +151,11 @@ def test_a_head_that_does_more_is_refused_by_name(dtype):
             causal_lm_policy_loss(model, ids, advantages, **options)
         with pytest.raises(ValueError, match="LlamaForCausalLM does more in its LM head"):
             lm_head(model)
+    attach(model)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="LlamaForCausalLM does more in its LM head"):
+            model(input_ids=ids, policy_loss={"advantages": advantages, **options})
+    detach(model)
     model.lm_head.__class__ = torch.nn.Linear
     causal_lm_policy_loss(model, ids, advantages, **options)
     shift = torch.zeros(61, dtype=dtype).index_fill_(0, torch.tensor([5]), 1e4)

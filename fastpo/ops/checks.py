@@ -8,13 +8,14 @@ the places where a call is checked; the rest is what they share.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from numbers import Real
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from fastpo.backends.base import RowDetails
 from fastpo.objective import Objective, check_takes_clip_bounds
 from fastpo.rule import RuleObjective
 
@@ -149,15 +150,6 @@ def check_token_range(tokens: Tensor, vocabulary: int | Tensor, mask: Tensor | N
         raise ValueError(f"tokens{where} is {value}, expected an id in [0, {vocabulary}): {hint}")
 
 
-def check_tp_group(tp_group: object, sharded: str) -> None:
-    """tp_group: None or a process group."""
-    if tp_group is not None and not isinstance(tp_group, dist.ProcessGroup):
-        raise TypeError(
-            f"tp_group is {type(tp_group).__name__}, expected a torch.distributed.ProcessGroup "
-            f"over which {sharded} sharded along V (a DeviceMesh has get_group())"
-        )
-
-
 def check_tensor(
     name: str, value: object, shape: torch.Size, like: Tensor, *, what: str = ""
 ) -> None:
@@ -256,6 +248,20 @@ def check_temperature(
         if not (good if mask is None else good | ~mask.bool()).all():
             raise ValueError(
                 "temperature holds a value that is not finite and positive on a live row"
+            )
+
+
+def check_statistics(statistics: object) -> None:
+    """Names of `fastpo.backends.base.RowDetails`."""
+    if isinstance(statistics, str) or not isinstance(statistics, Sequence):
+        raise TypeError(
+            f"statistics is {type(statistics).__name__}, expected a tuple of names, e.g. "
+            '("is_top1",)'
+        )
+    for name in statistics:
+        if name not in RowDetails._fields:
+            raise ValueError(
+                f"statistics hold {name!r}, expected names among {', '.join(RowDetails._fields)}"
             )
 
 

@@ -45,10 +45,17 @@ def check_kept(
     tokens: Tensor,
     mask: Tensor | None,
     vocabulary: int | Tensor,
+    *,
+    inplace: bool = False,
 ) -> None:
     """[M] ids and [N + 1] offsets, or neither. Values are read on CPU, and in debug mode."""
     if kept_tokens is None and kept_offsets is None:
         return
+    if inplace:
+        raise ValueError(
+            "inplace with kept_tokens: their gradient is scattered into a new tensor of zeros, "
+            "expected inplace=False"
+        )
     if kept_tokens is None or kept_offsets is None:
         given, missing = "kept_tokens", "kept_offsets"
         if kept_tokens is None:

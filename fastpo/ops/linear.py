@@ -24,6 +24,8 @@ one GEMM is left. `tp_group` changes none of this: `VocabularyShard` is a backen
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -52,7 +54,7 @@ from fastpo.ops.linear_chunks import LinearCall
 from fastpo.ops.linear_exp import ExpShard, ExpTokenLogprobs, FusedExpLoss
 from fastpo.ops.linear_kept import LinearKeptLogprobs
 from fastpo.ops.linear_sequences import SequenceLevelLoss
-from fastpo.ops.results import PolicyLoss, TokenLogprobs
+from fastpo.ops.results import PolicyLoss, TokenLogprobs, TokenStatistics
 from fastpo.ops.tensor_parallel import VocabularyShard
 from fastpo.rule import Rule, RuleObjective, as_objective
 
@@ -135,8 +137,8 @@ def linear_policy_loss(
         backend: "torch", "cpp" or "triton"; None = the best available. An explicit request never
             falls back. "triton-exp", for bf16 operands on GPUs from compute capability 8.0: the
             first GEMM stores exponentials in place of logits, which no kernel then sweeps over
-            (docs/gpu.md); "triton-exp-kept" keeps them for the backward of `linear_token_logprobs`,
-            2 bytes times N V for 6 N D V in place of 8.
+            (docs/exponentials.md); "triton-exp-kept" keeps them for the backward of
+            `linear_token_logprobs`: 2 bytes times N V for 6 N D V in place of 8.
         logit_scale: factor on the logits (Cohere's logit_scale, 1 / Granite's logits_scaling).
         softcap: Gemma's final_logit_softcapping; None = none.
         logits_dtype: None = float32, which keeps the GEMM's fp32 sums; torch.bfloat16 (for bf16
@@ -231,12 +233,16 @@ def linear_token_logprobs(
     live_rows: int | None = None,
     kept_tokens: Tensor | None = None,
     kept_offsets: Tensor | None = None,
-) -> TokenLogprobs:
+    statistics: Sequence[str] = (),
+) -> TokenLogprobs | TokenStatistics:
     """Log-prob and entropy of every token from hidden states, both differentiable.
 
     The base of any loss you write. One GEMM forward, the same one and two more backward (8 N D V in
     all), four numbers per token kept in between. Arguments, and what enters the GEMMs, are as in
     `linear_policy_loss`; the gradients of rows whose incoming gradients are both 0 are skipped too.
+
+    `statistics` names any of "log_sum_sq_probs", "mean_logits" and "is_top1": they come from the
+    same logits, without gradient, in a `TokenStatistics`. Not with kept_tokens, nor with tp_group.
 
     Raises:
         ValueError, TypeError: see the message: what was got, what is expected, what to do.
@@ -253,15 +259,34 @@ def linear_token_logprobs(
     leading = hidden.shape[:-1]
     call = _linear_call(hidden, weight, tokens, mask, temperature, backend, **options)
     kept = _kept_sets(call, kept_tokens, kept_offsets, tokens, mask, weight.shape[0])
-    logprobs, entropy = _logprobs(*_operands(hidden, weight, bias), call, kept)
-    return TokenLogprobs(logprobs.view(leading), entropy.view(leading))
+    _check_statistics(statistics, call, kept)
+    outputs = _logprobs(*_operands(hidden, weight, bias), call, kept, bool(statistics))
+    return TokenStatistics.from_rows(outputs, statistics, leading)
+
+
+def _check_statistics(statistics: object, call: LinearCall, kept: Kept | None) -> None:
+    checks.check_statistics(statistics)
+    whole = kept is None and not call.exponentials and hasattr(call.backend, "row_details")
+    if statistics and not whole:
+        what = "kept_tokens" if kept is not None else type(call.backend).__name__
+        raise ValueError(
+            f"statistics with {what}: they are of whole rows of a whole head, expected one of the "
+            "backends 'torch', 'cpp' and 'triton' with neither kept_tokens nor tp_group"
+        )
 
 
 def _logprobs(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, call: LinearCall, kept: Kept | None
-) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropies (N,), differentiable."""
-    if kept is None:
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    call: LinearCall,
+    kept: Kept | None,
+    with_details: bool = False,
+) -> tuple[Tensor, ...]:
+    """Log-probs and entropies (N,), differentiable; with details also those, which are not."""
+    if with_details:
+        outputs = LinearTokenLogprobs.apply(hidden, weight, bias, call, True)
+    elif kept is None:
         score = ExpTokenLogprobs if call.exponentials else LinearTokenLogprobs
         outputs = score.apply(hidden, weight, bias, call)
     else:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastpo.ops import checks
+from fastpo.ops.tensor_parallel import check_tp_group
 
 
 def check_linear_op(
@@ -39,7 +40,7 @@ def check_linear_op(
             )
         if chunk_tokens < 1:
             raise ValueError(f"chunk_tokens is {chunk_tokens}, expected at least 1, or None")
-    checks.check_tp_group(tp_group, "weight is")
+    check_tp_group(tp_group, "weight is")
     if tp_group is None:
         checks.check_token_range(tokens, weight.shape[0], mask)
     _check_live_rows(live_rows, mask)

@@ -10,6 +10,8 @@ kept_tokens     the logits of these ids alone, gathered, in plain torch; dense r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -22,8 +24,8 @@ from fastpo.ops.checks import LossInputs
 from fastpo.ops.from_logprobs import loss_of_batch
 from fastpo.ops.kept import Kept, check_kept, kept_logprobs
 from fastpo.ops.logits_autograd import FusedPolicyLoss, LogitsTokenLogprobs
-from fastpo.ops.results import PolicyLoss, TokenLogprobs
-from fastpo.ops.tensor_parallel import VocabularyShard
+from fastpo.ops.results import PolicyLoss, TokenLogprobs, TokenStatistics
+from fastpo.ops.tensor_parallel import VocabularyShard, check_tp_group
 from fastpo.rule import Rule, as_objective
 
 
@@ -110,7 +112,7 @@ def policy_loss(
     checks.check_loss(given, leading, logits)
     backend, vocabulary = _backend(backend, logits, tp_group)
     checks.check_token_range(tokens, vocabulary, mask)
-    _check_kept(kept_tokens, kept_offsets, tokens, mask, vocabulary, inplace=inplace)
+    check_kept(kept_tokens, kept_offsets, tokens, mask, vocabulary, inplace=inplace)
     batch = LossBatch.from_inputs(given, leading, logits)
     tokens, temperature = flat_rows(tokens, torch.int64), flat_temperature(temperature, logits)
     kept = Kept.from_inputs(kept_tokens, kept_offsets, batch.mask)
@@ -148,7 +150,8 @@ def token_logprobs(
     backend: str | None = None,
     kept_tokens: Tensor | None = None,
     kept_offsets: Tensor | None = None,
-) -> TokenLogprobs:
+    statistics: Sequence[str] = (),
+) -> TokenLogprobs | TokenStatistics:
     """Log-prob and entropy of every token, both differentiable: the base of any loss you write.
 
     One read of the logits forward, one read and one write backward, nothing of their size in
@@ -164,6 +167,8 @@ def token_logprobs(
         inplace: the gradient overwrites the logits; a second backward raises.
         inplace_backward: another name of `inplace`.
         tp_group, backend, kept_tokens, kept_offsets: as in `policy_loss`.
+        statistics: "log_sum_sq_probs", "mean_logits", "is_top1", any of them, from the same launch
+            and without gradient: a `TokenStatistics` comes back. Not with kept_tokens or tp_group.
 
     Raises:
         ValueError, TypeError: see the message: what was got, what is expected, what to do.
@@ -172,7 +177,11 @@ def token_logprobs(
     checks.check_logits_op(logits, tokens, mask, temperature, inplace=inplace)
     backend, vocabulary = _backend(backend, logits, tp_group)
     checks.check_token_range(tokens, vocabulary, mask)
-    _check_kept(kept_tokens, kept_offsets, tokens, mask, vocabulary, inplace=inplace)
+    check_kept(kept_tokens, kept_offsets, tokens, mask, vocabulary, inplace=inplace)
+    checks.check_statistics(statistics)
+    if statistics and not (kept_tokens is None and tp_group is None):
+        what = "tp_group" if kept_tokens is None else "kept_tokens"
+        raise ValueError(f"statistics with {what}: they are of whole rows, ask for one of both")
     leading = logits.shape[:-1]
     tokens, mask = flat_rows(tokens, torch.int64), flat_mask(mask)
     temperature = flat_temperature(temperature, logits)
@@ -180,44 +189,28 @@ def token_logprobs(
     if kept is not None:
         logprobs, entropy = _kept_rows(logits, tokens, mask, temperature, backend, kept)
         return TokenLogprobs(logprobs.view(leading), entropy.view(leading))
-    logprobs, entropy = LogitsTokenLogprobs.apply(
+    outputs = LogitsTokenLogprobs.apply(
         logits,
         tokens,
         mask,
         temperature,
         backend,
         inplace and not torch.compiler.is_compiling(),
+        bool(statistics),
     )
-    return TokenLogprobs(logprobs.view(leading), entropy.view(leading))
+    return TokenStatistics.from_rows(outputs, statistics, leading)
 
 
 def _backend(
     name: str | None, logits: Tensor, tp_group: ProcessGroup | None
 ) -> tuple[str | VocabularyShard, int | Tensor]:
     """The backend, of this rank's columns if there are others, and the size of the vocabulary."""
-    checks.check_tp_group(tp_group, "logits are")
+    check_tp_group(tp_group, "logits are")
     name = backends.resolve(name, logits.device, logits.dtype)
     if tp_group is None:
         return name, logits.shape[-1]
     shard = VocabularyShard.of_logits(backends.load(name), tp_group, logits)
     return shard, shard.vocabulary
-
-
-def _check_kept(
-    kept_tokens: object,
-    kept_offsets: object,
-    tokens: Tensor,
-    mask: Tensor | None,
-    vocabulary: int | Tensor,
-    *,
-    inplace: bool,
-) -> None:
-    check_kept(kept_tokens, kept_offsets, tokens, mask, vocabulary)
-    if kept_tokens is not None and inplace:
-        raise ValueError(
-            "inplace with kept_tokens: their gradient is scattered into a new tensor of zeros, "
-            "expected inplace=False"
-        )
 
 
 def _kept_rows(

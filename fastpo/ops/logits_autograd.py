@@ -108,27 +108,33 @@ class LogitsTokenLogprobs(torch.autograd.Function):
         temperature: float | Tensor,
         backend: str | VocabularyShard,
         inplace: bool,
+        with_details: bool = False,
     ):
-        row_stats = primitives(backend).row_stats
+        rows = primitives(backend)
+        sweep = rows.row_details if with_details else rows.row_stats
         views = row_views(logits.detach())
-        stats = concatenate(
-            [
-                row_stats(view, tokens[cut], of_rows(temperature, cut), of_rows(mask, cut))
-                for view, cut in zip(views, slices(views), strict=True)
-            ]
-        )
+        parts = [
+            sweep(view, tokens[cut], of_rows(temperature, cut), of_rows(mask, cut))
+            for view, cut in zip(views, slices(views), strict=True)
+        ]
+        details = ()
+        if with_details:
+            parts, more = zip(*parts, strict=True)
+            details = concatenate(list(more))
+            ctx.mark_non_differentiable(*details)
+        stats = concatenate(list(parts))
         ctx.set_materialize_grads(False)
         per_row = temperature if isinstance(temperature, Tensor) else None
         save(ctx, logits, tokens, mask, per_row, *stats)
         ctx.temperature, ctx.backend, ctx.inplace = temperature, backend, inplace
         # Copies: whoever edits a returned log-prob must not edit what the backward pass reads.
-        return stats.logprobs.clone(), stats.entropy.clone()
+        return stats.logprobs.clone(), stats.entropy.clone(), *details
 
     @staticmethod
     @first_order
-    def backward(ctx, logprob_grad: Tensor | None, entropy_grad: Tensor | None):
+    def backward(ctx, logprob_grad: Tensor | None, entropy_grad: Tensor | None, *_):
         if logprob_grad is None and entropy_grad is None:
-            return (None,) * 6
+            return (None,) * 7
         if ctx.inplace:
             _refuse_second_backward(ctx)
         logits, tokens, mask, per_row, *stats = saved(ctx)
@@ -151,7 +157,7 @@ class LogitsTokenLogprobs(torch.autograd.Function):
                 of_rows(temperature, cut),
                 out,
             )
-        return grad, *(None,) * 5
+        return grad, *(None,) * 6
 
 
 def _refuse_second_backward(ctx) -> None:

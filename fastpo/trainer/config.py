@@ -195,6 +195,8 @@ class LogConfig:
     """Groups per step whose first completion is written to samples.jsonl."""
     tensorboard: bool = True
     """Write TensorBoard events where tensorboard is installed."""
+    wandb: str | None = None
+    """Project of Weights & Biases to log to as well; none = do not."""
     print_every: Count = 10
     """Steps between two lines of output where there is no terminal for a progress bar."""
 

@@ -16,6 +16,7 @@ from torch import Tensor
 import fastpo
 from fastpo.trainer.config import RolloutConfig
 from fastpo.trainer.policy import Policy
+from fastpo.trainer.run import console
 from fastpo.trainer.run.errors import TrainerError
 
 SYNC_EVERY = 8  # tokens between two looks at which rows have ended, where a look stalls the GPU
@@ -120,6 +121,8 @@ class _Decoding:
                 running = (~finished[rows]).nonzero().squeeze(1)  # the one wait for the device
                 if len(running) == 0 or step + 1 == noise.shape[1]:
                     break
+                going = f"{len(running)} of {len(tokens)} completions go on"
+                console.tell(f"token {step + 1} of at most {noise.shape[1]}, {going}")
                 if len(running) <= len(rows) // 2:  # dropping rows copies the cache
                     self._select(running)
                     self.rows, chosen = rows[running], chosen[running]
