@@ -1,5 +1,5 @@
 """Adapters over two processes: torchtitan's loss with FSDP2 and with a sharded head, NeMo-RL's
-sequence-parallel head. The trainers themselves are stand-ins."""
+sequence-parallel head, slime's sharded logits. The trainers themselves are stand-ins."""
 
 from __future__ import annotations
 
@@ -132,12 +132,38 @@ def nemo_tp(rank: int, ranks: int) -> None:
     close(rows.grad, head.grad[start : start + V // ranks], "weight")
 
 
+def slime_tp(rank: int, ranks: int) -> None:
+    from fastpo.integrations.slime import calculate_log_probs_and_entropy
+
+    gen = torch.Generator().manual_seed(8)
+    logits, tokens = torch.randn(N, V, generator=gen), torch.randint(0, V, (N,), generator=gen)
+    keep = (torch.rand(N, V, generator=gen) > 0.5).scatter(1, tokens[:, None], True)
+    keep[0] = False
+    keep[0, tokens[0]] = True  # a row of which one rank keeps nothing
+    whole = logits.clone().requires_grad_()
+    truth = whole.masked_fill(~keep, -torch.inf).log_softmax(-1).gather(1, tokens[:, None])
+    entropy = torch.distributions.Categorical(logits=logits).entropy()
+    (truth[:, 0] * torch.arange(N)).sum().backward()
+    columns = slice(V // ranks * rank, V // ranks * (rank + 1))
+    shard = logits[:, columns].clone().requires_grad_()
+    logp, scored = calculate_log_probs_and_entropy(
+        *(shard, tokens, dist.group.WORLD),
+        with_entropy=True,
+        log_prob_keep_mask=keep[:, columns],
+        with_entropy_grad=False,
+    )
+    (logp[:, 0] * torch.arange(N)).sum().backward()
+    close(logp, truth, "log-probs")
+    close(scored, entropy, "entropy")
+    close(shard.grad, whole.grad[:, columns], "logits")
+
+
 def close(got: Tensor, want: Tensor, name: str) -> None:
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6, msg=lambda text: f"{name}: {text}")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["titan_fsdp", "titan_tp", "nemo_tp"])
+@pytest.mark.parametrize("target", ["titan_fsdp", "titan_tp", "nemo_tp", "slime_tp"])
 def test_two_ranks_are_one_process(tmp_path, target):
     command = [sys.executable, __file__, target, str(tmp_path / "rendezvous")]
     root = str(Path(__file__).parents[1])
