@@ -117,6 +117,15 @@ def test_unknown_tasks_and_arguments(name, arguments, message):
         load_task(name, arguments)
 
 
+@pytest.mark.parametrize("part", ["alphabet", "stop"])
+@pytest.mark.parametrize("value", [["a", "b"], 3, b"a", ""])
+def test_alphabet_and_stop_are_one_string(part, value, monkeypatch):
+    """REGRESSIONS 46: several stop strings, say, before anything is made."""
+    monkeypatch.setattr(SortDigits, part, value)
+    with pytest.raises(RecipeError, match=rf"SortDigits\.{part} is .*, expected one string"):
+        load_task("sort", {})
+
+
 @pytest.mark.parametrize(
     ("broken", "kind"),
     [

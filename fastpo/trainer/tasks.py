@@ -124,6 +124,13 @@ def load_task(name: str, arguments: dict[str, Any]) -> Task:
             f"task {name!r} gives a {type(task).__name__} without {', '.join(lacking)}; a task has "
             f"{', '.join(TASK_PARTS)}"
         )
+    for part in ("alphabet", "stop"):
+        value = getattr(task, part)
+        if not isinstance(value, str | None) or value == "":
+            raise RecipeError(
+                f"{type(task).__name__}.{part} is {value!r}, expected one string that is not "
+                "empty, or None"
+            )
     return task
 
 
