@@ -197,7 +197,7 @@ for label, launch in launches(151936, torch.bfloat16).items():
 def test_row_offsets_are_computed_in_64_bits():
     """1: program id and stride are widened before they are multiplied, in every kernel."""
     lines = run_python(INT64_OFFSETS).splitlines()
-    assert len(lines) == 7
+    assert len(lines) == 8
     for line in lines:
         wide, narrow, extended = line.split()[-3:]
         assert int(wide) >= 1 and narrow == "0" and extended == "True", line
