@@ -24,6 +24,7 @@ class VocabularyShard:
         """weight: this rank's part (V_local, D) of the head."""
         self.backend, self.group, self.local = backend, group, weight.shape[0]
         self.scale_ = backend.scale_
+        self.metric_sums = getattr(backend, "metric_sums", None)
         # On device: reading them on the host would wait for the GPU.
         self.start, self.vocabulary = _place_of(weight, group)
 
