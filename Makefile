@@ -13,8 +13,8 @@ SMOLLM2 := .cache/smollm2-135m-instruct
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints-dev.txt
 EXTENSION_SOURCES := $(wildcard setup.py csrc/* csrc/*/*)
 CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
-PEERS := trl liger-kernel pytest-benchmark
-VERL_IMPORTS := tensordict hydra-core codetiming orjson
+PEERS := trl liger-kernel pytest-benchmark peft accelerate datasets
+VERL_IMPORTS := ray tensordict hydra-core codetiming orjson
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

@@ -128,7 +128,7 @@ def check_rows(tokens: object, mask: object, temperature: object, like: Tensor) 
     check_tensor("tokens", tokens, leading, like, what=" (one id per row; the ops never shift)")
     if tokens.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"tokens have dtype {tokens.dtype}, expected int64 or int32")
-    _check_temperature(temperature, leading, mask, like)
+    check_temperature(temperature, leading, mask, like)
 
 
 def check_token_range(tokens: Tensor, vocabulary: int, mask: Tensor | None) -> None:
@@ -235,7 +235,7 @@ def check_positive(name: str, value: object, *, what: str = "a number") -> None:
         raise ValueError(f"{name} is {value}, expected a finite number > 0")
 
 
-def _check_temperature(
+def check_temperature(
     temperature: object, leading: torch.Size, mask: Tensor | None, like: Tensor
 ) -> None:
     """A finite number > 0, or a tensor of them with the leading shape."""
