@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from fastpo.backends.base import RowInputs
+from fastpo.backends.metrics import METRICS, MetricInputs, metric_sums
 from fastpo.objective import (
-    CLIPPED_HIGH,
-    CLIPPED_LOW,
-    CLIPPED_MAX,
     MAX_LOG_RATIO,
     Objective,
     TokenLoss,
@@ -75,6 +73,11 @@ class LossBatch:
             advantages = segments.spread(rows(advantages))
         low, high = given.clip_bounds or (None, None)
         options = {"normalizer": given.normalizer, "dtype": dtype}
+        weight = token_weights(objective, mask, segments, **options)
+        if objective.entropy_coef != 0 and objective.aggregation == "token_mean":
+            entropy_weight = weight * objective.entropy_coef  # a token mean too: not counted twice
+        else:
+            entropy_weight = entropy_weights(objective, mask, segments, **options)
         return cls(
             objective=objective,
             segments=segments,
@@ -87,8 +90,8 @@ class LossBatch:
             clip_low=rows(low),
             clip_high=rows(high),
             nll_weights=rows(given.nll_weights),
-            weight=token_weights(objective, mask, segments, **options),
-            entropy_weight=entropy_weights(objective, mask, segments, **options),
+            weight=weight,
+            entropy_weight=entropy_weight,
         )
 
     def rows(self, rows: slice | Tensor) -> LossBatch:
@@ -175,34 +178,28 @@ class LossBatch:
         *,
         ratio: Tensor | None = None,
         ref_kl: Tensor | None = None,
+        backend: object = None,
     ) -> dict[str, Tensor]:
         """Sums and counts over tokens under the mask (see `PolicyLoss.metrics`).
 
         Inputs (N,), detached. A sequence-level objective brings its own `ratio` and `ref_kl`; those
-        of a token-level one follow from the log-probs. One table and one sum, for on GPU every
-        operation here is a launch.
+        of a token-level one follow from the log-probs. `backend`, what the rows went through, may
+        add up by itself (fastpo.backends.metrics).
         """
-        old = logprobs if self.old_logprobs is None else self.old_logprobs
-        log_ratio = (logprobs - old).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-        ratio = log_ratio.exp() if ratio is None else ratio
-        columns = {
-            "tokens": torch.ones_like(logprobs) if self.mask is None else self.mask,
-            "ratio": ratio,
-            "old_kl": log_ratio.expm1() - log_ratio,  # exact near 0, as k3
-            "clip_low": (clipped & CLIPPED_LOW) != 0,
-            "clip_high": (clipped & CLIPPED_HIGH) != 0,
-            "clip_max": (clipped & CLIPPED_MAX) != 0,
-        }
-        if entropy is not None:
-            columns["entropy"] = entropy
-        if self.ref_logprobs is not None:
-            if ref_kl is None:
-                ref_kl = kl_term(self.objective, logprobs - self.ref_logprobs, ratio)
-            columns["ref_kl"] = ref_kl
-        table = torch.stack(list(columns.values()))  # flags become floats
-        if self.mask is not None:
-            table = table.masked_fill_(~self.mask, 0)
-        return dict(zip(columns, table.sum(1).unbind(), strict=True))
+        per_token = (logprobs, entropy, clipped, self.mask, self.old_logprobs, self.ref_logprobs)
+        inputs = MetricInputs(*per_token, ratio, ref_kl)
+        names = [
+            name
+            for name in METRICS
+            if not (name == "entropy" and entropy is None)
+            and not (name == "ref_kl" and self.ref_logprobs is None)
+        ]
+        compiling = torch.compiler.is_compiling()
+        fused = None if compiling else getattr(backend, "metric_sums", None)
+        if fused is None:
+            return dict(zip(names, metric_sums(inputs, self.objective).unbind(), strict=True))
+        sums = dict(zip(METRICS, fused(inputs, self.objective).unbind(), strict=True))
+        return {name: sums[name] for name in names}
 
 
 def loss_of_rows(batch: LossBatch) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
