@@ -3,17 +3,14 @@ sequence-parallel head, slime's sharded logits. The trainers themselves are stan
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
-import traceback
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import run_rank, run_ranks
 from torch import Tensor, nn
 
 N, D, V = 24, 8, 30
@@ -163,27 +160,10 @@ def close(got: Tensor, want: Tensor, name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["titan_fsdp", "titan_tp", "nemo_tp", "slime_tp"])
+@pytest.mark.parametrize("target", [titan_fsdp, titan_tp, nemo_tp, slime_tp])
 def test_two_ranks_are_one_process(tmp_path, target):
-    command = [sys.executable, __file__, target, str(tmp_path / "rendezvous")]
-    root = str(Path(__file__).parents[1])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": root}
-    ranks = [
-        subprocess.Popen([*command, str(rank)], env=environment, stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    errors = [process.communicate(timeout=100)[1] for process in ranks]
-    for process, error in zip(ranks, errors, strict=True):
-        assert process.returncode == 0, error
+    run_ranks(tmp_path, 2, target)
 
 
 if __name__ == "__main__":
-    method, rank = f"file://{sys.argv[2]}", int(sys.argv[3])
-    dist.init_process_group("gloo", init_method=method, rank=rank, world_size=2)
-    try:
-        globals()[sys.argv[1]](rank, 2)
-        dist.barrier()
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)
-    os._exit(0)  # not by way of finalization: see test_distributed_linear.py
+    run_rank(*sys.argv[1:], globals())
