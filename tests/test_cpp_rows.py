@@ -221,6 +221,15 @@ def test_a_reference_far_above(estimator):
         check_policy_loss(cpp_rows, case.take(slice(row, row + 1)), objective)
 
 
+def test_an_entropy_bonus_alone_keeps_a_row_alive():
+    """Weight 0 and entropy weight not: c = 0, and the entropy's gradient is all there is."""
+    objective = Objective(entropy_coef=0.05)
+    case = RowCase.random(2, 90, objective)
+    weight = torch.zeros_like(case.inputs.weight)
+    case = dataclasses.replace(case, inputs=case.inputs._replace(weight=weight))
+    check_policy_loss(cpp_rows, case, objective)
+
+
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 def test_dead_rows_are_never_read(poison):
     """NaN times a mask of 0 is NaN: dead rows must be skipped instead (REGRESSIONS row 17)."""

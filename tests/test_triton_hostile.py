@@ -191,11 +191,31 @@ def test_extreme_log_ratios(advantage, log_ratio, device):
     assert not grad.any()  # |log ratio| > 20: the ratio has saturated
 
 
+@pytest.mark.parametrize("estimator", ["k3", "k3+"])
+def test_a_reference_far_above(estimator, device):
+    """ref - logp > 20: the exponent of k3 is clamped, and there its slope is 0, not e^20."""
+    objective = Objective(kl_coef=0.1, kl_estimator=estimator)
+    case = RowCase.random(2, 90, objective, device=device)
+    far = case.inputs.ref_logprobs + torch.tensor([25.0, 60.0], device=device)
+    case = dataclasses.replace(case, inputs=case.inputs._replace(ref_logprobs=far))
+    for row in range(2):  # a large row would hide a small one
+        check_policy_loss(triton_rows, case.take(slice(row, row + 1)), objective)
+
+
+def test_an_entropy_bonus_alone_keeps_a_row_alive(device):
+    """Weight 0 and entropy weight not: c = 0, and the entropy's gradient is all there is."""
+    objective = Objective(entropy_coef=0.05)
+    case = RowCase.random(2, 90, objective, device=device)
+    weight = torch.zeros_like(case.inputs.weight)
+    case = dataclasses.replace(case, inputs=case.inputs._replace(weight=weight))
+    check_policy_loss(triton_rows, case, objective)
+
+
 def test_clip_bits(device):
     """r below, above, beyond, and inside; on a bound the gradient flows."""
     objective = Objective(clip_low=0.5, clip_high=1.0, ratio_max=4.0)
     logits = torch.zeros(6, 4, device=device)  # log-prob -log 4
-    ratios = torch.tensor([0.25, 3.0, 8.0, 1.0, 2.0, 0.25])
+    ratios = torch.tensor([0.25, 5.0, 8.0, 1.0, 2.0, 0.25])
     old = -ratios.log() - torch.tensor(4.0).log()
     advantages = [-1.0, 1.0, -1.0, -1.0, -1.0, 1.0]
     inputs = numbers(advantages).map(lambda x: x.to(device))
