@@ -291,9 +291,9 @@ def check_objective(objective: object) -> None:
     if isinstance(objective, Objective | RuleObjective):
         return
     if callable(objective):
-        name = objective.__name__
+        name, kind = objective.__name__, "class" if objective is Objective else "preset"
         raise TypeError(
-            f"objective is the preset {name} itself, expected what it returns: call it, "
+            f"objective is the {kind} {name} itself, expected what it returns: call it, "
             f"fastpo.{name}()"
         )
     raise TypeError(
@@ -386,6 +386,8 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def _overlaps(tensor: Tensor) -> bool:
     """Whether elements of `tensor` may share memory, as those of an expanded view do."""
+    if tensor.numel() == 0:
+        return False
     last = 0  # the last element, in memory, of the dimensions so far
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1 and stride <= last:

@@ -189,7 +189,7 @@ def linear_policy_loss(
     batch = LossBatch.from_inputs(given, leading, hidden)
     if kept is not None:
         logprobs, entropy = _logprobs(hidden, weight, bias, call, kept)
-        return loss_of_batch(batch, logprobs, entropy, leading=leading)
+        return loss_of_batch(batch, logprobs, entropy, leading=leading, backend=call.backend)
     if objective.is_token_level:
         chunk_loss = TokenLevelLoss(inputs=batch.row_inputs(), objective=objective)
     elif isinstance(objective, RuleObjective) and not objective.couples_sequences:
@@ -198,7 +198,7 @@ def linear_policy_loss(
         chunk_loss = SequenceLevelLoss.from_batch(batch, call, weight)
     if chunk_loss is None:
         logprobs, entropy = _logprobs(hidden, weight, bias, call, None)
-        return loss_of_batch(batch, logprobs, entropy, leading=leading)
+        return loss_of_batch(batch, logprobs, entropy, leading=leading, backend=call.backend)
     needs = tuple(
         torch.is_grad_enabled() and x is not None and x.requires_grad
         for x in (hidden, weight, bias)
@@ -210,7 +210,7 @@ def linear_policy_loss(
         with torch.no_grad():
             whole = batch.token_loss(logprobs)
         terms = {"ratio": whole.ratio, "ref_kl": whole.kl}
-    metrics = batch.metrics(logprobs, entropy, clipped, **terms)
+    metrics = batch.metrics(logprobs, entropy, clipped, backend=call.backend, **terms)
     (loss,) = call.checked(loss)
     return PolicyLoss(loss, logprobs.view(leading), entropy.view(leading), metrics)
 

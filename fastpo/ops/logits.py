@@ -114,11 +114,12 @@ def policy_loss(
     checks.check_token_range(tokens, vocabulary, mask)
     check_kept(kept_tokens, kept_offsets, tokens, mask, vocabulary, inplace=inplace)
     batch = LossBatch.from_inputs(given, leading, logits)
+    through = {"leading": leading, "backend": backends.load(backend)}
     tokens, temperature = flat_rows(tokens, torch.int64), flat_temperature(temperature, logits)
     kept = Kept.from_inputs(kept_tokens, kept_offsets, batch.mask)
     if kept is not None:
         rows = (tokens, batch.mask, temperature, backend)
-        return loss_of_batch(batch, *_kept_rows(logits, *rows, kept), leading=leading)
+        return loss_of_batch(batch, *_kept_rows(logits, *rows, kept), **through)
     needs_grad = torch.is_grad_enabled() and logits.requires_grad
     compiling = torch.compiler.is_compiling()
     # An fp16 gradient, about p / N, underflows before a loss scale is multiplied in.
@@ -129,12 +130,12 @@ def policy_loss(
         logprobs, entropy = LogitsTokenLogprobs.apply(
             logits, tokens, batch.mask, temperature, backend, inplace and not compiling
         )
-        return loss_of_batch(batch, logprobs, entropy, leading=leading)
+        return loss_of_batch(batch, logprobs, entropy, **through)
     settings = (objective, temperature, backend, needs_grad, inplace)
     loss, logprobs, entropy, clipped = FusedPolicyLoss.apply(
         logits, tokens, batch.row_inputs(), *settings
     )
-    metrics = batch.metrics(logprobs, entropy, clipped)
+    metrics = batch.metrics(logprobs, entropy, clipped, backend=through["backend"])
     return PolicyLoss(loss, logprobs.view(leading), entropy.view(leading), metrics)
 
 

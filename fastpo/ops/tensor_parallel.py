@@ -42,6 +42,7 @@ class VocabularyShard:
         """local: columns of this rank; place: its first one, and those of all ranks."""
         self.backend, self.group, self.local = backend, group, local
         self.scale_ = backend.scale_
+        self.metric_sums = getattr(backend, "metric_sums", None)
         # On device: reading them on the host would wait for the GPU.
         self.start, self.vocabulary = place
 
