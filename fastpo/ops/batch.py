@@ -145,20 +145,24 @@ class LossBatch:
             # where() also stops a gradient of 0 * inf that a masked slot's numbers would give
             return x if x is None or mask is None else torch.where(mask, x, fill)
 
+        def own(x: Tensor | None) -> Tensor | None:
+            # The rule may write into what it gets: not into the caller's tensors, nor into ours
+            return None if x is None else x.clone()
+
         logprobs, entropy = harmless(logprobs, 0.0), harmless(entropy, 0.0)
         old = logprobs.detach() if self.old_logprobs is None else harmless(self.old_logprobs, 0.0)
         ref, weights = harmless(self.ref_logprobs, 0.0), harmless(self.importance_weights, 1.0)
         if self.sequence_weights is not None:
             weights = self.segments.spread(self.sequence_weights)
         tokens = TokenInputs(
-            advantages=harmless(self.advantages, 0.0),
-            old_logprobs=old,
-            ref_logprobs=ref,
-            importance_weights=weights,
-            mask=mask,
+            advantages=own(harmless(self.advantages, 0.0)),
+            old_logprobs=own(old),
+            ref_logprobs=own(ref),
+            importance_weights=own(weights),
+            mask=own(mask),
             sequence_ids=self.segments.ids if objective.couples_sequences else None,
         )
-        loss = harmless(objective.losses(logprobs, entropy, tokens), 0.0)
+        loss = harmless(objective.losses(own(logprobs), own(entropy), tokens), 0.0)
         if self.nll_weights is not None:
             loss = loss - harmless(self.nll_weights, 0.0) * logprobs
         detached = logprobs.detach()
