@@ -1,46 +1,19 @@
 """fastpo: fused policy-optimization losses for LLM reinforcement learning."""
 
-from fastpo.advantages import GroupAdvantages, group_advantages
-from fastpo.critic import Gae, ValueLoss, gae, value_loss
-from fastpo.masks import completion_mask
-from fastpo.mismatch import RolloutCorrection, rollout_correction
-from fastpo.objective import Objective
-from fastpo.ops.checks import set_debug
-from fastpo.ops.from_logprobs import policy_loss_from_logprobs
-from fastpo.ops.linear import linear_policy_loss, linear_token_logprobs
-from fastpo.ops.logits import policy_loss, token_logprobs
-from fastpo.ops.results import PolicyLoss, TokenLogprobs
-from fastpo.presets import (
-    aspo,
-    bnpo,
-    ce_gppo,
-    cispo,
-    dapo,
-    dppo,
-    dr_grpo,
-    dro,
-    gmpo,
-    gpg,
-    grpo,
-    gspo,
-    gspo_token,
-    icepop,
-    ipo,
-    luspo,
-    ppo,
-    reinforce,
-    sapo,
-    topr,
-    vespo,
-)
-from fastpo.rewards import overlong_penalty
-from fastpo.rule import TokenInputs, loss_rule
+# ruff: noqa: F405
 
-__version__ = "0.1.0"
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastpo._api import *  # noqa: F403
+
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "Gae",
     "GroupAdvantages",
+    "KeptTokens",
     "Objective",
     "PolicyLoss",
     "RolloutCorrection",
@@ -65,6 +38,9 @@ __all__ = [
     "gspo_token",
     "icepop",
     "ipo",
+    "kept_from_arrays",
+    "kept_from_logits",
+    "kept_from_mask",
     "linear_policy_loss",
     "linear_token_logprobs",
     "loss_rule",
@@ -75,6 +51,7 @@ __all__ = [
     "ppo",
     "reinforce",
     "rollout_correction",
+    "sampling_mask",
     "sapo",
     "set_debug",
     "token_logprobs",
@@ -82,3 +59,22 @@ __all__ = [
     "value_loss",
     "vespo",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the ops, and torch, when the first of them is used: `fastpo --help` needs neither."""
+    if name in __all__:
+        public = importlib.import_module("fastpo._api")
+        globals().update({each: getattr(public, each) for each in __all__})
+        return globals()[name]
+    if not name.startswith("_"):
+        try:
+            return importlib.import_module(f"fastpo.{name}")
+        except ModuleNotFoundError as error:
+            if error.name != f"fastpo.{name}":
+                raise
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,4 +1,6 @@
-"""The command line: `fastpo train | eval | plot | plan | doctor`.
+"""The command line: `fastpo train | eval | plot | compare | plan | settings | doctor`.
+
+A command imports what it needs when it runs: `--help`, `--version` and `settings` need no torch.
 
 Exit codes: 0 done, 1 a run failed, 2 bad input, 128 + n stopped by signal n (130 = Ctrl-C).
 """
@@ -6,6 +8,7 @@ Exit codes: 0 done, 1 a run failed, 2 bad input, 128 + n stopped by signal n (13
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import shlex
 import shutil
@@ -13,9 +16,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastpo import __version__, plan
+from fastpo import __version__
 
-SHOWN_ANSWERS = 3
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # torch on a GPU, on a CPU
 TRAIN_EXTRA = "the trainer needs more packages: pip install 'fastpo[train]'"
 
@@ -42,7 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit, too
         return 1
     except OSError as error:  # a full disk, a directory that cannot be written, ...
-        print(f"fastpo: {error}", file=sys.stderr)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        hint = "; the last checkpoint, if any, is intact, and --resume goes on from it"
+        print(f"fastpo: {error}{hint if full else ''}", file=sys.stderr)
         return 1
     except Exception as error:
         code, message = getattr(error, "exit_code", 1), str(error)
@@ -65,7 +69,10 @@ def _program() -> str:
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
     # argparse takes no positionals after an option: key=value may stand anywhere.
-    parser = _parser()
+    parser = _parser(arguments)
+    if not arguments:
+        parser.print_help(sys.stderr)
+        sys.exit(2)
     options, rest = parser.parse_known_args(arguments)
     if rest and (any(a.startswith("-") for a in rest) or not hasattr(options, "overrides")):
         parser.error(f"unrecognized arguments: {shlex.join(rest)}")
@@ -74,7 +81,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(arguments: list[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fastpo", description="Policy optimization for LLMs.")
     parser.add_argument("--version", action="version", version=f"fastpo {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -85,21 +92,37 @@ def _parser() -> argparse.ArgumentParser:
         description="Train a policy by a TOML recipe. Any setting can be given as key=value; "
         "`fastpo settings` lists them.",
     )
-    train.add_argument("recipe", help="TOML file")
+    train.add_argument("recipe", nargs="?", help="TOML file; without one, the defaults")
     train.add_argument("overrides", nargs="*", metavar="key=value")
     train.add_argument("--resume", action="store_true", help="go on from the run's checkpoint")
+    train.add_argument("--seeds", help="one run for each, one after another: 0,1,2", metavar="N,N")
     train.set_defaults(run=_train)
-    evaluate = commands.add_parser("eval", help="accuracy on held-out problems")
-    evaluate.add_argument("path", type=Path, help="directory of a run, or a recipe")
+    evaluate = commands.add_parser(
+        "eval",
+        help="accuracy, pass@k and maj@k on held-out problems",
+        description="Evaluate a checkpoint on held-out problems, with 95 % intervals. pass@k and "
+        "maj@k need several completions: eval.samples=8 eval.temperature=1.0.",
+    )
+    evaluate.add_argument(
+        "path", type=Path, help="directory of a run, of a checkpoint or of a model; or a recipe"
+    )
     evaluate.add_argument("overrides", nargs="*", metavar="key=value")
+    evaluate.add_argument("--json", action="store_true", help="print one JSON object")
     evaluate.set_defaults(run=_eval)
-    plot = commands.add_parser("plot", help="draw a run's curves.png")
-    plot.add_argument("run_dir", type=Path, help="directory of a run")
+    plot = commands.add_parser("plot", help="draw a run's curves.png, or several runs in one")
+    plot.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="directory of a run")
+    plot.add_argument("--out", type=Path, help="file of several runs' curves (compare.png)")
     plot.set_defaults(run=_plot)
+    compare = commands.add_parser("compare", help="a table of runs: before, after, what differs")
+    compare.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="directory of a run")
+    compare.set_defaults(run=_compare)
     planned = commands.add_parser(
         "plan", help="bytes of every buffer of a loss step, for each way to compute it"
     )
-    plan.add_arguments(planned)
+    if arguments[:1] == ["plan"]:
+        from fastpo import plan
+
+        plan.add_arguments(planned)
     planned.set_defaults(run=_plan)
     settings = commands.add_parser("settings", help="list every setting of a recipe")
     settings.set_defaults(run=_settings)
@@ -111,37 +134,53 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(options: argparse.Namespace, command: str) -> int:
-    from fastpo.trainer import train
     from fastpo.trainer.run import recipe
 
-    config = recipe.load(options.recipe, options.overrides)
-    train(config, resume=options.resume, command=command)
+    path, overrides = options.recipe, options.overrides
+    if path is None:
+        raise recipe.RecipeError(
+            "no recipe was given: name a TOML file, `fastpo train recipes/demo.toml`, or settings "
+            "alone, `fastpo train task=sort warmup.max_steps=40` (`fastpo settings` lists them)"
+        )
+    if "=" in path and not Path(path).exists():  # settings alone
+        path, overrides = None, [path, *overrides]
+    config = recipe.load(path, overrides)
+    from fastpo.trainer.run import seeds  # torch: after the recipe's own mistakes
+
+    if options.seeds is not None:
+        seeds.train_each(config, options.seeds, resume=options.resume, command=command)
+    else:
+        seeds.train(config, resume=options.resume, command=command)
     return 0
 
 
 def _eval(options: argparse.Namespace, command: str) -> int:
     from fastpo.trainer.evaluation import evaluate_saved
+    from fastpo.trainer.run import scores
 
     result = evaluate_saved(options.path, options.overrides)
-    for answer in result.answers[:SHOWN_ANSWERS]:
-        verdict = "right" if answer.correct else "wrong"
-        print(f"{answer.problem.prompt!r} -> {answer.text!r}  ({verdict})")
-    print(
-        f"accuracy {result.accuracy:.3f}  greedy {result.greedy_accuracy:.3f}  "
-        f"reward {result.reward:.3f}  "
-        f"mean length {result.mean_length:.1f} tokens  ({len(result.answers)} completions)"
-    )
+    print(scores.as_json(result) if options.json else scores.as_text(result))
     return 0
 
 
 def _plot(options: argparse.Namespace, command: str) -> int:
-    from fastpo.trainer.run.plot import plot
+    from fastpo.trainer.run.plot import overlay, plot
 
-    print(plot(options.run_dir))
+    one = len(options.runs) == 1 and options.out is None
+    print(plot(options.runs[0]) if one else overlay(options.runs, options.out))
+    return 0
+
+
+def _compare(options: argparse.Namespace, command: str) -> int:
+    from fastpo.trainer.run.compare import compare
+
+    compare(options.runs)
     return 0
 
 
 def _plan(options: argparse.Namespace, command: str) -> int:
+    from fastpo import plan
+
     try:
         return plan.run(options)
     except ValueError as error:

@@ -122,7 +122,7 @@ def test_kept_exponentials_serve_one_backward(device):
     case = bfloat16_case(device)
     leaves = case.leaves()
     scored = fastpo.linear_token_logprobs(*leaves, case.tokens, backend="triton-exp-kept")
-    loss = (scored.logprobs * case.advantages).sum()
+    loss = (scored.logprobs * case.advantages + scored.entropy).sum()
     first, second = (torch.autograd.grad(loss, leaves, retain_graph=True) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert first[0].any()
@@ -222,6 +222,36 @@ def test_improbable_tokens_reach_the_loss(device):
     assert (exact[0, :3] < -60).all()
     case = replace(case, old_logprobs=(exact.detach() + 0.1).float())
     check(case, fastpo.dapo(), case.fused)
+
+
+@pytest.mark.parametrize("backend", ["triton-exp", "triton-exp-kept"])
+def test_returned_numbers_may_be_edited(backend, device):
+    """REGRESSIONS 44: in place, before the backward, which reads none of them."""
+    case = bfloat16_case(device)
+    leaves = case.leaves()
+    grads = []
+    for edit in (False, True):
+        scored = fastpo.linear_token_logprobs(*leaves, case.tokens, backend=backend)
+        if edit:
+            scored.logprobs.mul_(2)
+            scored.entropy.zero_()
+        grads.append(torch.autograd.grad(scored.logprobs.sum() * (1 - edit / 2), leaves))
+    assert all(torch.equal(a, b) and a.any() for a, b in zip(*grads, strict=True))
+
+
+def test_an_empty_batch(device):
+    """REGRESSIONS 43: no rows, zero gradients."""
+    hidden = torch.empty(0, 64, dtype=torch.bfloat16, device=device, requires_grad=True)
+    weight = torch.randn(307, 64, device=device).bfloat16().requires_grad_()
+    tokens, advantages = torch.empty(0, dtype=torch.int64, device=device), torch.empty(0)
+    options = {"backend": "triton-exp"}
+    scored = fastpo.linear_token_logprobs(hidden, weight, tokens, **options)
+    loss = fastpo.linear_policy_loss(
+        hidden, weight, tokens, advantages.to(device), objective=fastpo.dapo(), **options
+    ).loss
+    for scalar in (scored.logprobs.sum(), loss):
+        grads = torch.autograd.grad(scalar, [hidden, weight])
+        assert scalar == 0 and grads[0].shape == (0, 64) and not grads[1].any()
 
 
 def test_refusals(device):

@@ -13,9 +13,11 @@ import torch
 
 import fastpo
 from fastpo import backends
+from fastpo.ops import head
 from fastpo.ops.head import zero_padded
 from fastpo.ops.linear_chunks import LinearCall
 from fastpo.ops.linear_workspace import Workspace
+from fastpo.testing.budget import relative_error
 from fastpo.testing.linear import LinearCase
 
 BACKENDS = [name for name in ("torch", "cpp") if backends.unavailable(name) is None]
@@ -140,3 +142,37 @@ def test_a_gradient_in_the_rows_of_its_logits_is_aligned(dtype, monkeypatch):
     for matrix in seen:
         if matrix is not None:
             assert matrix.data_ptr() % 16 == 0 and matrix.stride(0) * matrix.itemsize % 16 == 0
+
+
+@pytest.mark.parametrize("dtypes", ["bf16 bf16", "fp32 bf16", "fp16 fp16"])
+def test_only_bf16_operands_go_to_tiles(dtypes, monkeypatch):
+    """As on a CPU with AMX: the switch is on for their products alone, and off again after one."""
+    names = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    first, second = (names[name] for name in dtypes.split())
+    matmul, seen, addmm = torch.backends.mkldnn.matmul, [], torch.addmm
+    before = matmul.fp32_precision
+
+    def recorded(*arguments, **options):
+        seen.append(matmul.fp32_precision)
+        return addmm(*arguments, **options)
+
+    monkeypatch.setattr(head, "has_amx", lambda: True)
+    monkeypatch.setattr(torch, "addmm", recorded)
+    a, b = torch.randn(7, 64).to(first), torch.randn(64, 5000).to(second)
+    out = torch.empty(7, 5000)
+    head.add_matmul_(out, a, b)
+    assert set(seen) == {"bf16" if dtypes == "bf16 bf16" else before}
+    assert matmul.fp32_precision == before
+    exact = a.double() @ b.double()
+    assert relative_error(out, exact) < 2e-7  # AVX512-BF16, where the switch is not used: 1.6e-7
+    with pytest.raises(RuntimeError), head.bf16_tiles():
+        raise RuntimeError
+    assert matmul.fp32_precision == before
+
+
+def test_widened_products_are_exact_to_the_last_bits():
+    """1e-7 from fp64, with AMX or without: what users' bf16 heads get by default."""
+    a, b = torch.randn(64, 576).bfloat16(), torch.randn(576, 5000).bfloat16()
+    out = torch.empty(64, 5000)
+    head.add_matmul_(out, a, b)
+    assert relative_error(out, a.double() @ b.double()) < 1e-7

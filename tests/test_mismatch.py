@@ -133,6 +133,25 @@ def test_extreme_differences_stay_finite(d):
         assert (got.weights == torch.tensor(math.copysign(20.0, d)).exp()).all()
 
 
+def test_rejection_sees_the_clamped_difference():
+    old = torch.full((1, 2), -2.0)
+    bound = {"token_k3": math.exp(20.0), "token_k1": (math.exp(-20.5), math.exp(20.5))}
+    got = fastpo.rollout_correction(old, old - 1e3, mode="none", reject=bound)
+    assert got.mask.all()
+
+
+def test_off_policy_sequences_by_hand():
+    """Out are tokens with A < 0 of sequences whose mean(rollout - old) is above the threshold."""
+    old = torch.full((3, 2), -2.0)
+    rollout = old + torch.tensor([[1.0], [1.0], [0.2]])
+    advantages = torch.tensor([[-1.0, 1.0], [0.0, 2.0], [-1.0, -1.0]])
+    options = {"mode": "none", "off_policy_threshold": 0.5}
+    got = fastpo.rollout_correction(old, rollout, advantages=advantages, **options)
+    assert got.mask.tolist() == [[False, True], [True, True], [True, True]]
+    got = fastpo.rollout_correction(old, rollout, advantages=advantages[:, 0], **options)
+    assert got.mask.tolist() == [[False, False], [True, True], [True, True]]
+
+
 def test_nan_under_the_mask_stays_visible():
     t = batch()
     t["rollout"][0, 1] = torch.nan

@@ -7,6 +7,7 @@ import torch
 
 import fastpo
 from fastpo import backends
+from fastpo.backends import unavailable
 from fastpo.testing.budget import assert_within_budget
 
 BACKENDS = [
@@ -254,3 +255,46 @@ def test_under_gradient_checkpointing_and_autocast(backend):
         checkpointed = torch.utils.checkpoint.checkpoint(head, hidden, use_reentrant=False)
         (again,) = torch.autograd.grad(checkpointed, weight)
     assert torch.equal(plain, again) and plain.norm() > 0
+
+
+NAMES = ("log_sum_sq_probs", "mean_logits", "is_top1")
+
+
+@pytest.mark.parametrize("backend", [x for x in ("torch", "cpp") if unavailable(x) is None])
+@pytest.mark.parametrize("head", ["logits", "hidden"])
+def test_statistics(head, backend):
+    """From the launch that makes the log-probs, which stay the same bit by bit; no gradient."""
+    hidden, weight = torch.randn(3, 7, 8), 3 * torch.randn(301, 8) * 8**-0.5
+    logits = 4 * (hidden @ weight.t() / 4).tanh()
+    tokens, mask = logits.argmax(-1), torch.rand(3, 7) > 0.3
+    tokens[:, ::2] = 5
+    given, options = (logits,), {"temperature": 0.7, "mask": mask, "backend": backend}
+    op = fastpo.token_logprobs
+    if head == "hidden":
+        given, op = (hidden, weight), fastpo.linear_token_logprobs
+        options |= {"softcap": 4.0, "chunk_tokens": 5}
+    leaf = given[0].clone().requires_grad_()
+    plain = op(leaf, *given[1:], tokens, **options)
+    result = op(leaf, *given[1:], tokens, statistics=NAMES, **options)
+    assert torch.equal(result.logprobs, plain.logprobs)
+    grads = [torch.autograd.grad(x.logprobs.sum(), leaf)[0] for x in (plain, result)]
+    assert torch.equal(*grads) and not any(x.requires_grad for x in result[2:])
+    scaled = logits.double() / 0.7
+    squares = (2 * scaled.log_softmax(-1)).logsumexp(-1)
+    for got, want in zip(result[2:], (squares, scaled.mean(-1)), strict=False):
+        torch.testing.assert_close(got, want.where(mask, 0).float(), rtol=1e-5, atol=1e-5)
+    assert torch.equal(result.is_top1, (logits.argmax(-1) == tokens) & mask)
+    one = op(leaf, *given[1:], tokens, statistics=["is_top1"], **options)
+    assert one.mean_logits is None and torch.equal(one.is_top1, result.is_top1)
+
+
+@pytest.mark.parametrize(
+    ("statistics", "error", "words"),
+    [("is_top1", TypeError, "is str"), (("top1",), ValueError, "'top1', expected names among")],
+)
+def test_statistics_that_are_none(statistics, error, words):
+    logits, tokens = torch.randn(2, 9), torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(error, match=words):
+        fastpo.token_logprobs(logits, tokens, statistics=statistics)
+    with pytest.raises(error, match=words):
+        fastpo.linear_token_logprobs(logits, torch.randn(5, 9), tokens, statistics=statistics)

@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ import torch
 from rich.console import Console
 
 from fastpo.trainer.config import Config
-from fastpo.trainer.run import checkpoint
+from fastpo.trainer.metrics import speed_metrics
+from fastpo.trainer.run import checkpoint, console, report
 from fastpo.trainer.run.console import SHOWN, Display
 from fastpo.trainer.run.directory import RunLog, create, read_metrics, write_config
 from fastpo.trainer.run.errors import RecipeError, TrainerError
@@ -250,6 +252,64 @@ def test_without_a_terminal_lines_come_every_so_often():
         for step in range(1, 6):
             display.step(step, METRICS)
     assert [line.split()[1] for line in screen.getvalue().splitlines()] == ["2/5", "4/5", "5/5"]
+
+
+def test_a_long_phase_is_seen_on_a_terminal_and_said_elsewhere(monkeypatch):
+    """Warm-up, evaluation and long rollouts: what goes on in them reaches the open display."""
+    clock = [0.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: clock[0])
+    console.tell("nobody listens")
+    screen = io.StringIO()
+    out = Console(file=screen, force_terminal=True, width=80, color_system=None)
+    with Display(steps=3, start=0, print_every=1, console=out) as display:
+        display.phase = "warm-up"
+        console.tell("update 7 of at most 40")
+        display.say("this draws it")
+    assert "warm-up: update 7 of at most 40" in screen.getvalue()
+    screen = io.StringIO()
+    with Display(steps=3, start=0, print_every=1, console=Console(file=screen, width=80)):
+        for clock[0] in (30.0, 59.0, 61.0, 62.0, 122.0):
+            console.tell(f"token {clock[0]:.0f}")
+    assert screen.getvalue().split("\n") == ["token 61", "token 122", ""]
+
+
+def test_speed_is_tokens_over_seconds():
+    def completion(length, live=True):
+        return SimpleNamespace(length=length, prompt=[1, 2], live=live)
+
+    kept = [completion(3), completion(5), completion(9, live=False)]
+    batch = SimpleNamespace(sampled=[kept, [completion(3)]], samples=kept)
+    found = speed_metrics(batch, epochs=2, rollout_seconds=4.0, update_seconds=1.0)
+    assert 0.05 < found.pop("peak_memory_gib") < 500
+    assert found == {
+        "rollout_time": 4.0,
+        "update_time": 1.0,
+        "step_time": 5.0,
+        "rollout_time_share": 0.8,
+        "rollout_tokens_per_second": (3 + 5 + 9 + 3) / 4.0,
+        "update_tokens_per_second": 2 * (3 + 5 + 2 * 2) / 1.0,
+    }
+
+
+def test_a_full_disk_names_the_file(tmp_path):
+    log = RunLog(tmp_path, tensorboard=False)
+    log._metrics = open("/dev/full", "a")  # noqa: SIM115
+    with pytest.raises(
+        TrainerError, match=r"cannot write /dev/full: No space left on device; .*res"
+    ):
+        log.metrics(1, {"reward": 1.0})
+    log.close()
+
+
+def test_long_texts_are_cut_where_they_say_least():
+    """The end of a prompt tells problems apart; a completion begins with its answer."""
+    screen = io.StringIO()
+    long = {"prompt": "few-shot " * 100 + "2 + 2 =", "answer": None, "correct": True}
+    found = {"accuracy": 1.0, "answers": [long | {"text": "4" + " and on" * 100}]}
+    report.show(Console(file=screen, width=2000), found, found, Path("curves.png"), "fastpo")
+    output = " ".join(screen.getvalue().split())
+    assert "2 + 2 =" in output and "characters before" in output and "more characters" in output
+    assert len(screen.getvalue()) < 5000
 
 
 def test_metrics_are_json_even_when_a_number_is_not_finite(tmp_path):

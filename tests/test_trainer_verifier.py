@@ -56,7 +56,7 @@ def spoil():
     torch.manual_seed(0)
     os.chdir("/")
     os.environ["FASTPO_TEST"] = "spoilt"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     torch.set_default_dtype(torch.float64)
 
 
@@ -94,14 +94,14 @@ def test_problems_are_those_of_the_generator_itself():
 def test_what_a_verifier_does_to_its_process_meets_neither_the_run_nor_its_verdict(harmless):
     """REGRESSIONS 42: alarms, forks that come back, global state."""
     state, place = random.getstate(), os.getcwd()
-    seed = torch.get_rng_state()
+    seed, handler = torch.get_rng_state(), signal.getsignal(signal.SIGINT)
     task = task_whose(reward=lambda: harmless() and None)
     with Verifier(task, workers=1) as verifier:
         assert verifier.judge(ANSWERS * 3) == VERDICTS * 3
         assert verifier.judge(ANSWERS) == VERDICTS
     assert random.getstate() == state and os.getcwd() == place
     assert torch.equal(torch.get_rng_state(), seed) and "FASTPO_TEST" not in os.environ
-    assert signal.getsignal(signal.SIGINT) != signal.SIG_IGN
+    assert signal.getsignal(signal.SIGINT) == handler
     assert torch.get_default_dtype() == torch.float32
 
 

@@ -61,7 +61,10 @@ def run_tests(extension: str, arguments: list[str]) -> int:
     spec = importlib.util.spec_from_file_location("fastpo._C", extension)
     sys.modules["fastpo._C"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules["fastpo._C"])
-    return pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-k", LEFT_OUT, *TESTS, *arguments])
+    # Uncaptured: a report ends the process before pytest would print what it has captured.
+    return pytest.main(
+        ["-q", "-x", "-s", "-p", "no:cacheprovider", "-k", LEFT_OUT, *TESTS, *arguments]
+    )
 
 
 def main() -> int:

@@ -17,14 +17,15 @@ import functools
 import inspect
 import types
 import weakref
+from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fastpo.integrations._lm_head import output_embeddings, read_head
+from fastpo.integrations._request import Request, Scoring
 from fastpo.integrations._tap import close_tap, head_state, run, tapped
-from fastpo.ops.linear import linear_policy_loss, linear_token_logprobs
 from fastpo.ops.results import PolicyLoss
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -69,6 +70,7 @@ def attach(model: Model) -> Model:
     * `advantages`: [B] per sequence, or [B, T - 1] per predicted token, prompts included;
     * `completion_mask`: [B, T] bool or 0/1, the tokens that were sampled and count; its first
       column, which nothing predicts, is ignored;
+    * `fp32_head=True` for a product in fp32, outside autocast;
     * any other keyword of `linear_policy_loss` (objective, old_logprobs, temperature, normalizer,
       logits_dtype, ...), per-token ones [B, T - 1] fp32, that is, as `input_ids[:, 1:]`.
 
@@ -143,19 +145,12 @@ def innermost(model: nn.Module) -> nn.Module:
         inner = wrapped[0]
 
 
-class _Opaque:
-    """A request that FSDP's cast_forward_inputs cannot look into, and so not round to bf16."""
-
-    def __init__(self, options: dict[str, Any]):
-        self.options = options
-
-
 _KEYWORDS = ("policy_loss", "token_logprobs")
 
 
 def _keep_dtypes(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
     """Prepended forward pre-hook: runs before FSDP2's, if the model was sharded first."""
-    hidden = {k: _Opaque(kwargs[k]) for k in _KEYWORDS if isinstance(kwargs.get(k), dict)}
+    hidden = {k: Request(**kwargs[k]) for k in _KEYWORDS if isinstance(kwargs.get(k), dict)}
     return args, {**kwargs, **hidden}
 
 
@@ -197,8 +192,13 @@ def _scored(
         raise ValueError("policy_loss and token_logprobs are both given, expected one of them")
     kwargs = _model_inputs(model, args, kwargs)
     asked = token_logprobs if policy_loss is None else policy_loss
-    options = dict(asked.options if isinstance(asked, _Opaque) else asked)
-    request = _Request(type(model).__name__, options, kwargs["input_ids"])
+    if not isinstance(asked, Request | Mapping):
+        raise TypeError(
+            f"policy_loss or token_logprobs is {type(asked).__name__}, expected a dict: "
+            "completion_mask, advantages, objective, ..."
+        )
+    options = dict(asked.options if isinstance(asked, Request) else asked)
+    request = Scoring(type(model).__name__, options, kwargs["input_ids"])
     consume = request.logprobs if policy_loss is None else request.loss
     result, outputs = run(model, _own_forward(model), consume, **kwargs)
     aux_loss = getattr(outputs, "aux_loss", None)
@@ -206,90 +206,6 @@ def _scored(
         logprobs, entropy = result.unbind(-1)
         return CausalLMLogprobs(logprobs, entropy, aux_loss)
     return CausalLMPolicyLoss(result, *request.made[1:], aux_loss)
-
-
-class _Request:
-    """What one call asks for, and what stands in the LM head's place for it."""
-
-    def __init__(self, name: str, options: dict[str, Any], ids: Tensor):
-        self.name = name  # the model's class
-        self.options = options
-        self.ids = ids  # (B, T)
-        self.made: PolicyLoss | None = None
-        if "completion_mask" not in options:
-            raise TypeError(
-                "completion_mask is missing, expected a [B, T] bool tensor: True for the tokens "
-                "that were sampled and count"
-            )
-        self.mask = options.pop("completion_mask")
-        if not isinstance(self.mask, Tensor) or self.mask.shape != ids.shape:
-            found = list(self.mask.shape) if isinstance(self.mask, Tensor) else type(self.mask)
-            raise ValueError(
-                f"completion_mask has shape {found}, expected {list(ids.shape)} as input_ids: one "
-                "flag per token, prompts included"
-            )
-
-    def loss(self, hidden: Tensor, head: dict[str, Any]) -> Tensor:
-        """0-d loss of hidden states [B, K, D]."""
-        inputs = self._inputs(hidden, head)
-        self.made = linear_policy_loss(**inputs)
-        return self.made.loss
-
-    def logprobs(self, hidden: Tensor, head: dict[str, Any]) -> Tensor:
-        """[B, K - 1, 2] log-probs and entropies of hidden states [B, K, D]."""
-        return torch.stack(linear_token_logprobs(**self._inputs(hidden, head)), -1)
-
-    def _inputs(self, hidden: Tensor, head: dict[str, Any]) -> dict[str, Any]:
-        if hidden.ndim != 3 or hidden.shape[0] != self.ids.shape[0]:
-            raise ValueError(
-                f"{self.name} gives its LM head hidden states {list(hidden.shape)}, expected "
-                f"[{self.ids.shape[0]}, K, D]: one row per sequence"
-            )
-        kept = hidden.shape[1]
-        if kept > self.ids.shape[1]:
-            raise ValueError(
-                f"{self.name} gives its LM head {kept} positions for {self.ids.shape[1]} tokens: "
-                "which of them predict tokens is not known (prompt tuning, added image tokens)"
-            )
-        tokens = self.ids[:, self.ids.shape[1] - kept :][:, 1:]
-        mask = (self.mask[:, self.mask.shape[1] - kept :] != 0)[:, 1:]
-        options = dict(self.options)
-        for name in _PER_TOKEN:
-            if isinstance(options.get(name), Tensor):
-                options[name] = _per_token(name, options[name], tokens.shape)
-        hidden = _in_weights_dtype(hidden, head["weight"])
-        return {"hidden": hidden[:, :-1], "tokens": tokens, "mask": mask, **head, **options}
-
-
-_PER_TOKEN = ("advantages", "old_logprobs", "ref_logprobs", "importance_weights", "temperature")
-_PER_SEQUENCE = ("advantages", "importance_weights")
-
-
-def _per_token(name: str, value: Tensor, shape: torch.Size) -> Tensor:
-    """`value` as the ops take it, or a line that says that prompts are included."""
-    if value.dtype in (torch.bfloat16, torch.float16):
-        raise TypeError(
-            f"{name} arrived as {value.dtype}, expected float32: if FSDP2 rounded it on the way "
-            "in, call attach after fully_shard, or use MixedPrecisionPolicy("
-            "cast_forward_inputs=False)"
-        )
-    rows, tokens = shape
-    if name in _PER_SEQUENCE and value.shape in ((rows,), (rows, 1)) and shape != (rows, 1):
-        return value.reshape(rows)
-    if name == "temperature" and value.ndim == 0:
-        return value.expand(shape)
-    if value.shape != shape and not (name in _PER_SEQUENCE and value.shape == (rows,)):
-        either = f"[{rows}] or " if name in _PER_SEQUENCE else ""
-        raise ValueError(
-            f"{name} has shape {list(value.shape)}, expected {either}[{rows}, {tokens}] = "
-            "[B, T - 1]: one per predicted token as input_ids[:, 1:], prompts included"
-        )
-    return value
-
-
-def _in_weights_dtype(hidden: Tensor, weight: Tensor) -> Tensor:
-    """Hidden states for a head that was cast to fp32 are cast, too, unless autocast decides."""
-    return hidden if torch.is_autocast_enabled(hidden.device.type) else hidden.to(weight.dtype)
 
 
 def _model_inputs(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -308,6 +224,8 @@ def _model_inputs(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())
     if "use_cache" in accepted or takes_any:
         kwargs["use_cache"] = False
+    if "return_dict" in kwargs:
+        kwargs["return_dict"] = True  # the outputs are read here; the caller gets ours
     mask = kwargs.get("attention_mask")
     if (
         "position_ids" in accepted
@@ -371,6 +289,10 @@ def _check_bare(model: nn.Module) -> None:
         wrapper = f"{type(model).__name__} prepared by accelerate"
     elif model._compiled_call_impl is not None:
         wrapper = f"{type(model).__name__} compiled in place"
+    elif "forward" in model.__dict__ and not hasattr(model.forward, "_fastpo"):
+        wrapper = f"{type(model).__name__} with a forward of its own in the place of its class's"
+    elif {*model._forward_hooks.values(), *model._forward_pre_hooks.values()} - {_keep_dtypes}:
+        wrapper = f"{type(model).__name__} with forward hooks"
     if wrapper is not None:
         raise TypeError(
             f"model is {wrapper}, expected a bare causal LM of transformers: call fastpo."

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fastpo.backends.base import RowInputs, RowLosses, RowStats, two_step
+from fastpo.backends.base import RowDetails, RowInputs, RowLosses, RowStats, two_step
 from fastpo.objective import Objective
 from fastpo.ops.autograd import first_order, row_grads, save, saved
 from fastpo.ops.batch import LossBatch, loss_of_rows, of_rows
@@ -196,19 +196,28 @@ class LinearTokenLogprobs(torch.autograd.Function):
     once more backward. Saves four numbers per token, 8 N D V operations in all."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: LinearCall):
-        stats = statistics(call, call.head(weight, bias), hidden.detach())
+    def forward(
+        ctx,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        call: LinearCall,
+        with_details: bool = False,
+    ):
+        details = _new_details(call, hidden) if with_details else ()
+        stats = statistics(call, call.head(weight, bias), hidden.detach(), details=details)
+        ctx.mark_non_differentiable(*details)
         ctx.set_materialize_grads(False)
         save(ctx, hidden, weight, bias, *stats)
         ctx.call = call
         # Copies: whoever edits a returned log-prob must not edit what the backward pass reads.
-        return stats.logprobs.clone(), stats.entropy.clone()
+        return stats.logprobs.clone(), stats.entropy.clone(), *details
 
     @staticmethod
     @first_order
-    def backward(ctx, logprob_grad: Tensor | None, entropy_grad: Tensor | None):
+    def backward(ctx, logprob_grad: Tensor | None, entropy_grad: Tensor | None, *_):
         if logprob_grad is None and entropy_grad is None:
-            return None, None, None, None
+            return (None,) * 5
         hidden, weight, bias, *stats = saved(ctx)
         call, stats = ctx.call, RowStats(*stats)
         incoming = [
@@ -217,25 +226,41 @@ class LinearTokenLogprobs(torch.autograd.Function):
         ]
         head = call.head(weight, bias)
         grads = chunk_grads(call, head, hidden.detach(), stats, *incoming, ctx.needs_input_grad)
-        return *grads.scaled(None, call.backend), None
+        return *grads.scaled(None, call.backend), None, None
+
+
+def _new_details(call: LinearCall, hidden: Tensor) -> RowDetails:
+    numbers = torch.zeros((2, call.tokens.numel()), dtype=wide_dtype(hidden.dtype))
+    flags = torch.zeros_like(call.tokens, dtype=torch.bool)
+    return RowDetails(*numbers.to(hidden.device), flags)
 
 
 def statistics(
-    call: LinearCall, head: Head, hidden: Tensor, only: Tensor | None = None
+    call: LinearCall,
+    head: Head,
+    hidden: Tensor,
+    only: Tensor | None = None,
+    *,
+    details: RowDetails | tuple[()] = (),
 ) -> RowStats:
-    """Statistics of all rows, or of those where `only` (N,) is True; 0 on masked and other ones."""
+    """Statistics of all rows, or of those where `only` (N,) is True; 0 on masked and other ones.
+
+    Fills `details` (N,) of these rows where there are some.
+    """
     count, dtype = call.tokens.numel(), wide_dtype(hidden.dtype)
     stats = RowStats(*torch.zeros((4, count), dtype=dtype, device=hidden.device))
     chunks = call.chunks(head, only)
     workspace = Workspace(call, head, [], chunks)
     for rows in chunks:
-        part = call.backend.row_stats(
+        sweep = call.backend.row_details if details else call.backend.row_stats
+        part = sweep(
             workspace.load(hidden, rows, gradient=False).logits,
             call.tokens[rows],
             call.row_temperature(rows, head),
             call.row_mask(rows),
         )
-        for full, values in zip(stats, part, strict=True):
+        part = (*part[0], *part[1]) if details else part
+        for full, values in zip((*stats, *details), part, strict=True):
             put(full, rows, values)
     return stats
 

@@ -125,7 +125,8 @@ class LinearCall:
         """The outputs, NaN if the caller's `live_rows` contradicts the mask."""
         if self.wrong_count is None:
             return outputs
-        return tuple(x.masked_fill(self.wrong_count, torch.nan) for x in outputs)
+        bad = {torch.bool: False}
+        return tuple(x.masked_fill(self.wrong_count, bad.get(x.dtype, torch.nan)) for x in outputs)
 
     def head(self, weight: Tensor, bias: Tensor | None) -> Head:
         """The head, detached: gradients are written by hand."""

@@ -137,13 +137,11 @@ class ExpGrads(LinearGrads):
             add_matmul_(self.weight, e.t(), scaled, beta=self._beta)
             self._beta = 1.0
         if self.bias is not None:
-            # f in two bf16 parts, 16 bits in all, in a matrix of 16-byte rows.
-            parts = torch.zeros(e.shape[0], 8, dtype=e.dtype, device=e.device)
-            parts[:, :1] = factors
-            parts[:, 1:2] = factors - parts[:, :1].float()
+            column = torch.zeros(e.shape[0], 8, dtype=e.dtype, device=e.device)  # 16-byte rows
+            column[:, :1] = factors
             product = torch.empty(e.shape[1], 8, **wide)
-            add_matmul_(product, e.t(), parts)
-            self.bias.add_(product[:, 0]).add_(product[:, 1])
+            add_matmul_(product, e.t(), column)
+            self.bias.add_(product[:, 0])
 
     def finish(self, backend: object) -> None:
         """After the last chunk: the sum over shards."""
@@ -196,7 +194,9 @@ class ExpTokenLogprobs(LinearTokenLogprobs):
         head = call.head(weight, bias)
         chunks = call.chunks(head)
         one_pass = ExpPass(call, head, chunks, entropy_gradient=True)
-        scores, ctx.kept = torch.zeros((2, call.tokens.numel()), device=hidden.device), []
+        # Of their own: views of one tensor could not be edited in place by whoever gets them.
+        scores = [torch.zeros(call.tokens.numel(), device=hidden.device) for _ in range(2)]
+        ctx.kept = []
         for rows in chunks:
             chunk = one_pass.load(hidden.detach(), rows, gradient=keep)
             stats = call.backend.row_stats(chunk.logits, chunk.logits.tokens, 1.0)
@@ -207,7 +207,7 @@ class ExpTokenLogprobs(LinearTokenLogprobs):
         ctx.set_materialize_grads(False)
         save(ctx, hidden, weight, bias)
         ctx.call = call
-        return scores[0], scores[1]
+        return tuple(scores)
 
     @staticmethod
     @first_order

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -43,3 +44,28 @@ class TokenLogprobs(NamedTuple):
 
     logprobs: Tensor
     entropy: Tensor
+
+
+class TokenStatistics(NamedTuple):
+    """What `token_logprobs` and `linear_token_logprobs` return with `statistics`. [...], each 0 or
+    False under a False mask; None where not asked for."""
+
+    logprobs: Tensor
+    """fp32, differentiable."""
+    entropy: Tensor
+    """fp32, differentiable."""
+    log_sum_sq_probs: Tensor | None
+    """log sum_v p_v^2, fp32, without gradient (the weights of WPO, arXiv 2406.11827)."""
+    mean_logits: Tensor | None
+    """Mean of the temperature-scaled logits over the vocabulary, fp32, without gradient."""
+    is_top1: Tensor | None
+    """bool: the token is the row's argmax; of several largest logits the first is it."""
+
+    @classmethod
+    def from_rows(cls, rows: tuple[Tensor, ...], names: Sequence[str], leading: torch.Size):
+        """From logprobs, entropy and, if there are `names`, all three others, each (N,)."""
+        logprobs, entropy, *others = (x.view(leading) for x in rows)
+        if not others:
+            return TokenLogprobs(logprobs, entropy)
+        wanted = (x if n in names else None for n, x in zip(cls._fields[2:], others, strict=True))
+        return cls(logprobs, entropy, *wanted)

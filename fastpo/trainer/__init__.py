@@ -12,9 +12,28 @@
 `fastpo train RECIPE.toml key=value ...` runs it; `config` documents every setting.
 """
 
-from fastpo.trainer.config import Config
-from fastpo.trainer.loop import train
-from fastpo.trainer.run.errors import Interrupted, RecipeError, TrainerError
-from fastpo.trainer.tasks import Problem, Task
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastpo.trainer.config import Config
+    from fastpo.trainer.loop import train
+    from fastpo.trainer.run.errors import Interrupted, RecipeError, TrainerError
+    from fastpo.trainer.tasks import Problem, Task
 
 __all__ = ["Config", "Interrupted", "Problem", "RecipeError", "Task", "TrainerError", "train"]
+
+_HOMES = {
+    "fastpo.trainer.config": ["Config"],
+    "fastpo.trainer.loop": ["train"],
+    "fastpo.trainer.run.errors": ["Interrupted", "RecipeError", "TrainerError"],
+    "fastpo.trainer.tasks": ["Problem", "Task"],
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for: `fastpo settings` needs the config, and no torch."""
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(module), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -20,7 +20,7 @@ from fastpo.trainer.policy import (
 )
 from fastpo.trainer.rollout import Sampling
 from fastpo.trainer.run import checkpoint, directory, recipe
-from fastpo.trainer.run.errors import TrainerError
+from fastpo.trainer.run.errors import RecipeError, TrainerError
 from fastpo.trainer.tasks import Problem, held_out, load_task
 from fastpo.trainer.verifier import Verifier
 
@@ -72,13 +72,21 @@ def evaluate_held_out(
 
 
 def evaluate_saved(path: Path, overrides: Sequence[str]) -> Evaluation:
-    """Evaluate the checkpoint of a run directory, or the model that a recipe starts from.
+    """Evaluate a run, one of its checkpoints, any model directory, or what a recipe starts from.
+
+    Args:
+        path: a run directory (its newest checkpoint); a checkpoint or model directory, whose recipe
+            is that of the run around it, or the defaults; or a TOML recipe.
 
     Raises:
         TrainerError: no recipe, no checkpoint, or a damaged one.
     """
-    saved = path.is_dir()
-    config = recipe.load(path / directory.CONFIG if saved else path, overrides)
+    config, saved = _find(path, overrides)
+    if config.eval.samples > 1 and not config.eval.temperature:
+        raise RecipeError(
+            f"eval.samples is {config.eval.samples}, but greedy completions are all alike: set "
+            "eval.temperature=1.0, or eval.samples=1"
+        )
     if config.threads:
         torch.set_num_threads(config.threads)
     quiet_transformers()
@@ -86,10 +94,24 @@ def evaluate_saved(path: Path, overrides: Sequence[str]) -> Evaluation:
     with Verifier(task, **asdict(config.verifier)) as verifier:
         device = default_device(config.device)
         if saved:
-            policy = load_policy(checkpoint.find(path), config.model, device, stop=task.stop)
+            checkpoint.verify(saved)
+            policy = load_policy(saved, config.model, device, stop=task.stop)
         else:
             torch.manual_seed(config.seed)
             policy = make_policy(config.model, device, alphabet=task.alphabet, stop=task.stop)
         fits = policy.fits(config.rollout.max_prompt_tokens)
         problems = held_out(verifier, config.eval.problems, fits)
         return evaluate_held_out(policy, verifier, problems, config)
+
+
+def _find(path: Path, overrides: Sequence[str]) -> tuple[Config, Path | None]:
+    """The recipe of `path` and the directory of its model, where it has one."""
+    if not path.is_dir():
+        return recipe.load(path, overrides), None
+    if not (path / "config.json").exists():  # every model directory has one
+        return directory.config_of(path, overrides), checkpoint.find(path)
+    if (path.parent / directory.CONFIG).exists():
+        return directory.config_of(path.parent, overrides), path
+    if not any(override.startswith("task=") for override in overrides):
+        raise RecipeError(f"{path} is a model and no run: say what to ask it, e.g. task=sort")
+    return recipe.load(None, overrides), path

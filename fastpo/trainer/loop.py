@@ -16,7 +16,7 @@ from fastpo.trainer.config import Config
 from fastpo.trainer.critic import Critic
 from fastpo.trainer.evaluation import evaluate_held_out
 from fastpo.trainer.experience import Batch, assign_advantages, collect, mute_truncated
-from fastpo.trainer.metrics import rollout_metrics, update_metrics
+from fastpo.trainer.metrics import rollout_metrics, speed_metrics, update_metrics
 from fastpo.trainer.policy import (
     Policy,
     default_device,
@@ -60,8 +60,10 @@ def train(
     ):
         trainer = Trainer(config, verifier, resume=resume, out=out)
         try:
-            trainer.run()
-            return trainer.finish(command)
+            with trainer.display:
+                trainer.run()
+                after = trainer.evaluate()
+            return trainer.finish(after, command)
         finally:
             trainer.log.close()
 
@@ -96,8 +98,9 @@ def train_step(run: Trainer) -> tuple[Batch, dict[str, float]]:
         **update_metrics(sums.read()),
         **values,
         "learning_rate": learning_rate,
-        "rollout_time": sampled - started,
-        "step_time": time.monotonic() - started,
+        **speed_metrics(
+            batch, run.config.optim.epochs, sampled - started, time.monotonic() - sampled
+        ),
     }
 
 
@@ -129,6 +132,7 @@ class Trainer:
             minutes=config.checkpoint_minutes,
             best=self.log.best,
         )
+        self.display = console.Display(config.steps, self.step, config.log.print_every, out)
         self._clock = time.monotonic() - self.seconds
 
     def _start(self) -> None:
@@ -142,7 +146,7 @@ class Trainer:
             )
         )
         self.dir = directory.create(self.config, self._say)
-        self.log = directory.RunLog(self.dir, tensorboard=self.config.log.tensorboard)
+        self.log = self._open_log(None)
         # Made after the warm-up, from whose end the reference policy and the critic are taken.
         self.learner = None
 
@@ -165,12 +169,16 @@ class Trainer:
         self.step = state["step"]
         self._make_learner()
         self._load(state)
-        self.log = directory.RunLog(
-            self.dir, tensorboard=self.config.log.tensorboard, resume_at=self.step
-        )
+        self.log = self._open_log(self.step)
         if self.log.gaps:
             self._say(f"{directory.METRICS} lacks {self.log.gaps}: the curves have a gap there")
         directory.write_config(self.dir, self.config)
+
+    def _open_log(self, resume_at: int | None) -> directory.RunLog:
+        log = self.config.log
+        return directory.RunLog(
+            self.dir, tensorboard=log.tensorboard, wandb=log.wandb, resume_at=resume_at
+        )
 
     def _take_policy(self, policy: Policy) -> None:
         """Refuse what cannot be trained, before anything is written, and draw the problems."""
@@ -191,16 +199,11 @@ class Trainer:
         if self.learner is None:
             self._warm_up()
             self._make_learner()
-            self.before = self._evaluate()
+            self.before = self.evaluate()
             self._say(f"Held-out accuracy before: {self.before['accuracy']:.3f}")
-        with (
-            console.Display(
-                self.config.steps, self.step, self.config.log.print_every, self.out
-            ) as display,
-            StopRequest(display.say) as stop,
-        ):
+        with StopRequest(self.display.say) as stop:
             while self.step < self.config.steps and stop.signal_number is None:
-                self._advance(display)
+                self._advance()
                 if self.keeper.is_due(self.step) or self.step == self.config.steps:
                     self.save()
             if self.step < self.config.steps:
@@ -222,8 +225,9 @@ class Trainer:
             f"{rollout.group_size} completions. Everything goes to {self.dir}"
         )
 
-    def _advance(self, display: console.Display) -> None:
+    def _advance(self) -> None:
         """One step and the evaluation that may be due; whatever fails, steps done are kept."""
+        self.display.phase = f"step {self.step + 1}"
         try:
             batch, metrics = train_step(self)
             self.step += 1
@@ -231,10 +235,10 @@ class Trainer:
             metrics["num_tokens"] = self.num_tokens
             self.log.metrics(self.step, metrics)
             self._log_samples(batch)
-            display.step(self.step, metrics)
+            self.display.step(self.step, metrics)
             if self._is_due(self.config.eval.every) and self.step < self.config.steps:
-                found = self._evaluate()
-                display.say(f"step {self.step}: held-out accuracy {found['accuracy']:.3f}")
+                found = self.evaluate()
+                self.display.say(f"step {self.step}: held-out accuracy {found['accuracy']:.3f}")
                 if self.keeper.is_best(score := report.score(found)):
                     self.save()
                     self.keeper.keep_best(score)
@@ -246,9 +250,8 @@ class Trainer:
     def _is_due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
 
-    def finish(self, command: str) -> dict[str, Any]:
-        """Evaluate, write summary.json and curves.png, and report."""
-        after = self._evaluate()
+    def finish(self, after: dict[str, Any], command: str) -> dict[str, Any]:
+        """Write summary.json and curves.png, and report."""
         if self.keeper.is_best(score := report.score(after)):
             self.keeper.keep_best(score)
         command = command or f"fastpo train {self.dir / directory.CONFIG}"
@@ -309,6 +312,7 @@ class Trainer:
         config = self.config.warmup
         if not config.max_steps:
             return
+        self.display.phase = "warm-up"
         self._say("Supervised warm-up: it stands in for a pretrained checkpoint.")
         stream, exclude = f"warmup-{self.config.seed}", self.problems.exclude
         warm_up(
@@ -349,7 +353,9 @@ class Trainer:
             )
         return load_policy(directory, self.config.model, self.device, stop=self.verifier.stop)
 
-    def _evaluate(self) -> dict[str, Any]:
+    def evaluate(self) -> dict[str, Any]:
+        """Numbers and first answers on the held-out problems; logged."""
+        self.display.phase = "evaluation"
         result = evaluate_held_out(self.policy, self.verifier, self.held_out, self.config)
         found = report.digest(result, result.per_problem)
         numbers = {f"eval_{name}": value for name, value in found.items() if name != "answers"}

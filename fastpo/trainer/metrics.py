@@ -6,8 +6,12 @@ discarded included: they describe the policy. Entropy, clipping and KL are of th
 
 from __future__ import annotations
 
+import resource
 import statistics
+import sys
 from collections import defaultdict
+
+import torch
 
 from fastpo.trainer.experience import Batch, Sample, is_informative
 
@@ -69,6 +73,33 @@ def update_metrics(sums: dict[str, float]) -> dict[str, float]:
     if "ref_kl" in sums:
         values["kl"] = sums["ref_kl"] / tokens
     return values
+
+
+def speed_metrics(
+    batch: Batch, epochs: int, rollout_seconds: float, update_seconds: float
+) -> dict[str, float]:
+    """Seconds, tokens per second and peak memory (GiB; of the process where there is no GPU).
+
+    A rollout's tokens are those generated, an update's those of forward and backward passes.
+    """
+    generated = sum(sample.length for group in batch.sampled for sample in group)
+    learned = epochs * sum(len(s.prompt) + s.length for s in batch.samples if s.live)
+    return {
+        "rollout_time": rollout_seconds,
+        "update_time": update_seconds,
+        "step_time": rollout_seconds + update_seconds,
+        "rollout_time_share": rollout_seconds / (rollout_seconds + update_seconds),
+        "rollout_tokens_per_second": generated / rollout_seconds,
+        "update_tokens_per_second": learned / update_seconds,
+        "peak_memory_gib": _peak_bytes() / 2**30,
+    }
+
+
+def _peak_bytes() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _spread(group: list[Sample]) -> float:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastpo.integrations.transformers import lm_head
 from fastpo.trainer.config import ModelConfig
-from fastpo.trainer.run.errors import RecipeError, TrainerError
+from fastpo.trainer.run.errors import RecipeError, TrainerError, reason_of
 from fastpo.trainer.tasks import Problem
 
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
@@ -126,9 +126,9 @@ class Policy:
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if context is not None and longest + new_tokens > context:
             raise RecipeError(
-                f"a prompt of {longest} tokens and rollout.max_new_tokens = {new_tokens} exceed "
-                f"the {context} positions of {type(self.model).__name__}: lower that, or skip long "
-                "prompts by rollout.max_prompt_tokens"
+                f"a prompt of {longest} tokens and {new_tokens} new ones exceed the {context} "
+                f"positions of {type(self.model).__name__}: lower rollout.max_new_tokens, or skip "
+                "long prompts by rollout.max_prompt_tokens"
             )
         return prompts
 
@@ -202,16 +202,16 @@ def load_policy(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         model, found = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=torch.float32,
             attn_implementation=config.attention or _default_attention(device),
             output_loading_info=True,
+            trust_remote_code=False,  # None would ask on the terminal
         )
     except Exception as error:  # transformers and safetensors raise many kinds
-        reason = str(error).strip().split("\n")[0]
-        raise RecipeError(f"cannot load a model from {str(path)!r}: {reason}") from error
+        raise RecipeError(f"cannot load a model from {str(path)!r}: {reason_of(error)}") from error
     if found["missing_keys"]:  # transformers would go on with random weights
         missing = ", ".join(sorted(found["missing_keys"])[:3])
         raise RecipeError(f"the model at {str(path)!r} is incomplete: no weights for {missing}")

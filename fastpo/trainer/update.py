@@ -19,6 +19,7 @@ from fastpo.trainer.config import OptimConfig
 from fastpo.trainer.experience import Sample
 from fastpo.trainer.microbatch import MicroBatch, micro_batches
 from fastpo.trainer.policy import Policy
+from fastpo.trainer.run import console
 from fastpo.trainer.run.errors import TrainerError
 
 
@@ -90,6 +91,7 @@ class Learner:
         on_policy = self.config.updates_per_batch == 1 and self.config.epochs == 1
         if self.config.old_logprobs == "recompute" and not on_policy:
             self.recompute_old_logprobs(samples)
+        console.tell(f"learning from {len(samples)} completions")
         for _ in range(self.config.epochs):
             order = torch.randperm(len(samples), generator=generator)
             for part in order.tensor_split(self.config.updates_per_batch):
@@ -144,6 +146,7 @@ class Learner:
             temperature=self.temperature,
             cu_seqlens=batch.cu_seqlens,
             normalizer=normalizer,
+            **batch.kept,
             **self.policy.head(),
         )
 
@@ -156,11 +159,12 @@ class Learner:
 
     @torch.no_grad()
     def _score(self, policy: Policy, batch: MicroBatch) -> Tensor:
-        """Log-probs (N,) of the batch's tokens under `policy`."""
+        """Log-probs (N,) of the batch's tokens under `policy`, over what they were drawn from."""
         return fastpo.linear_token_logprobs(
             batch.hidden(policy),
             tokens=batch.tokens,
             temperature=self.temperature,
+            **batch.kept,
             **policy.head(),
         ).logprobs
 

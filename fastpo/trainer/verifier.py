@@ -23,9 +23,10 @@ from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from fastpo.trainer.run import console
 from fastpo.trainer.run.errors import TrainerError
 from fastpo.trainer.run.signals import TERMINATION
-from fastpo.trainer.tasks import Problem, Task, Verdict, draw, judge
+from fastpo.trainer.tasks import Problem, Task, Verdict, draw, judge, rows_of
 
 MOST_WORKERS = 8  # of a default; each is a fork, so memory is shared
 PARTS_PER_WORKER = 4  # of a batch: answers differ in what judging them costs
@@ -47,11 +48,10 @@ class Verifier:
 
     def __init__(self, task: Task, *, workers: int = 0, seconds: float = 10.0):
         self.alphabet, self.stop, self.name = task.alphabet, task.stop, type(task).__name__
-        self.rows = getattr(task, "rows", None)
-        self.test_rows = getattr(task, "test_rows", None)
+        self.rows, self.test_rows = rows_of(task, "rows"), rows_of(task, "test_rows")
         self.seconds = seconds
         self._pool: list[_Worker] = []
-        for _ in range(workers or min(MOST_WORKERS, len(os.sched_getaffinity(0)))):
+        for _ in range(workers or min(MOST_WORKERS, _cores())):
             self._pool.append(_Worker(task, [worker.connection for worker in self._pool]))
 
     def __enter__(self) -> Verifier:
@@ -75,6 +75,7 @@ class Verifier:
         Raises:
             TrainerError: `problem` raised, took too long, or returned no problem that can be sent.
         """
+        console.tell(f"{self.name} makes {count} problems")
         [(problems, state)] = self._run(_draw, [(rng.getstate(), count)])
         rng.setstate(state)
         return problems
@@ -85,6 +86,7 @@ class Verifier:
         Raises:
             TrainerError: `reward` raised, took too long, ended its process, or gave no number.
         """
+        console.tell(f"{self.name} judges {len(answers)} completions")
         size = max(1, math.ceil(len(answers) / (PARTS_PER_WORKER * len(self._pool))))
         parts = [answers[i : i + size] for i in range(0, len(answers), size)]
         return [verdict for part in self._run(_judge, parts) for verdict in part]
@@ -139,6 +141,11 @@ class Verifier:
         )
 
 
+def _cores() -> int:
+    """Those this process may use, where the system says so."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class _Worker:
     """One process, the pipe to it, and the shared memory that says what it is at."""
 
@@ -182,6 +189,7 @@ class _Worker:
         self.process.join(max(0.0, deadline - time.monotonic()))
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.kill()  # one that was not yet the leader of its group
         self.process.join()
 
 

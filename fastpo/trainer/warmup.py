@@ -17,6 +17,7 @@ from fastpo.trainer.evaluation import evaluate
 from fastpo.trainer.experience import Sample
 from fastpo.trainer.policy import Policy
 from fastpo.trainer.rollout import Completion, Sampling
+from fastpo.trainer.run import console
 from fastpo.trainer.run.errors import RecipeError
 from fastpo.trainer.tasks import Problem, ProblemStream
 from fastpo.trainer.update import Learner, Sums
@@ -42,6 +43,7 @@ def warm_up(
         chosen = problems.take(config.batch_size)
         answers = zip(chosen, reference_answers(chosen), strict=True)
         samples = [reference_sample(policy, problem, answer) for problem, answer in answers]
+        console.tell(f"update {step} of at most {config.max_steps}")
         learner.update(samples, Sums(), on_policy=True)
         if step % config.check_every == 0 or step == config.max_steps:
             fresh = problems.take(CHECK_PROBLEMS)
@@ -69,9 +71,10 @@ def reference_answers(problems: list[Problem]) -> list[str]:
 def reference_sample(policy: Policy, problem: Problem, answer: str) -> Sample:
     """The reference answer as a completion to imitate."""
     tokens = policy.encode_answer(answer)
+    [prompt] = policy.encode_all([problem], len(tokens))
     return Sample(
         problem=problem,
-        prompt=policy.encode(problem.messages or problem.prompt),
+        prompt=prompt,
         completion=Completion(tokens=tokens, logprobs=[0.0] * len(tokens), finished=True),
         text=answer,
         score=1.0,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import pickle
 import shutil
 import time
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 
 from fastpo.trainer.policy import Policy
-from fastpo.trainer.run.errors import TrainerError
+from fastpo.trainer.run.errors import TrainerError, reason_of
 
 NAME, PREVIOUS, BEST = "checkpoint", "checkpoint.previous", "best"
 STATE, MANIFEST = "trainer_state.pt", "SHA256SUMS"
@@ -92,7 +91,8 @@ def save(run_dir: Path, policy: Policy, state: dict[str, Any], *, read_back: boo
     except Exception as error:  # torch and safetensors have their own kinds for a full disk
         shutil.rmtree(fresh, ignore_errors=True)
         raise TrainerError(
-            f"cannot write checkpoint {target} ({_reason(error)}); the last one, if any, is intact"
+            f"cannot write checkpoint {target} ({reason_of(error)}); the last one, if any, is "
+            "intact"
         ) from error
     _swap(fresh, target, run_dir / PREVIOUS)
     _flush_directory(run_dir)
@@ -127,7 +127,7 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
     try:
         state = torch.load(checkpoint / STATE, weights_only=True)
     except Exception as error:  # zip, pickle and key errors, by how the file is damaged
-        raise _damaged(checkpoint, STATE, _reason(error)) from error
+        raise _damaged(checkpoint, STATE, reason_of(error)) from error
     if not isinstance(state, dict) or set(state) != KEYS:
         raise TrainerError(
             f"checkpoint {checkpoint / STATE} was written by another version of fastpo: train anew "
@@ -163,13 +163,6 @@ def _damaged(checkpoint: Path, name: str, reason: str) -> TrainerError:
     if checkpoint.name == NAME and (checkpoint.parent / PREVIOUS).is_dir():
         cure = f"move {checkpoint} away, and --resume goes on from {PREVIOUS}"
     return TrainerError(f"checkpoint {checkpoint / name} is damaged ({reason}): {cure}")
-
-
-def _reason(error: Exception) -> str:
-    """The first line of an error; torch's on a foreign pickle explains how to run its code."""
-    if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
-        return "it holds more than tensors and plain values, and is not loaded"
-    return str(error).strip().split("\n")[0][:200] or type(error).__name__
 
 
 def _swap(fresh: Path, target: Path, previous: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from rich.console import Console, Group
 from rich.live import Live
 from rich.markup import escape
@@ -29,6 +31,16 @@ class Output(Console):
         raise TrainerError("the reader of the output has gone")
 
 
+QUIET_SECONDS = 60.0  # the longest that a run which has no terminal for a bar says nothing
+_open: list[Display] = []
+
+
+def tell(text: str) -> None:
+    """Say what goes on at the moment, to the display that is open, if any."""
+    if _open:
+        _open[-1].doing(text)
+
+
 class Display:
     """Progress of one run; a context manager."""
 
@@ -40,18 +52,32 @@ class Display:
         self._task = self._bar.add_task("train", total=steps, completed=start)
         self._numbers = Text()
         self._animated = console.is_terminal and not console.is_dumb_terminal
-        self._live = Live(Group(self._bar, self._numbers), console=console, refresh_per_second=4)
+        self.phase = ""
+        self._doing = Text(style="dim")
+        self._said = time.monotonic()
+        group = Group(self._bar, self._numbers, self._doing)
+        self._live = Live(group, console=console, refresh_per_second=4)
 
     def __enter__(self) -> Display:
+        _open.append(self)
         if self._animated:
             self._live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        _open.remove(self)
+        self._doing.plain = ""
         self._live.stop()
+
+    def doing(self, text: str) -> None:
+        """Show what goes on at the moment; without a bar, as a line when all was quiet for long."""
+        self._doing.plain = f"{self.phase}: {text}" if self.phase else text
+        if not self._animated and time.monotonic() - self._said > QUIET_SECONDS:
+            self.say(self._doing.plain)
 
     def say(self, text: str) -> None:
         """Print one line, above the bar where there is one."""
+        self._said = time.monotonic()
         self.console.print(escape(text), soft_wrap=True)
 
     def step(self, step: int, metrics: dict[str, float]) -> None:

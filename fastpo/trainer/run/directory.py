@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
 from fastpo.trainer.config import Config
 from fastpo.trainer.run import recipe
-from fastpo.trainer.run.errors import RecipeError
+from fastpo.trainer.run.errors import RecipeError, TrainerError
 
 FIXED = {
     *("task", "task_args", "seed"),
@@ -40,6 +41,8 @@ def create(config: Config, say: Callable[[str], None]) -> Path:
         RecipeError: it exists and `config.existing` says refuse.
     """
     path = path_of(config)
+    if config.log.wandb:
+        _import_wandb(config.log.wandb)
     if path.exists():
         if config.existing == "refuse":
             raise RecipeError(
@@ -59,13 +62,25 @@ def create(config: Config, say: Callable[[str], None]) -> Path:
     return path
 
 
+def config_of(path: Path, overrides: Iterable[str] = ()) -> Config:
+    """The recipe that a run in `path` wrote.
+
+    Raises:
+        RecipeError: no such file, or an empty or malformed one.
+    """
+    file = path / CONFIG
+    if file.exists() and not file.stat().st_size:
+        raise RecipeError(f"{file} is empty (was the disk full?): restore it, or train anew")
+    return recipe.load(file, overrides)
+
+
 def check_resumable(path: Path, config: Config) -> list[str]:
     """What differs between the recipe a run began with and `config`, as text.
 
     Raises:
         RecipeError: something differs that a run cannot change on its way.
     """
-    before, now = recipe.flatten(recipe.load(path / CONFIG)), recipe.flatten(config)
+    before, now = recipe.flatten(config_of(path)), recipe.flatten(config)
     changed = {key: f"{before[key]} -> {now[key]}" for key in now if before[key] != now[key]}
     for key, change in changed.items():
         if key in FIXED:
@@ -96,7 +111,14 @@ class RunLog:
         best: the best score (accuracy, reward) of its evaluations after the first step.
     """
 
-    def __init__(self, path: Path, *, tensorboard: bool, resume_at: int | None = None):
+    def __init__(
+        self,
+        path: Path,
+        *,
+        tensorboard: bool,
+        wandb: str | None = None,
+        resume_at: int | None = None,
+    ):
         self._metrics = (path / METRICS).open("a", encoding="utf-8")
         _claim(self._metrics)
         self._samples = (path / SAMPLES).open("a", encoding="utf-8")
@@ -107,11 +129,14 @@ class RunLog:
         self.gaps = _gaps(rows, resume_at or 0)
         self.best = _best(rows)
         self._events = _event_writer(path, resume_at) if tensorboard else None
+        self._wandb = _wandb_run(path, wandb) if wandb else None
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Append one line; a number that is not finite is written as null."""
         finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
         self._write(self._metrics, {"step": step, **finite})
+        if self._wandb:
+            self._wandb.log(values, step=step)
         if self._events:
             for name, value in values.items():
                 self._events.add_scalar(name, value, step)
@@ -122,15 +147,24 @@ class RunLog:
 
     def close(self) -> None:
         """Close all files."""
-        self._metrics.close()
-        self._samples.close()
+        for file in (self._metrics, self._samples):
+            with suppress(OSError):  # of the last write, which has been said
+                file.close()
         if self._events:
             self._events.close()
+        if self._wandb:
+            self._wandb.finish()
 
     @staticmethod
-    def _write(file: Any, values: dict[str, Any]) -> None:
-        file.write(json.dumps(values, ensure_ascii=False) + "\n")
-        file.flush()
+    def _write(file: TextIO, values: dict[str, Any]) -> None:
+        try:
+            file.write(json.dumps(values, ensure_ascii=False) + "\n")
+            file.flush()
+        except OSError as error:
+            raise TrainerError(
+                f"cannot write {file.name}: {error.strerror}; the last checkpoint, if any, is "
+                "intact, and --resume goes on from it"
+            ) from error
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -197,6 +231,23 @@ def _replace(file: Path, text: str) -> None:
     fresh = file.with_name(f"{file.name}.new")
     fresh.write_text(text, encoding="utf-8")
     fresh.replace(file)
+
+
+def _import_wandb(project: str) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise RecipeError(
+            f"log.wandb is {project!r}, but wandb is not installed: pip install wandb"
+        ) from None
+    return wandb
+
+
+def _wandb_run(path: Path, project: str) -> Any:
+    wandb = _import_wandb(project)
+    config = recipe.flatten(config_of(path))
+    name = path.resolve().name
+    return wandb.init(project=project, name=name, id=name, dir=path, config=config, resume="allow")
 
 
 def _event_writer(path: Path, resume_at: int | None) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 
 class TrainerError(Exception):
     """A run cannot go on; the message says what was found and what to do. Exit code 1."""
@@ -21,3 +23,12 @@ class Interrupted(TrainerError):
     def __init__(self, message: str, signal_number: int):
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+
+def reason_of(error: Exception) -> str:
+    """The first line of a foreign error, without the advice to run the code that it warns of."""
+    if "trust_remote_code" in str(error):
+        return "it comes with code of its own, which is not run (trust_remote_code=False)"
+    if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
+        return "it holds more than tensors and plain values, and is not loaded"
+    return str(error).strip().split("\n")[0][:200] or type(error).__name__

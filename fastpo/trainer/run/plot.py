@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fastpo.trainer.run.directory import CURVES, read_metrics
 from fastpo.trainer.run.errors import RecipeError
 
+OVERLAY = Path("compare.png")
 Series = tuple[str, str, str]  # metric, label, colour
+Line = tuple[Series, list[int], list[float]]  # with steps and values
+COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#222222")
 
 PANELS: tuple[tuple[str, tuple[Series, ...]], ...] = (
     ("Accuracy", (("accuracy", "sampled", "#4477aa"), ("eval_accuracy", "held-out", "#222222"))),
@@ -24,6 +28,14 @@ PANELS: tuple[tuple[str, tuple[Series, ...]], ...] = (
     ),
     ("Completion length, tokens", (("completions/mean_length", "mean", "#4477aa"),)),
 )
+OVERLAID = (  # of every panel, where several runs share it
+    ("accuracy", "eval_accuracy"),
+    ("reward",),
+    ("groups_kept",),
+    ("entropy",),
+    ("clip_ratio/region_mean",),
+    ("completions/mean_length",),
+)
 
 
 def plot(run_dir: Path) -> Path:
@@ -32,22 +44,56 @@ def plot(run_dir: Path) -> Path:
     Raises:
         RecipeError: there are no metrics.
     """
+    rows = _rows(run_dir)
+    lines = [[(s, *_points(rows, s[0])) for s in series] for _, series in PANELS]
+    return _draw(lines, run_dir.name, run_dir / CURVES)
+
+
+def overlay(runs: Sequence[Path], target: Path | None = None) -> Path:
+    """Draw several runs into one PNG, in a colour each.
+
+    Raises:
+        RecipeError: a run has no metrics, or there are more runs than colours.
+    """
+    if len(runs) > len(COLOURS):
+        raise RecipeError(f"got {len(runs)} runs, expected at most {len(COLOURS)}: one colour each")
+    found = [(run, _rows(run), colour) for run, colour in zip(runs, COLOURS, strict=False)]
+    lines = [
+        [
+            ((metric, _name(run, runs), colour), *_points(rows, metric))
+            for run, rows, colour in found
+            for metric in metrics
+        ]
+        for metrics in OVERLAID
+    ]
+    return _draw(lines, "Held-out accuracy: dashed", target or OVERLAY)
+
+
+def _name(run: Path, runs: Sequence[Path]) -> str:
+    """The last part of its path, or all of it where that is not unique."""
+    return run.name if [other.name for other in runs].count(run.name) == 1 else str(run)
+
+
+def _rows(run_dir: Path) -> list[dict[str, Any]]:
+    rows = read_metrics(run_dir)
+    if not rows:
+        raise RecipeError(f"{run_dir} has no metrics yet: train at least one step")
+    return rows
+
+
+def _draw(panels: list[list[Line]], title: str, target: Path) -> Path:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    rows = read_metrics(run_dir)
-    if not rows:
-        raise RecipeError(f"{run_dir} has no metrics yet: train at least one step")
     figure, axes = plt.subplots(2, 3, figsize=(13, 6.4), layout="constrained")
-    for axis, (title, series) in zip(axes.flat, PANELS, strict=True):
-        _panel(axis, title, [(line, *_points(rows, line[0])) for line in series])
+    for axis, (heading, _), lines in zip(axes.flat, PANELS, panels, strict=True):
+        _panel(axis, heading, lines)
     for axis in axes[-1]:
         axis.set_xlabel("step")
-    figure.suptitle(run_dir.name, fontsize=13)
-    target = run_dir / CURVES
-    fresh = target.with_name(f"{CURVES}.new")  # a file of that name is a whole picture
+    figure.suptitle(title, fontsize=13)
+    fresh = target.with_name(f"{target.name}.new")  # a file of that name is a whole picture
     figure.savefig(fresh, dpi=110, format="png")
     fresh.replace(target)
     plt.close(figure)
@@ -66,10 +112,10 @@ def _points(rows: list[dict[str, Any]], metric: str) -> tuple[list[int], list[fl
     return [step for step, _ in found], [value for _, value in found]
 
 
-def _panel(axis: Any, title: str, lines: list[tuple[Series, list[int], list[float]]]) -> None:
+def _panel(axis: Any, title: str, lines: list[Line]) -> None:
     for (metric, label, colour), steps, values in lines:
         if metric.startswith("eval_"):
-            axis.plot(steps, values, "o--", color=colour, markersize=5, label=label, zorder=3)
+            axis.plot(steps, values, "o--", color=colour, markersize=4, label=label, zorder=3)
         else:
             axis.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
             axis.plot(steps, smooth(values, len(values) // 12), color=colour, label=label)
@@ -81,5 +127,6 @@ def _panel(axis: Any, title: str, lines: list[tuple[Series, list[int], list[floa
         axis.set_ylim(bottom=0)
     if title.startswith(("Accuracy", "Groups")):
         axis.set_ylim(top=1.02)
-    if len(lines) > 1:
-        axis.legend(frameon=False, fontsize=9)
+    named = {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    if len(named) > 1:
+        axis.legend(named.values(), named.keys(), frameon=False, fontsize=9)

@@ -18,7 +18,6 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 
 from pydantic import TypeAdapter, ValidationError
 
-from fastpo.objective import Objective
 from fastpo.trainer import config as config_module
 from fastpo.trainer.config import Config
 from fastpo.trainer.run.errors import RecipeError
@@ -29,7 +28,6 @@ else:
     import tomli as tomllib
 
 
-OBJECTIVE = {field.name for field in fields(Objective)}
 BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
@@ -43,14 +41,16 @@ class Setting(NamedTuple):
     help: str
 
 
-def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+def load(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
     """Read a recipe, apply overrides such as `optim.learning_rate=1e-4`, and check everything.
+
+    Without a path, every setting that no override names has its default.
 
     Raises:
         RecipeError: a missing or malformed file, an unknown key, a wrong type or value.
     """
     try:
-        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        values = {} if path is None else tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(f"cannot read recipe {path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -135,8 +135,10 @@ def _explain(error: dict[str, Any]) -> str:
     parts = [str(part) for part in error["loc"]]
     key = next((k for n in range(len(parts), 0, -1) if (k := ".".join(parts[:n])) in known), None)
     if error["type"] == "unexpected_keyword_argument":
+        from fastpo.objective import Objective  # and torch, which no other recipe needs
+
         key = ".".join(parts)
-        if parts[0] == "algorithm" and parts[-1] in OBJECTIVE:
+        if parts[0] == "algorithm" and parts[-1] in {field.name for field in fields(Objective)}:
             return f"unknown key {key!r}; it is algorithm.objective.{parts[-1]}"
         near = difflib.get_close_matches(key, [*known, *tables], n=1, cutoff=0.0)
         return f"unknown key {key!r}; the nearest known key is {near[0]!r}"

@@ -21,6 +21,9 @@ from fastpo.trainer.run.directory import CURVES, SUMMARY
 SHOWN_ANSWERS = 3
 
 
+MOST_CHARACTERS = 120  # of a prompt or a completion in the table
+
+
 def digest(evaluation: Evaluation, per_problem: int) -> dict[str, Any]:
     """An evaluation as plain numbers and its first answers: what a checkpoint keeps of it."""
     shown = evaluation.answers[: SHOWN_ANSWERS * per_problem : per_problem]
@@ -109,13 +112,26 @@ def _answer_table(before: list[dict], after: list[dict]) -> Table:
     for heading in ("prompt", "right answer", "before", "after"):
         table.add_column(heading, overflow="fold")
     for old, new in zip(before, after, strict=True):
-        table.add_row(escape(old["prompt"]), escape(old["answer"] or "-"), _mark(old), _mark(new))
+        prompt, answer = _tail(old["prompt"]), _head(old["answer"] or "-")
+        table.add_row(escape(prompt), escape(answer), _mark(old), _mark(new))
     return table
+
+
+def _head(text: str) -> str:
+    """The beginning of a text that is too long for a table."""
+    more = len(text) - MOST_CHARACTERS
+    return text if more <= 0 else f"{text[:MOST_CHARACTERS]}... ({more} more characters)"
+
+
+def _tail(text: str) -> str:
+    """The end of a long prompt: what tells problems apart stands there."""
+    more = len(text) - MOST_CHARACTERS
+    return text if more <= 0 else f"({more} characters before) ...{text[-MOST_CHARACTERS:]}"
 
 
 def _mark(answer: dict[str, Any]) -> str:
     colour, verdict = ("green", "right") if answer["correct"] else ("red", "wrong")
-    return f"[{colour}]{escape(answer['text'])}  ({verdict})[/]"
+    return f"[{colour}]{escape(_head(answer['text']))}  ({verdict})[/]"
 
 
 def _versions() -> dict[str, str]:
