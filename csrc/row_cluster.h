@@ -203,9 +203,9 @@ struct Swept {
     row.exp_sum = sums.exps;
     row.log_sum = log_sum;
     row.mean_shift = mean_shift;
-    // By a rounding error, either can be beyond its bound.
-    row.logprob = token_shift > log_sum ? 0.0f : token_shift - log_sum;
-    row.entropy = mean_shift > log_sum ? 0.0f : log_sum - mean_shift;
+    // Of the right sign without a bound: the largest logit adds exactly 1 to the sum, and no d is above 0.
+    row.logprob = token_shift - log_sum;
+    row.entropy = log_sum - mean_shift;
     return row;
   }
 };
