@@ -2,8 +2,11 @@
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -58,27 +61,27 @@ temperature = 1.0
 [log]
 tensorboard = false
 """
-TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
+TWO = ("--nproc-per-node", "2")
 
 
-def start(tmp_path, name, *arguments, ranks=2, **environment):
+def start(tmp_path, name, *arguments, launcher=TWO):
     (tmp_path / "digits_task.py").write_text(TASK)
     (tmp_path / "recipe.toml").write_text(RECIPE)
-    launcher = TORCHRUN if ranks > 1 else ()
-    command = [sys.executable, *launcher, "-m", "fastpo.cli", "train", "recipe.toml"]
+    torchrun = ("-m", "torch.distributed.run", *launcher) if launcher else ()
+    command = [sys.executable, *torchrun, "-m", "fastpo.cli", "train", "recipe.toml"]
     return subprocess.Popen(
         [*command, f"run_dir={name}", *arguments],
         cwd=tmp_path,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
-def train(tmp_path, name, *arguments, code=0, **options):
+def train(tmp_path, name, *arguments, code=0, ranks=2):
     """Standard output, and the lines of fastpo on standard error."""
-    process = start(tmp_path, name, *arguments, **options)
+    process = start(tmp_path, name, *arguments, launcher=TWO if ranks == 2 else ())
     output, errors = process.communicate(timeout=150)
     assert process.returncode == code, errors
     return output, said(errors)
@@ -137,3 +140,66 @@ def test_a_run_resumes_on_another_number_of_ranks(tmp_path, one, ranks):
         kept = [x for x in lines if json.loads(x)["step"] != 2 or "reward" in json.loads(x)]
         (tmp_path / "run" / name).write_text("\n".join(kept) + "\n")
     same(tmp_path / "run", one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("argument", "line"),
+    [
+        ("rollout.prompts=5", "rollout.prompts is 5, expected a multiple of the 2 ranks"),
+        ('task_args={missing_on = "1"}', "rank 1: task 'digits_task:Digits' does not take"),
+        ("run_dir=.", "fastpo: . exists and is left as it is"),
+    ],
+    ids=["all", "rank 1", "rank 0"],
+)
+def test_what_goes_wrong_on_some_ranks_is_one_line(tmp_path, argument, line):
+    _, lines = train(tmp_path, "run", argument, code=1)  # torchrun's own exit code
+    assert len(lines) == 1 and line in lines[0], lines
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_ranks_that_disagree_on_the_recipe_are_told(tmp_path):
+    """Two machines, each with a launcher and a learning rate of its own."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    network = ("--nnodes", "2", "--nproc-per-node", "1", "--master-port", port, "--node-rank")
+    launchers = [
+        start(tmp_path, "run", f"optim.learning_rate={rate}", launcher=(*network, node))
+        for node, rate in (("0", "1e-4"), ("1", "1e-5"))
+    ]
+    errors = [launcher.communicate(timeout=150)[1] for launcher in launchers]
+    assert all(launcher.returncode for launcher in launchers)
+    assert said("".join(errors)) == [
+        "fastpo: optim.learning_rate is 0.0001 on rank 0 and 1e-05 on rank 1: start all ranks by "
+        "the same command and recipe"
+    ]
+
+
+def rank_of(launcher, rank):
+    """Process id of a rank."""
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    return next(
+        int(pid)
+        for pid in children
+        if f"RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the rank in /proc")
+def test_a_killed_rank_leaves_one_line_and_a_checkpoint_that_resumes(tmp_path):
+    launcher = start(tmp_path, "run", "steps=500", "checkpoint_every=1")
+    metrics = tmp_path / "run/metrics.jsonl"
+    deadline = time.monotonic() + 100
+    while not (metrics.exists() and metrics.read_text().count("reward_std") > 2):
+        assert time.monotonic() < deadline and launcher.poll() is None
+        time.sleep(0.05)
+    os.kill(rank_of(launcher, 1), signal.SIGKILL)
+    lines = said(launcher.communicate(timeout=60)[1])
+    assert launcher.returncode
+    assert len(lines) == 1 and lines[0].startswith("fastpo: another rank has gone"), lines
+    done = torch.load(tmp_path / "run/checkpoint/trainer_state.pt", weights_only=True)["step"]
+    train(tmp_path, "run", "--resume", f"steps={done + 1}", ranks=1)
+    assert [r["step"] for r in rows(tmp_path / "run") if "reward" in r] == [*range(1, done + 2)]

@@ -75,6 +75,8 @@ def ranks() -> Iterator[Callable[[], None]]:
         with suppress(RuntimeError):  # a store that has gone with torchrun
             if store.add("fastpo/failed", 1) > 1:
                 sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+        if number and not dist.is_initialized() and isinstance(error, TrainerError):
+            error.args = (f"rank {number}: {error}",)  # its own, as far as can be known
         if _is_loss(error):
             raise TrainerError(
                 "another rank has gone, and the run ends; the last checkpoint, if any, is intact, "
@@ -90,10 +92,11 @@ def _join(store: dist.Store, number: int, count: int) -> None:
     dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=PATIENCE)
 
 
-def _is_loss(error: BaseException) -> bool:
-    return isinstance(error, RuntimeError) and (
-        isinstance(error, dist.DistError) or "gloo" in str(error).lower()
-    )
+def _is_loss(error: BaseException | None) -> bool:
+    """Whether the loss of a rank is behind it; torchrun's SIGTERM may have come on top of that."""
+    if isinstance(error, RuntimeError) and "gloo" in str(error).lower():
+        return True
+    return error is not None and (isinstance(error, dist.DistError) or _is_loss(error.__context__))
 
 
 def raised_by_all(error: Exception) -> bool:
