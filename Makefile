@@ -9,12 +9,13 @@ PYTEST_ARGS ?=
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
 OTHER_TRITON := .cache/triton-3.6.0
+PEER_WHEELS := .cache/peers
 SMOLLM2 := .cache/smollm2-135m-instruct
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints-dev.txt
 EXTENSION_SOURCES := $(wildcard setup.py csrc/* csrc/*/*)
 CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
-PEERS := trl liger-kernel pytest-benchmark
-VERL_IMPORTS := tensordict hydra-core codetiming orjson
+PEERS := trl liger-kernel pytest-benchmark peft accelerate datasets
+VERL_IMPORTS := ray tensordict hydra-core codetiming orjson
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -38,7 +39,7 @@ test: $(STAMPS)/fastpo ## Run the quick tests (PYTEST_ARGS=...)
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-all: export OMP_NUM_THREADS ?= 1
-test-all: $(STAMPS)/peers $(OTHER_TRITON) ## Run every test that needs no GPU, the slow ones and the peers' included
+test-all: $(STAMPS)/peers $(PEER_WHEELS) $(OTHER_TRITON) ## Run every test that needs no GPU, the slow ones and the peers' included
 	@$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
 
 lint: $(STAMPS)/lint ## Check the style: ruff for Python, clang-format and cpplint for csrc
@@ -101,6 +102,14 @@ $(STAMPS)/peers: $(STAMPS)/fastpo
 	@$(PIP) $(PEERS) $(VERL_IMPORTS)
 	@$(PIP) --no-deps verl
 	@touch $@
+
+# Unpacked, never installed: their modules are read one by one (tools/peer_wheels.py).
+$(PEER_WHEELS): tools/peer_wheels.txt | $(STAMPS)/venv
+	@echo "setup: wheels of trainers that fastpo plugs into, without what they depend on"
+	@rm -rf $@ $@.unfinished && $(BIN)/python -m pip install -qq --disable-pip-version-check \
+		--no-deps --only-binary :all: --python-version 3.11 --platform manylinux1_x86_64 \
+		--target $@.unfinished --requirement $<
+	@mv $@.unfinished $@ && touch $@
 
 # For tests/test_aot.py: beside the environment, whose own Triton is another version.
 $(OTHER_TRITON): | $(STAMPS)/venv

@@ -41,7 +41,7 @@ FILES = (  # of either part; and one of each part's own
     *("logits_gpu.md", "logits_gpu.json", "linear_gpu.md", "linear_gpu.json"),
 )
 OWN_FILE = {1: "exp_logits_gpu.json", 2: "dram_rows.csv"}
-ON_DEVICE = re.compile(r"mark\.gpu|triton_backend|def \w+\([^)]*\bdevice\b")
+ON_DEVICE = re.compile(r"mark\.gpu|triton_backend|small_layout|\bdevice\b")
 QUICK = "(gpu or device) and not slow and not peer"
 
 

@@ -67,7 +67,9 @@ Tensor gae(const Tensor& rewards, const Tensor& values, const std::optional<Tens
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastpo, m) {
-  m.def("cpp_gae(Tensor rewards, Tensor values, Tensor? live, Tensor offsets, float gamma, float lam) -> Tensor");
+  m.def(
+      "cpp_gae(Tensor rewards, Tensor values, Tensor? live, Tensor offsets, float gamma, float lam) -> "
+      "Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastpo, CPU, m) { m.impl("cpp_gae", TORCH_BOX(&gae)); }

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastpo._api import *  # noqa: F403
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "Gae",
     "GroupAdvantages",
+    "KeptTokens",
     "Objective",
     "PolicyLoss",
     "RolloutCorrection",
@@ -37,6 +38,9 @@ __all__ = [
     "gspo_token",
     "icepop",
     "ipo",
+    "kept_from_arrays",
+    "kept_from_logits",
+    "kept_from_mask",
     "linear_policy_loss",
     "linear_token_logprobs",
     "loss_rule",
@@ -47,6 +51,7 @@ __all__ = [
     "ppo",
     "reinforce",
     "rollout_correction",
+    "sampling_mask",
     "sapo",
     "set_debug",
     "token_logprobs",

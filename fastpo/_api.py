@@ -4,6 +4,13 @@
 
 from fastpo.advantages import GroupAdvantages, group_advantages
 from fastpo.critic import Gae, ValueLoss, gae, value_loss
+from fastpo.kept import (
+    KeptTokens,
+    kept_from_arrays,
+    kept_from_logits,
+    kept_from_mask,
+    sampling_mask,
+)
 from fastpo.masks import completion_mask
 from fastpo.mismatch import RolloutCorrection, rollout_correction
 from fastpo.objective import Objective

@@ -96,6 +96,7 @@ def group_advantages(
     else:
         parts = [_of_one_reward(column, *options) for column in rewards.unbind(1)]
         advantages = torch.stack([part.advantages for part in parts], 1) @ weights
+        advantages = advantages.where(advantages.isfinite(), 0)
         informative = torch.stack([part.informative for part in parts], 1).any(1)
         groups = _Groups(_ids(one, group_size, group_ids), torch.ones_like(informative))
         result = GroupAdvantages(advantages, informative, groups.number_of(informative))
@@ -132,7 +133,8 @@ def _whitened(advantages: Tensor, counted: Tensor, eps: float) -> Tensor:
     count = counted.sum()
     centered = wide - wide.where(counted, 0).sum() / count.clamp(min=1)
     variance = centered.where(counted, 0).square().sum() / (count - 1).clamp(min=1)
-    return (centered / (variance.sqrt() + eps)).where(counted, 0).float()
+    whitened = (centered / (variance.sqrt() + eps)).float()
+    return whitened.where(counted & whitened.isfinite(), 0)  # equal ones, and eps = 0: 0
 
 
 def num_excluded(rewards: Tensor) -> Tensor:
@@ -346,7 +348,12 @@ def _checked_weights(rewards: Tensor, weights: object) -> Tensor | None:
         return None
     count = rewards.shape[1]
     if not isinstance(weights, Tensor):
-        weights = torch.tensor(list(weights), dtype=torch.float32)
+        numbers = weights if isinstance(weights, Sequence) else (None,)
+        if not all(isinstance(x, Real) for x in numbers):
+            raise TypeError(f"weights are {weights!r}, expected {count} numbers, one per reward")
+        weights = torch.tensor([float(x) for x in numbers])
+    if weights.is_complex():
+        raise TypeError(f"weights are {weights.dtype}, expected real numbers, one per reward")
     if weights.shape != (count,):
         raise ValueError(f"weights have shape {tuple(weights.shape)}, expected ({count},)")
     on_host = weights.device.type == "cpu" and not torch.compiler.is_compiling()

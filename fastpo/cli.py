@@ -110,7 +110,7 @@ def _parser(arguments: list[str]) -> argparse.ArgumentParser:
     evaluate = commands.add_parser(
         "eval",
         help="accuracy, pass@k and maj@k on held-out problems",
-        description="Evaluate a checkpoint on held-out problems, with 95 %% intervals. pass@k and "
+        description="Evaluate a checkpoint on held-out problems, with 95 % intervals. pass@k and "
         "maj@k need several completions: eval.samples=8 eval.temperature=1.0.",
     )
     evaluate.add_argument(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastpo import _extension
-from fastpo.objective import count_or_one
+from fastpo.objective import clamp, count_or_one
 from fastpo.ops import checks
 from fastpo.ops.batch import flat_mask
 from fastpo.segments import Segments
@@ -138,7 +138,7 @@ def value_loss(
     loss, clipped = error, torch.zeros_like(error)
     if clip is not None:
         old = numbers(old_values.detach())
-        near = torch.minimum(torch.maximum(values, old - clip), old + clip)
+        near = clamp(values, old - clip, old + clip)
         clipped_error = (near - returns).square()
         loss = torch.maximum(error, clipped_error)
         clipped = clipped_error > error

@@ -38,6 +38,7 @@ def report() -> str:
     for device in ("cpu", "cuda"):
         lines += ["", f"Backends for {device} tensors:"]
         lines += [_backend(name, device) for name in backends.BACKENDS]
+        lines += [_backend(name, device) for name in backends.LINEAR_BACKENDS]
     return "\n".join(lines)
 
 
@@ -89,10 +90,13 @@ def _wide_gemms() -> list[str]:
 
 
 def _backend(name: str, device: str) -> str:
+    width = max(map(len, backends.LINEAR_BACKENDS))
     if device == "cuda" and not torch.cuda.is_available():
-        return f"  {name:8} no: there is no GPU"
+        return f"  {name:{width}} no: there is no GPU"
     reason = backends.unavailable(name, device)
     if reason is not None:
-        return f"  {name:8} no: {reason}"
+        return f"  {name:{width}} no: {reason}"
+    if name in backends.LINEAR_BACKENDS:
+        return f"  {name:{width}} yes, for bfloat16 operands of the linear ops, by name"
     default = backends.resolve(None, torch.device(device), torch.float32)
-    return f"  {name:8} yes{', the default' if name == default else ''}"
+    return f"  {name:{width}} yes{', the default' if name == default else ''}"

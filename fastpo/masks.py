@@ -35,9 +35,13 @@ def completion_mask(ids: Tensor, eos_ids: int | Sequence[int] | Tensor) -> Tenso
         raise ValueError("ids has no dimension, expected [..., T]")
     if not isinstance(eos_ids, Tensor):
         listed = [eos_ids] if isinstance(eos_ids, Integral) else eos_ids
-        if not isinstance(listed, Sequence) or not all(isinstance(x, Integral) for x in listed):
+        if not isinstance(listed, Sequence) or not all(
+            isinstance(x, Integral) and not isinstance(x, bool) for x in listed
+        ):
             raise TypeError(f"eos_ids is {eos_ids!r}, expected an id or several ids")
         eos_ids = torch.tensor(list(listed), dtype=torch.int64)
+    elif eos_ids.dtype.is_floating_point or eos_ids.dtype.is_complex or eos_ids.dtype == torch.bool:
+        raise TypeError(f"eos_ids have dtype {eos_ids.dtype}, expected an integer dtype")
     if eos_ids.numel() == 0:
         raise ValueError("eos_ids is empty, expected at least one id that ends a completion")
     ends = torch.isin(ids, eos_ids.to(ids.device, non_blocking=True))

@@ -381,7 +381,7 @@ def _live_sequence_weights(
     return _constant(weights, live, 1)
 
 
-def _clamp(x: Tensor, low: float, high: float) -> Tensor:
+def clamp(x: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
     """x within [low, high], with gradient 1 on the closed interval.
 
     That is torch.clamp up to 2.13. From 2.14 on its gradient at a bound is 0, so that PPO's min
@@ -393,7 +393,7 @@ def _clamp(x: Tensor, low: float, high: float) -> Tensor:
 
 
 def _exp(log_ratio: Tensor) -> Tensor:
-    return _clamp(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    return clamp(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
 def _ratio(objective: Objective, tokens: _Tokens) -> Tensor:
@@ -409,8 +409,8 @@ def _clip(objective: Objective, tokens: _Tokens) -> tuple[Tensor, Tensor, Tensor
     """PPO: -min(r A, clip(r, 1 - low, 1 + high) A), r bounded by ratio_max where A < 0."""
     ratio, advantages = _ratio(objective, tokens), tokens.weighted_advantages()
     low, high = tokens.bounds
-    bounded = ratio if objective.ratio_max is None else _clamp(ratio, 0, objective.ratio_max)
-    loss = -torch.min(bounded * advantages, _clamp(ratio, low, high) * advantages)
+    bounded = ratio if objective.ratio_max is None else clamp(ratio, 0, objective.ratio_max)
+    loss = -torch.min(bounded * advantages, clamp(ratio, low, high) * advantages)
     clipped = _flags((advantages < 0) & (ratio < low), CLIPPED_LOW)
     clipped |= _flags((advantages > 0) & (ratio > high), CLIPPED_HIGH)
     if objective.ratio_max is not None:
@@ -500,7 +500,7 @@ def _gmpo(objective: Objective, tokens: _Tokens) -> tuple[Tensor, Tensor, Tensor
     mask, segments = tokens.mask, tokens.segments
     sign = advantages.sign()
     low, high = tokens.bounds
-    pessimistic = sign * torch.min(sign * log_ratio, sign * _clamp(log_ratio, low, high))
+    pessimistic = sign * torch.min(sign * log_ratio, sign * clamp(log_ratio, low, high))
     ratio = _exp(segments.mean(pessimistic, mask))
     advantage = segments.mean(advantages, mask)
     if tokens.importance_weights is not None:
@@ -571,7 +571,7 @@ def _kl(estimator: str, log_ratio: Tensor) -> Tensor:
         return 0.5 * log_ratio.square()
     if estimator == "abs":
         return log_ratio.abs()
-    inverse = _clamp(-log_ratio, -math.inf, MAX_LOG_RATIO)
+    inverse = clamp(-log_ratio, -math.inf, MAX_LOG_RATIO)
     return inverse.expm1() - inverse  # expm1: near 0 the difference would be all rounding error
 
 

@@ -4,6 +4,8 @@ With N tokens, width D, vocabulary V: what a step allocates beyond its inputs (h
 token numbers), buffer by buffer, and in which phase each is alive. `materialized` is eager PyTorch
 over all logits; `chunked_recompute` is TRL 1.16's `ChunkedLogProbFunction`, a tile of logits at a
 time, forward and again backward; `fastpo` is `linear_policy_loss` with a token-level objective.
+`triton-exp` is the same on that backend (docs/exponentials.md), `triton-exp-kept` is
+`linear_token_logprobs` with any loss on it: bf16 operands on CUDA.
 """
 
 from __future__ import annotations
@@ -21,6 +23,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 TRL_TILE = (4096, 32768)
 """Tokens x columns of a tile of TRL 1.16's `ChunkedLogProbFunction`."""
 PATHS = ("materialized", "chunked_recompute", "fastpo")
+EXP_PATHS = ("triton-exp", "triton-exp-kept")
+_EXP_PAD = 8  # columns that rows of exponentials are padded to
+_EXP_TILE = 128  # columns of the narrowest tile of their GEMM: two partial sums each
 _TRL_TEMPORARIES = 7
 _FP32 = 4
 _PER_TOKEN = 32  # loss, log-probs, entropy, flags; weights, advantages, indices of live rows
@@ -81,12 +86,13 @@ def plan(
     Args:
         vocab, hidden, tokens: V, D and N, each at least 1.
         dtype: of hidden states and head: torch.float32, bfloat16 or float16.
-        path: "materialized", "chunked_recompute" or "fastpo".
+        path: one of PATHS or, for bf16 on CUDA, of EXP_PATHS.
         budget: bytes of fastpo's chunk buffers; None = its default on `device`, not read from one.
         device: "cuda" or "cpu": where low-precision gradients are multiplied without widening.
 
     Raises:
-        ValueError: an unknown path, dtype or device, or a number below 1.
+        ValueError: an unknown path, dtype or device, a number below 1, or one of EXP_PATHS for
+            another dtype or device than it runs with.
     """
     for name, value in (("vocab", vocab), ("hidden", hidden), ("tokens", tokens)):
         if value < 1:
@@ -97,8 +103,13 @@ def plan(
         raise ValueError(f"device is {device!r}, expected 'cuda' or 'cpu'")
     if budget is not None and budget < 1:
         raise ValueError(f"budget is {budget} bytes, expected at least 1")
-    if path not in PATHS:
-        raise ValueError(f"path is {path!r}, expected one of {', '.join(PATHS)}")
+    if path not in PATHS + EXP_PATHS:
+        raise ValueError(f"path is {path!r}, expected one of {', '.join(PATHS + EXP_PATHS)}")
+    if path in EXP_PATHS and not _has_exponentials(dtype, device):
+        raise ValueError(
+            f"path {path!r} for {dtype} on {device!r}, but exponentials are of bfloat16 operands "
+            "on 'cuda': use path='fastpo'"
+        )
     chunk = None
     if path == "fastpo":
         gathers = device == "cuda" and dtype == torch.bfloat16
@@ -106,6 +117,9 @@ def plan(
         if gathers and chunk < tokens:
             chunk = _chunk(vocab, tokens, budget, device, share=2)
         buffers = _fastpo(vocab, hidden, tokens, dtype, chunk, device)
+    elif path in EXP_PATHS:
+        chunk = linear_chunks.chunk_rows(tokens, 1, linear_chunks.gathered_rows(hidden))
+        buffers = _exponentials(vocab, hidden, tokens, chunk, kept=path == "triton-exp-kept")
     elif path == "chunked_recompute":
         chunk = min(TRL_TILE[0], tokens)
         buffers = _chunked_recompute(vocab, hidden, tokens, dtype, device)
@@ -187,6 +201,34 @@ def _fastpo(
     ]
 
 
+def _has_exponentials(dtype: torch.dtype, device: str) -> bool:
+    return dtype == torch.bfloat16 and device == "cuda"
+
+
+def _exponentials(vocab: int, hidden: int, tokens: int, chunk: int, *, kept: bool) -> list[Buffer]:
+    columns = linear_chunks.padded(vocab, _EXP_PAD)
+    tiles = linear_chunks.padded(vocab, _EXP_TILE) // _EXP_TILE
+    rows = tokens if kept else chunk
+    two = torch.bfloat16.itemsize
+    return [
+        *_gradient("dH", tokens, hidden, torch.bfloat16, wide=False),
+        *_gradient("dW", vocab, hidden, torch.bfloat16, wide=chunk < tokens),
+        Buffer(
+            name="exponentials" + (", kept for the backward" if kept else " of a chunk"),
+            bytes=rows * columns * two,
+            formula="N V 2" if kept else "min(N, 2 D) V 2",
+            phases=("sweep",),
+        ),
+        Buffer(
+            name="partial sums, then the chunk's dH in fp32",
+            bytes=max(2 * tiles * chunk * _FP32, chunk * hidden * (_FP32 + two)),
+            formula="max(2 V / 128 4, D (4 + 2)) chunk",
+            phases=("sweep",),
+        ),
+        _per_token(tokens),
+    ]
+
+
 def _chunked_recompute(
     vocab: int, hidden: int, tokens: int, dtype: torch.dtype, device: str
 ) -> list[Buffer]:
@@ -247,7 +289,7 @@ def plan_table(
             budget=budget,
             device=device,
         )
-        for path in PATHS
+        for path in PATHS + (EXP_PATHS if _has_exponentials(dtype, device) else ())
     ]
     name = next(key for key, value in DTYPES.items() if value == dtype)
     inputs = (tokens + vocab) * hidden * dtype.itemsize

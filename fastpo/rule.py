@@ -13,8 +13,10 @@ logits, and 6 N D V on hidden states, a chunk of tokens at a time, on every back
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
 from typing import NamedTuple
 
 from torch import Tensor
@@ -76,12 +78,27 @@ def loss_rule(
         max_length: what aggregation "constant" divides by beside B.
 
     Raises:
-        ValueError: an unknown aggregation.
+        TypeError: a setting of the wrong type, or a method, which holds no settings.
+        ValueError: an unknown aggregation, or a `max_length` that is not positive.
     """
     if aggregation not in AGGREGATIONS:
-        raise ValueError(f"aggregation is {aggregation!r}, expected one of {AGGREGATIONS}")
+        raise ValueError(
+            f"aggregation is {aggregation!r}, expected one of {', '.join(AGGREGATIONS)}"
+        )
+    if not isinstance(couples_sequences, bool):
+        raise TypeError(f"couples_sequences is {couples_sequences!r}, expected True or False")
+    if max_length is not None:
+        if isinstance(max_length, bool) or not isinstance(max_length, Integral):
+            raise TypeError(f"max_length is {max_length!r}, expected a number of tokens, or None")
+        if max_length <= 0:
+            raise ValueError(f"max_length is {max_length}, expected a positive number of tokens")
 
     def decorate(rule: Rule) -> Rule:
+        if inspect.ismethod(rule):
+            raise TypeError(
+                f"loss_rule on the method {rule.__name__} of an object, which holds no settings, "
+                "expected a function: decorate it in its class, or wrap it in a lambda"
+            )
         rule.aggregation = aggregation
         rule.couples_sequences = couples_sequences
         rule.max_length = max_length
@@ -170,7 +187,7 @@ class RuleObjective:
 
 def as_objective(objective: object) -> object:
     """An Objective as it is, a rule as a `RuleObjective`; anything else for others to refuse."""
-    if isinstance(objective, Objective) or not callable(objective):
+    if isinstance(objective, Objective) or objective is Objective or not callable(objective):
         return objective
     if getattr(objective, "__module__", "") == "fastpo.presets":
         return objective  # a preset that was not called

@@ -105,14 +105,15 @@ def _row_policy_loss_kernel(
         advantage = tl.load(advantages_ptr + row)
         old_logprob = 0.0 if old_logprobs_ptr is None else tl.load(old_logprobs_ptr + row)
         ref_logprob = 0.0 if ref_logprobs_ptr is None else tl.load(ref_logprobs_ptr + row)
-        low = as_fp32(ratio_low) if clip_low_ptr is None else tl.load(clip_low_ptr + row)
-        high = as_fp32(ratio_high) if clip_high_ptr is None else tl.load(clip_high_ptr + row)
-        nll_weight = 0.0 if nll_weight_ptr is None else tl.load(nll_weight_ptr + row)
         row_max, log_sum, entropy, kept = sweep_row(
             row_ptr, V, body, inverse_temperature, STEP, KEPT, LANES, WIDTH, ADJACENT
         )
         logprob = token_logprob(token_logit, inverse_temperature, row_max, log_sum)
 
+        # These rarer ones after it: sm_100 has no registers to hold them.
+        low = as_fp32(ratio_low) if clip_low_ptr is None else tl.load(clip_low_ptr + row)
+        high = as_fp32(ratio_high) if clip_high_ptr is None else tl.load(clip_high_ptr + row)
+        nll_weight = 0.0 if nll_weight_ptr is None else tl.load(nll_weight_ptr + row)
         weight_rule = (
             as_fp32(ratio_max),
             as_fp32(ratio_min),

@@ -329,6 +329,18 @@ def test_whitened_over_the_batch():
     assert got.advantages[5] == 0
 
 
+@pytest.mark.parametrize("eps", [0.0, 1e-6])
+def test_nothing_to_normalize_is_zero(eps):
+    """Equal rewards, none that counts, and sums beyond fp32 give 0, whitened or not."""
+    for rewards in (torch.ones(4), torch.full((4,), math.nan), torch.tensor([1.0])):
+        got = fastpo.group_advantages(rewards, group_size=len(rewards), whiten=True, eps=eps)
+        assert not got.advantages.any()
+    got = fastpo.group_advantages(
+        torch.tensor([[0.0, 1e10], [1.0, 2.0]]), group_size=2, weights=[3e38, 3e38], eps=eps
+    )
+    assert got.advantages.isfinite().all()
+
+
 def test_reinforce_pp_over_tokens_by_hand():
     """Each completion counts with its length, in the mean and in the standard deviation."""
     rewards, lengths = torch.randn(9, dtype=torch.float64), torch.arange(1, 10)
@@ -348,6 +360,9 @@ def test_refusals_of_several_rewards():
         ([1.0, math.inf], "not finite"),
     ):
         with pytest.raises(ValueError, match=words):
+            fastpo.group_advantages(torch.zeros(6, 2), group_size=2, weights=weights)
+    for weights in ("ab", 1.0, [None, 1.0], {1.0, 2.0}, [[1.0], [2.0]], torch.ones(2) * 1j):
+        with pytest.raises(TypeError, match=r"weights are .*, expected .* one per reward"):
             fastpo.group_advantages(torch.zeros(6, 2), group_size=2, weights=weights)
     with pytest.raises(ValueError, match="got weights for rewards of shape"):
         fastpo.group_advantages(torch.zeros(6), group_size=2, weights=[1.0])

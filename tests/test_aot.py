@@ -197,7 +197,7 @@ for label, launch in launches(151936, torch.bfloat16).items():
 def test_row_offsets_are_computed_in_64_bits():
     """1: program id and stride are widened before they are multiplied, in every kernel."""
     lines = run_python(INT64_OFFSETS).splitlines()
-    assert len(lines) == 7
+    assert len(lines) == 8
     for line in lines:
         wide, narrow, extended = line.split()[-3:]
         assert int(wide) >= 1 and narrow == "0" and extended == "True", line
@@ -228,3 +228,38 @@ def test_both_first_sweeps_compile_alike(triton):
     in_row_stats, in_policy_loss = json.loads(run_python(SWEEP, triton=triton))
     assert len(in_row_stats) > 200
     assert in_row_stats == in_policy_loss
+
+
+METRIC_SUMS = """
+import json, torch
+from dataclasses import asdict
+from fastpo.kernels import metrics
+from triton_aot import compiling_for, read_resources, recording_keys
+
+def launch(tokens):
+    x, flags = torch.zeros(tokens + 3)[3:], torch.zeros(tokens + 1, dtype=torch.uint8)[1:]
+    metrics.metric_sums(x, x, flags, flags > 0, x, x, None, None, kl=3, kl_ratio_weighted=True)
+
+with recording_keys() as found:
+    for tokens in (1, 16, 17, 1000, 1024, 1025, 8192, 131072):
+        launch(tokens)
+kernels = []
+for target in ("sm_80", "sm_90"):
+    with compiling_for(target) as compiled:
+        launch(100)
+    about = {"target": target, "dtype": "fp32", "vocab": 0, "label": "metric_sums"}
+    kernels.append(asdict(read_resources(compiled[-1], **about)))
+    kernels[-1]["atomics"] = "atomic" in compiled[-1].asm["ttir"]
+print(json.dumps([[len(keys) for keys in found.values()], kernels]))
+"""
+
+
+@pytest.mark.parametrize("triton", TRITONS)
+def test_metric_sums(triton):
+    """One binary for any number of tokens, without spills or atomics."""
+    binaries, kernels = json.loads(run_python(METRIC_SUMS, triton=triton))
+    assert binaries == [1]
+    for kernel in kernels:
+        assert kernel["stack"] == kernel["spills"] == 0 and not kernel["atomics"], kernel
+        assert kernel["registers"] <= 80, kernel
+        assert kernel["wide_loads"] >= 6 or kernel["narrow_loads"] <= 8 * 7, kernel

@@ -194,7 +194,8 @@ def test_every_gpu_test_is_run(gpu, tmp_path):
 
 def collected(arguments: list[str]) -> set[str]:
     """The ids of the tests that a pytest command selects."""
-    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", *arguments]
+    quiet = [] if "-q" in arguments else ["-q"]  # twice would print counts alone
+    command = [sys.executable, "-m", "pytest", *quiet, "--collect-only", *arguments]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stdout[-2000:]
     return {line for line in result.stdout.splitlines() if "::" in line}

@@ -16,6 +16,7 @@ import pytest
 import torch
 import transformers
 
+from fastpo import backends
 from fastpo.cli import main
 from fastpo.trainer import experience, tasks
 from fastpo.trainer.run import checkpoint
@@ -731,6 +732,12 @@ def test_doctor_names_every_backend_and_what_is_missing(capsys):
     for part in ("torch", "cpp", "triton", "cuda", "C++ extension", "flash-attn", "GPU"):
         assert part in output
     assert output.count("the default") >= 1
+    for device in ("cpu", "cuda"):
+        listed = output.partition(f"Backends for {device}")[2].splitlines()[1:6]
+        assert [line.split()[0] for line in listed] == [
+            *backends.BACKENDS,
+            *backends.LINEAR_BACKENDS,
+        ]
 
 
 @pytest.mark.parametrize("found", ["addmm", None])

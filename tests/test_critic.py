@@ -198,6 +198,16 @@ def test_value_loss_by_hand(clip, normalizer):
         assert grad[tuple(where)].item() == pytest.approx(slope, rel=1e-6, abs=1e-8)
 
 
+@pytest.mark.parametrize("side", [-1, 1])
+def test_a_value_on_its_bound_keeps_its_gradient(side):
+    """The clip is closed, as the policy's: at V = V_old + clip, not rare among bf16 numbers, both
+    errors are one number and its slope is V - R, not three quarters of it."""
+    values = torch.tensor([1.0 + 0.25 * side], requires_grad=True)
+    options = {"old_values": torch.ones(1), "clip": 0.25}
+    fastpo.value_loss(values, torch.tensor([3.0]), **options).loss.backward()
+    assert values.grad.item() == values.item() - 3.0
+
+
 @pytest.mark.peer
 def test_value_loss_as_verl(verl):
     core, _ = verl

@@ -6,10 +6,11 @@ from collections import Counter
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import fastpo
 from fastpo import backends
+from fastpo.ops import checks
 from fastpo.testing.linear import LinearCase
 
 VIEWS_AND_EMPTY = {
@@ -101,3 +102,55 @@ def test_linear_policy_loss_of_one_chunk(masked, most):
     seen = count(step)
     assert seen["addmm"] == 3
     assert seen.total() <= most, seen
+
+
+@pytest.fixture
+def launches(monkeypatch, triton_backend):
+    """The names of the Triton kernels launched, as a GPU would see them: one each, and whatever the
+    interpreter does in their place is none of its business."""
+    from triton.runtime import interpreter
+
+    names: list[str] = []
+    run = interpreter.GridExecutor.__call__
+
+    def launch(self, *args, **kwargs):
+        names.append(self.fn.__name__.strip("_"))
+        with _disable_current_modes():
+            return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch)
+    # On a GPU no check reads a value: it would wait for the device.
+    monkeypatch.setattr(checks, "inspects_values", lambda tensor: False)
+    return names
+
+
+TRITON_OBJECTIVES = {
+    "dapo": fastpo.dapo(),
+    "dapo with KL and entropy": EVERYTHING,
+    "grpo with KL": fastpo.grpo(kl_coef=0.04),
+    "cispo": fastpo.cispo(),
+}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled, not interpreted")
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", TRITON_OBJECTIVES)
+def test_policy_loss_on_triton(name, masked, launches):
+    """At most 12 launches beside the row kernel, forward and backward, with all metrics."""
+    case, objective = LinearCase.random(shape=(2, 4)), TRITON_OBJECTIVES[name]
+    options = case.options(objective) | {"mask": case.mask if masked else None, "inplace": True}
+    logits = case.hidden @ case.weight.t()
+    advantages = case.advantages[:, 0].clone()
+
+    def step():
+        leaf = logits.detach().requires_grad_()
+        options["backend"] = "triton"
+        loss = fastpo.policy_loss(leaf, case.tokens, advantages, **options).loss
+        torch.autograd.grad(loss, leaf)
+
+    step()
+    launches.clear()
+    with Counting() as counting:
+        step()
+    assert launches == ["row_policy_loss_kernel", "metric_sums_kernel", "scale_kernel"]
+    assert counting.seen.total() + len(launches) - 1 <= 12, counting.seen

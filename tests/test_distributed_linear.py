@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
-import traceback
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import run_rank, run_ranks
 from torch import Tensor, nn
 
 import fastpo
@@ -25,35 +22,6 @@ OBJECTIVES = {
     "cispo": fastpo.cispo(),
     "gspo": fastpo.gspo(),
 }
-
-
-def run_ranks(tmp_path, ranks: int, target: str) -> None:
-    """Run this file's function `target(rank, ranks)` in processes that share a gloo group."""
-    command = [sys.executable, __file__, target, str(ranks), str(tmp_path / "rendezvous")]
-    root = str(Path(__file__).parents[1])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": root}
-    processes = [
-        subprocess.Popen([*command, str(rank)], env=environment, stderr=subprocess.PIPE, text=True)
-        for rank in range(ranks)
-    ]
-    errors = [process.communicate(timeout=100)[1] for process in processes]
-    for process, error in zip(processes, errors, strict=True):
-        assert process.returncode == 0, error
-
-
-def run_rank(target: str, ranks: str, rendezvous: str, rank: str) -> None:
-    """One process of `run_ranks`."""
-    rank, ranks = int(rank), int(ranks)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=ranks)
-    try:
-        globals()[target](rank, ranks)
-        dist.barrier()
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)
-    # Not by way of Python's finalization: a gloo thread lets go of the last collective's tensors
-    # whenever it comes to that, and its wait for the GIL then ends in std::terminate (Python 3.11).
-    os._exit(0)
 
 
 def close(actual: Tensor, expected: Tensor) -> None:
@@ -94,12 +62,12 @@ def vocabulary_parallel(rank: int, ranks: int) -> None:
 
 
 def test_vocabulary_shards_on_two_ranks(tmp_path):
-    run_ranks(tmp_path, 2, "vocabulary_parallel")
+    run_ranks(tmp_path, 2, vocabulary_parallel)
 
 
 @pytest.mark.slow
 def test_vocabulary_shards_on_three_ranks(tmp_path):
-    run_ranks(tmp_path, 3, "vocabulary_parallel")
+    run_ranks(tmp_path, 3, vocabulary_parallel)
 
 
 class TinyModel(nn.Module):
@@ -152,7 +120,7 @@ def fsdp(rank: int, ranks: int) -> None:
 @pytest.mark.slow
 def test_inside_fsdp2_on_two_ranks(tmp_path):
     """REGRESSIONS 26: equal to one process; outside of forward the weight is refused."""
-    run_ranks(tmp_path, 2, "fsdp")
+    run_ranks(tmp_path, 2, fsdp)
 
 
 def test_merged_statistics_are_those_of_the_whole_row():
@@ -185,4 +153,4 @@ def test_merged_statistics_are_those_of_the_whole_row():
 
 
 if __name__ == "__main__":
-    run_rank(*sys.argv[1:])
+    run_rank(*sys.argv[1:], globals())

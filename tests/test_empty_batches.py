@@ -97,6 +97,15 @@ def test_log_probs(shape, masked, dtype, backend):
     assert hidden.grad.shape == hidden.shape and not weight.grad.any()
 
 
+@pytest.mark.parametrize("shape", [(3, 0, 1), (2, 0, V), (0, 4, 1), (0, 1)])
+def test_inplace_on_nothing(shape):
+    """REGRESSIONS 43: strides of 1 throughout are no overlap where there is no element."""
+    tokens = torch.zeros(shape[:-1], dtype=torch.long)
+    logits = torch.zeros(shape, requires_grad=True)
+    fastpo.token_logprobs(logits * 1, tokens, inplace=True).logprobs.sum().backward()
+    assert logits.grad.shape == shape
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_narrow_gradient_of_nothing(name, monkeypatch):
     """REGRESSIONS 43 on the way that GPUs take with bf16 heads."""

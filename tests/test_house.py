@@ -21,7 +21,7 @@ LAYERS = (
     ("fastpo.integrations",),
     ("fastpo.testing",),
     ("fastpo.doctor", "fastpo.plan"),
-    ("fastpo.critic", "fastpo.mismatch"),
+    ("fastpo.critic", "fastpo.kept", "fastpo.mismatch"),
     ("fastpo.ops",),
     ("fastpo.backends",),
 )

@@ -342,6 +342,105 @@ def test_calls_that_cannot_be_meant_are_refused():
         attach(torch.nn.Linear(2, 2))
 
 
+def test_what_is_the_models_own_cannot_be_given():
+    """Another mask, head or softcap in the request would have replaced the model's in silence."""
+    ids, mask, advantages = batch()
+    request = {"advantages": advantages, "completion_mask": mask, "objective": fastpo.dapo()}
+    model = attach(tiny())
+    for name in ("hidden", "weight", "bias", "tokens", "mask", "logit_scale", "softcap"):
+        with pytest.raises(TypeError, match=rf"{name} is given, expected none of .*completion_ma"):
+            model(input_ids=ids, policy_loss=request | {name: mask[:, 1:]})
+    with pytest.raises(TypeError, match="statistics are given, which no model's forward returns"):
+        model(input_ids=ids, token_logprobs={"completion_mask": mask, "statistics": ("is_top1",)})
+    with pytest.raises(TypeError, match="policy_loss or token_logprobs is bool, expected a dict"):
+        model(input_ids=ids, policy_loss=True)
+    with pytest.raises(ValueError, match="completion_mask is list, expected"):
+        model(input_ids=ids, policy_loss=request | {"completion_mask": [1]})
+    bounds = (torch.zeros(B, T), torch.ones(B, T))
+    with pytest.raises(ValueError, match=r"clip_bounds has shape \[3, 9\], .*prompts included"):
+        model(input_ids=ids, policy_loss=request | {"clip_bounds": bounds})
+
+
+def test_a_first_call_without_return_dict():
+    ids, mask, advantages = batch()
+    request = {"advantages": advantages, "completion_mask": mask, "objective": fastpo.dapo()}
+    first = attach(tiny())(input_ids=ids, return_dict=False, policy_loss=request)
+    second = attach(tiny())(input_ids=ids, policy_loss=request)
+    assert torch.equal(first.logprobs, second.logprobs)
+
+
+def scaling(module, args, output):
+    return output * 2
+
+
+def scaling_in_place(module, args, output):
+    output.mul_(2)
+
+
+@pytest.mark.parametrize("hook", [scaling, scaling_in_place])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_hooks_that_change_the_head_are_refused(when, hook):
+    """REGRESSIONS 31: they would scale the loss, or nothing, in place of the logits; one that only
+    looks changes nothing."""
+    ids, mask, advantages = batch()
+    request = {"advantages": advantages, "completion_mask": mask, "objective": fastpo.dapo()}
+    model, seen = tiny(), []
+    model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output))
+    if when == "after":
+        attach(model)(input_ids=ids, policy_loss=request).loss.backward()
+        with torch.inference_mode():
+            model(input_ids=ids, token_logprobs={"completion_mask": mask})
+        assert len(seen) == 2
+    model.lm_head.register_forward_hook(hook)
+    match = {"before": r"LM head has a forward hook that changes its output .of .*scaling"}
+    with pytest.raises(ValueError, match=match.get(when, "does more in its LM head than fastpo")):
+        attach(model)(input_ids=ids, policy_loss=request)
+
+
+def test_a_changed_forward_is_not_bypassed():
+    """REGRESSIONS 32: `causal_lm_policy_loss` runs the class's forward, so it refuses another one;
+    `attach` keeps it in the path, and sees what it makes of the logits."""
+    ids, mask, advantages = batch()
+    options = {"completion_mask": mask, "objective": fastpo.dapo()}
+    model = tiny()
+    own = model.forward
+
+    def halved(*args, **kwargs):
+        outputs = own(*args, **kwargs)
+        outputs.logits = outputs.logits / 2
+        return outputs
+
+    model.forward = halved
+    with pytest.raises(TypeError, match=r"with a forward of its own .*attach\(model\)"):
+        causal_lm_policy_loss(model, ids, advantages, **options)
+    with pytest.raises(ValueError, match="does more in its LM head than fastpo reads"):
+        attach(model)(input_ids=ids, policy_loss=options | {"advantages": advantages})
+    hooked = tiny()
+    hooked.register_forward_hook(lambda module, args, outputs: outputs.logits.div_(2))
+    with pytest.raises(TypeError, match=r"with forward hooks, expected .*attach\(model\)"):
+        causal_lm_policy_loss(hooked, ids, advantages, **options)
+    causal_lm_policy_loss(attach(tiny()), ids, advantages, **options)
+
+
+def test_an_encoder_decoder_is_refused():
+    """Its head predicts decoder_input_ids: input_ids of the same shape would be scored instead."""
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+    config = transformers.T5Config(vocab_size=61, decoder_start_token_id=0, **sizes)
+    model = transformers.T5ForConditionalGeneration(config)
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration is an encoder-decoder"):
+        attach(model)
+
+
+def test_a_quantized_head_is_refused_by_name():
+    """Whose `weight` is a method, in torch's own dynamic quantization."""
+    model = tiny()
+    model.lm_head.weight = None
+    model.lm_head.__class__ = type("Packed", (torch.nn.Module,), {"weight": lambda self: None})
+    del model.lm_head._parameters["weight"]
+    with pytest.raises(ValueError, match="LM head is Packed with a weight of type method"):
+        read_head(model)
+
+
 def test_logits_dtype_is_the_users_choice():
     """bf16 logits on request; fp32 sums else."""
     model = tiny().bfloat16()

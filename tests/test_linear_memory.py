@@ -68,6 +68,35 @@ def test_chunk_and_bytes_of_every_path():
     assert ours.peak_bytes < plans["chunked_recompute"].peak_bytes
 
 
+def test_bytes_of_exponentials():
+    """2 D rows of E and one bf16 dW; from N = 2 D on flat, with an fp32 sum; kept, N rows of E."""
+    head, states = 2 * 4096 * 151936, 2 * 4096 * 8192
+    whole = plan.plan(path="triton-exp", **SHAPE)
+    assert whole.chunk_tokens == 8192
+    e, sums = 2 * 8192 * 151936, max(2 * 1187 * 8192 * 4, 6 * 4096 * 8192)
+    assert whole.peak_bytes == e + sums + head + states + 32 * 8192
+    longer, kept = (plan.plan(path=path, **(SHAPE | {"tokens": 32768})) for path in plan.EXP_PATHS)
+    assert longer.peak_bytes == e + sums + 2 * head + 4 * states + 32 * 32768
+    assert kept.peak_bytes - longer.peak_bytes == 3 * e
+    assert plan.plan(path="triton-exp", vocab=50257, hidden=64, tokens=128).peak_bytes > 0
+
+
+def test_exponentials_are_planned_as_they_are_made():
+    """Rows of E, tiles and chunk, from the code that allocates them."""
+    pytest.importorskip("triton")
+    from fastpo.backends import triton_exp
+    from fastpo.kernels import _exp_tiles
+
+    vocab, width, tokens = 50257, 64, 256
+    weight = torch.zeros(vocab, width, dtype=torch.bfloat16)
+    planned = plan.plan(path="triton-exp", vocab=vocab, hidden=width, tokens=tokens)
+    found = {buffer.name: buffer.bytes for buffer in planned.buffers}
+    e = triton_exp.empty_e(planned.chunk_tokens, weight)
+    assert found["exponentials of a chunk"] == e.untyped_storage().nbytes()
+    narrowest = min(tile.N for tile in (_exp_tiles._BY_POINTERS, *_exp_tiles._BY_TMA.values()))
+    assert narrowest == plan._EXP_TILE and plan._EXP_PAD == _exp_tiles.PAD_COLUMNS
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_planned_extra_is_flat_in_tokens(dtype, device):
@@ -105,6 +134,11 @@ def test_bytes_that_are_none_are_refused(text):
         ({"dtype": torch.int8}, "dtype is torch.int8"),
         ({"device": "tpu"}, "device is 'tpu', expected 'cuda' or 'cpu'"),
         ({"budget": 0}, "budget is 0 bytes"),
+        (
+            {"path": "triton-exp", "device": "cpu"},
+            "of bfloat16 operands on 'cuda'",
+        ),
+        ({"path": "triton-exp-kept", "dtype": torch.float16}, "torch.float16 on 'cuda'"),
     ],
 )
 def test_bad_shapes_are_refused(change, message):
@@ -116,11 +150,15 @@ def test_command_prints_every_buffer(capsys):
     given = "plan --vocab 151936 --hidden 4096 --tokens 8192 --dtype bfloat16 --budget 1.25GiB"
     assert cli.main(given.split()) == 0
     text = capsys.readouterr().out
-    for path in plan.PATHS:
-        assert path in text
+    for path in plan.PATHS + plan.EXP_PATHS:
+        assert f"\n{path}" in text
         for buffer in plan.plan(path=path, **SHAPE).buffers:
             assert (buffer.name in text) == (buffer.bytes > 0)
     assert "fastpo, 2048 tokens at a time" in text
+    assert "triton-exp, 8192 tokens at a time" in text
+    for option in (["--dtype", "float16"], ["--device", "cpu"]):  # exponentials do not run there
+        assert cli.main([*given.split(), *option]) == 0
+        assert "triton-exp" not in capsys.readouterr().out
 
 
 def test_command_refuses_what_cannot_be_in_one_line(capsys):

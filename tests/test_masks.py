@@ -33,6 +33,8 @@ def test_empty_shapes():
         (torch.tensor(3), 2, ValueError, "ids has no dimension"),
         (torch.tensor([3]), None, TypeError, "eos_ids is None, expected an id or several"),
         (torch.tensor([3]), "</s>", TypeError, "eos_ids is '</s>'"),
+        (torch.tensor([3]), True, TypeError, "eos_ids is True, expected an id or several"),
+        (torch.tensor([3]), torch.tensor([3.0]), TypeError, "eos_ids have dtype torch.float32"),
         (torch.tensor([3]), [], ValueError, "eos_ids is empty"),
     ],
 )

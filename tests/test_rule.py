@@ -230,9 +230,25 @@ def test_a_parameter_of_the_rule_trains_where_autograd_runs_through():
     assert weight.grad is not None and weight.grad != 0
 
 
+class Adder:
+    def append(self, logprobs, entropy, tokens):
+        return logprobs
+
+
 def test_what_a_rule_cannot_have():
     with pytest.raises(ValueError, match="aggregation is 'mean', expected one of"):
         fastpo.loss_rule(aggregation="mean")
+    for options, error in (
+        ({"max_length": "9"}, TypeError),
+        ({"max_length": 0}, ValueError),
+        ({"couples_sequences": "no"}, TypeError),
+    ):
+        with pytest.raises(error, match=rf"{next(iter(options))} is .*, expected"):
+            fastpo.loss_rule(**options)
+    with pytest.raises(TypeError, match="loss_rule on the method append of an object"):
+        fastpo.loss_rule()(Adder().append)
+    with pytest.raises(TypeError, match="is the class Objective itself, expected what it returns"):
+        fastpo.policy_loss_from_logprobs(torch.zeros(4), torch.ones(4), objective=fastpo.Objective)
     with pytest.raises(ValueError, match=r"gspo.*needs to know the sequences"):
         fastpo.policy_loss_from_logprobs(torch.zeros(4), torch.ones(4), objective=gspo)
     bounds = (torch.zeros(4), torch.ones(4))
@@ -240,6 +256,45 @@ def test_what_a_rule_cannot_have():
         fastpo.policy_loss_from_logprobs(
             torch.zeros(4), torch.ones(4), objective=dapo, clip_bounds=bounds
         )
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("chunk_tokens", [None, 3])
+def test_a_rule_that_writes_into_what_it_gets_changes_nobody_elses(chunk_tokens, masked):
+    """In-place arithmetic is the rule's own business: the caller's tensors, the returned log-probs
+    and the metrics stay what they are, with a mask or without."""
+
+    def in_place(logprobs, entropy, tokens):
+        tokens.advantages.mul_(-2)
+        if tokens.mask is not None:
+            tokens.mask.logical_not_()
+        tokens.old.zero_()
+        return logprobs.mul_(entropy.add_(1)) * tokens.advantages
+
+    def out_of_place(logprobs, entropy, tokens):
+        return logprobs * (entropy + 1) * (-2 * tokens.advantages)
+
+    case = LinearCase.random()
+    mask = case.mask if masked else None
+    results, slopes = [], []
+    for rule in (in_place, out_of_place):
+        hidden, weight = case.leaves()
+        given = [x.clone() for x in (case.advantages, case.old_logprobs, case.mask)]
+        options = {"objective": rule, "old_logprobs": given[1], "chunk_tokens": chunk_tokens}
+        options["mask"] = given[2] if masked else None
+        result = fastpo.linear_policy_loss(hidden, weight, case.tokens, given[0], **options)
+        result.loss.backward()
+        for x, y in zip(given, (case.advantages, case.old_logprobs, case.mask), strict=True):
+            assert torch.equal(x, y)
+        results.append(result)
+        slopes.append(hidden.grad)
+        logprobs = result.logprobs.clone().requires_grad_()
+        two_step = fastpo.policy_loss_from_logprobs(
+            logprobs * 1, case.advantages, objective=rule, entropy=result.entropy, mask=mask
+        )
+        assert torch.equal(two_step.logprobs, result.logprobs)
+    assert torch.equal(*slopes) and torch.equal(results[0].logprobs, results[1].logprobs)
+    assert results[0].metrics == results[1].metrics
 
 
 def test_on_policy_ratio_is_one_and_keeps_its_gradient():

@@ -14,6 +14,7 @@ from fastpo.trainer.policy import character_tokenizer, load_policy, make_policy,
 from fastpo.trainer.rollout import Completion
 from fastpo.trainer.run.errors import RecipeError, TrainerError
 from fastpo.trainer.tasks import Problem
+from fastpo.trainer.warmup import reference_sample
 
 CPU = torch.device("cpu")
 ALPHABET = "0123456789= \n"
@@ -240,8 +241,10 @@ def test_prompts_beyond_the_context_are_refused_or_skipped():
     policy = build()
     long, short = Problem("1" * 1000, ""), Problem("12", "")
     assert len(policy.encode_all([long, short], 24)) == 2
-    with pytest.raises(RecipeError, match=r"1000 tokens .* = 25 exceed the 1024 positions"):
+    with pytest.raises(RecipeError, match=r"1000 tokens and 25 new ones exceed the 1024 posi"):
         policy.encode_all([short, long], 25)
+    with pytest.raises(RecipeError, match=r"1000 tokens and 31 new ones exceed the 1024 posi"):
+        reference_sample(policy, long, "3" * 30)  # of the warm-up, with its end token
     assert policy.fits(2)(short) and not policy.fits(999)(long) and policy.fits(None)(long)
 
 

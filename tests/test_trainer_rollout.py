@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+import fastpo
 from fastpo.trainer import rollout
 from fastpo.trainer.config import ModelConfig
 from fastpo.trainer.policy import _wrap, character_tokenizer, make_policy
@@ -183,7 +184,9 @@ def test_unequal_prompts_and_learned_positions():
 def test_choices_follow_the_distribution_to_its_ends():
     logits = torch.tensor([[0.0, -math.inf, 2.0, -math.inf]]).expand(4, 4)
     noise = torch.tensor([0.0, 0.1, 0.2, 1 - 2**-53], dtype=torch.float64)
-    tokens, logprobs = rollout.choose(logits, Sampling(group_size=1, max_new_tokens=1), noise)
+    sampling = Sampling(group_size=1, max_new_tokens=1)
+    tokens, logprobs, keep = rollout.choose(logits, sampling, noise)
+    assert keep is None
     assert tokens.tolist() == [0, 0, 2, 2]  # exp(0) / (exp(0) + exp(2)) = 0.12
     expected = logits.log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)
     torch.testing.assert_close(logprobs, expected)
@@ -203,16 +206,47 @@ def test_choices_follow_the_distribution_to_its_ends():
         ({"top_k": 2, "top_p": 0.6}, [0]),  # two thirds of what top-k left
     ],
 )
-def test_only_likely_tokens_are_drawn_with_log_probs_of_the_whole_vocabulary(options, kept):
+@pytest.mark.parametrize("kept_sets", [True, False])
+def test_only_likely_tokens_are_drawn(options, kept, kept_sets):
+    """REGRESSIONS 45: with log-probs over them, or, if asked for, of the whole vocabulary."""
     probs = torch.tensor([0.5, 0.25, 0.11, 0.11, 0.03]).flip(0)
-    sampling = Sampling(group_size=1, max_new_tokens=1, **options)
+    sampling = Sampling(group_size=1, max_new_tokens=1, kept_sets=kept_sets, **options)
     noise = torch.arange(1000, dtype=torch.float64) / 1000
-    tokens, logprobs = rollout.choose(probs.log().expand(1000, 5), sampling, noise)
+    tokens, logprobs, keep = rollout.choose(probs.log().expand(1000, 5), sampling, noise)
     assert sorted({4 - t for t in tokens.tolist()}) == kept
-    torch.testing.assert_close(logprobs, probs.log()[tokens])
-    share = probs.flip(0)[kept] / probs.flip(0)[kept].sum()
+    mass = probs.flip(0)[kept].sum()
+    assert (keep is not None) == (kept_sets and bool(options))
+    assert keep is None or keep.sum(1).eq(len(kept)).all()
+    torch.testing.assert_close(logprobs, (probs / (1 if keep is None else mass)).log()[tokens])
+    share = probs.flip(0)[kept] / mass
     drawn = torch.tensor([(tokens == 4 - t).double().mean() for t in kept])
     torch.testing.assert_close(drawn, share.double(), atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("stop", [None, "9"])
+def test_the_kept_sets_of_every_token_come_with_a_completion(policy, monkeypatch, stop):
+    """Rows that end at different times, by token or text, and the sets of a full forward pass."""
+    monkeypatch.setattr(policy, "stop", stop)
+    options = {"top_k": 6, "top_p": 0.8, "min_p": 0.02}
+    completions = draw(policy, **options)
+    assert len({len(c.tokens) for c in completions}) > 2
+    for index, completion in enumerate(completions):
+        prompt, at = PROMPTS[index // 6], completion.kept_offsets
+        with torch.no_grad():
+            ids = torch.tensor([prompt + completion.tokens[:-1]])
+            logits = policy.model(input_ids=ids).logits[0, len(prompt) - 1 :]
+        right = fastpo.kept_from_logits(logits, temperature=0.7, **options)
+        assert right.kept_offsets.tolist() == at
+        assert right.kept_tokens.tolist() == completion.kept_tokens
+        scored = fastpo.token_logprobs(
+            logits, torch.tensor(completion.tokens), temperature=0.7, **right._asdict()
+        ).logprobs
+        found = torch.tensor(completion.logprobs)
+        torch.testing.assert_close(found, scored, atol=2e-5, rtol=0)
+    assert (
+        not draw(policy)[0].kept_offsets
+        and not draw(policy, **options, kept_sets=False)[0].kept_offsets
+    )
 
 
 def test_non_finite_logits_are_one_clear_line(policy, monkeypatch):
@@ -220,7 +254,8 @@ def test_non_finite_logits_are_one_clear_line(policy, monkeypatch):
     kept = weight.data.clone()
     weight.data.fill_(float("nan"))
     try:
-        with pytest.raises(TrainerError, match="not finite"):
-            draw(policy)
+        for options in ({}, {"top_p": 0.9}):
+            with pytest.raises(TrainerError, match="not finite"):
+                draw(policy, **options)
     finally:
         weight.data.copy_(kept)

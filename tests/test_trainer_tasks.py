@@ -117,6 +117,36 @@ def test_unknown_tasks_and_arguments(name, arguments, message):
         load_task(name, arguments)
 
 
+@pytest.mark.parametrize("part", ["alphabet", "stop"])
+@pytest.mark.parametrize("value", [["a", "b"], 3, b"a", ""])
+def test_alphabet_and_stop_are_one_string(part, value, monkeypatch):
+    """REGRESSIONS 46: several stop strings, say, before anything is made."""
+    monkeypatch.setattr(SortDigits, part, value)
+    with pytest.raises(RecipeError, match=rf"SortDigits\.{part} is .*, expected one string"):
+        load_task("sort", {})
+
+
+@pytest.mark.parametrize(
+    ("part", "rows", "message"),
+    [
+        ("rows", [("1=", "1")], r"rows gave \('1=', '1'\), expected a Problem"),
+        ("test_rows", ["1="], "test_rows gave '1=', expected a Problem"),
+        ("rows", [Problem(b"1=")], "rows gave the prompt b'1=', expected text"),
+        ("rows", [], "rows are empty, expected problems, or None"),  # once an endless loop
+    ],
+)
+def test_rows_are_problems_with_plain_texts(part, rows, message):
+    """REGRESSIONS 40: numpy strings of a task's own rows become Python's, like drawn ones."""
+    task = SortDigits()
+    setattr(task, part, rows)
+    with pytest.raises(TrainerError, match=message):
+        Verifier(task, workers=1)
+    setattr(task, part, [Problem(np.str_("1="), np.int64(1))])
+    with Verifier(task, workers=1) as verifier:
+        [row] = getattr(verifier, part)
+    assert type(row.prompt) is str and row.answer == "1"
+
+
 @pytest.mark.parametrize(
     ("broken", "kind"),
     [
@@ -142,7 +172,7 @@ def test_a_raising_verifier_is_named_with_the_completion(broken, kind):
     ("made", "reason"),
     [
         (lambda: {}["sum"], "raised KeyError: 'sum'"),
-        (lambda: "12=", "returned '12='"),
+        (lambda: "12=", "gave '12=', expected a Problem"),
         (lambda: Problem(12), "gave the prompt 12, expected text"),
         (lambda: Problem("12=", ["12"]), r"gave the answer \['12'\], expected text or None"),
     ],

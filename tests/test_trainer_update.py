@@ -35,11 +35,11 @@ def make(seed=0, temperature=0.8, objective=None, total_updates=0, **optim):
     )
 
 
-def samples_of(policy, *, temperature=0.8, advantages=None):
+def samples_of(policy, *, temperature=0.8, advantages=None, **sampling):
     completions = sample(
         policy,
         PROMPTS,
-        Sampling(group_size=4, max_new_tokens=7, temperature=temperature),
+        Sampling(group_size=4, max_new_tokens=7, temperature=temperature, **sampling),
         torch.Generator().manual_seed(0),
     )
     torch.manual_seed(1)
@@ -379,3 +379,32 @@ def test_micro_batch_picks_the_positions_that_predict_completion_tokens():
     ends = torch.zeros(len(batch.tokens), dtype=torch.bool)
     ends[batch.cu_seqlens[1:].long() - 1] = True
     assert torch.equal(inside[~ends], batch.tokens[~ends])
+
+
+@pytest.mark.parametrize("old", ["sampler", "recompute"])
+def test_the_ratio_starts_at_one_under_top_p(old):
+    """REGRESSIONS 45: all log-probs are over what was drawn from, or all of the vocabulary."""
+    learner = make(old_logprobs=old)
+    for parameter in learner.policy.model.parameters():  # far from uniform
+        parameter.data.mul_(2)
+    for kept_sets in (True, False):
+        samples = samples_of(learner.policy, top_p=0.7, kept_sets=kept_sets)
+        if old == "recompute":
+            learner.recompute_old_logprobs(samples)
+        _, sums = gradients(learner, samples, on_policy=False)
+        assert sums["ratio"] / sums["tokens"] == pytest.approx(1, abs=1e-5)
+        assert sums["sampled_difference"] / sums["sampled"] < 1e-5
+        assert bool(MicroBatch.of(samples, CPU).kept) == kept_sets
+    kept = samples_of(learner.policy, top_p=0.7)
+    over_kept, over_all = (
+        torch.tensor([p for s in x for p in s.completion.logprobs]) for x in (kept, samples)
+    )
+    assert (over_kept - over_all).mean() > 0.1  # they do differ
+
+
+def test_samples_with_and_without_kept_sets_in_one_batch():
+    learner = make()
+    kept, free = samples_of(learner.policy, top_p=0.7)[:3], samples_of(learner.policy)[:2]
+    batch = MicroBatch.of([*kept, *free], CPU)
+    scored = learner._score(learner.policy, batch)
+    torch.testing.assert_close(scored, batch.sampled_logprobs, atol=2e-5, rtol=0)

@@ -33,7 +33,7 @@ def unavailable(name: str, device: pytorch.device | str = "cpu") -> str | None:
     """
     known = _MODULES | _LINEAR_MODULES
     if name not in known:
-        raise ValueError(f"backend is {name!r}, expected one of {', '.join(BACKENDS)} or None")
+        raise ValueError(f"backend is {name!r}, expected one of {', '.join(known)} or None")
     try:
         module = _loaded[name] = importlib.import_module(known[name])
     except ImportError as error:

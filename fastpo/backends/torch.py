@@ -120,11 +120,25 @@ def kept_stats(
     z = (hidden[rows].to(wide) * head.weight[ids].to(wide)).sum(1)  # (pairs,)
     z = head.gain * (z if head.bias is None else z + head.bias[ids].to(wide))
     logits = hidden.new_zeros(kept.ids.numel(), dtype=wide)
-    logits[pairs] = z = z.tanh() if head.capped else z
-    scaled = z / _of_rows(temperature, rows)
+    logits[pairs] = z.tanh() if head.capped else z
+    return kept_stats_of(logits, tokens, kept, temperature, live), logits
+
+
+def kept_stats_of(
+    logits: Tensor,
+    tokens: Tensor,
+    kept: KeptSets,
+    temperature: float | Tensor,
+    live: Tensor | None,
+) -> RowStats:
+    """The statistics of `kept_stats` from z of every id, (M,)."""
+    sizes = kept.offsets.diff()
+    several = sizes > 1 if live is None else (sizes > 1) & live
+    pairs, rows, ids = _pairs(kept, several)
+    scaled = logits[pairs] / _of_rows(temperature, rows)
     stats = kept_statistics(scaled, rows, ids == tokens[rows], sizes.numel())
     stats = RowStats(*(x.where(several, 0) for x in stats))
-    return stats._replace(logprobs=_nan_where_alone(stats.logprobs, tokens, kept, live)), logits
+    return stats._replace(logprobs=_nan_where_alone(stats.logprobs, tokens, kept, live))
 
 
 def kept_statistics(scaled: Tensor, rows: Tensor, is_token: Tensor, count: int) -> RowStats:

@@ -21,7 +21,9 @@ from fastpo.backends.base import (
     overwrites,
     written,
 )
-from fastpo.objective import Objective
+from fastpo.backends.metrics import MetricInputs
+from fastpo.objective import KL_ESTIMATORS, Objective
+from fastpo.rule import RuleObjective
 
 ops = torch.ops.fastpo
 
@@ -111,6 +113,16 @@ def scale_(grad: Tensor, factor: Tensor) -> None:
     """See `fastpo.backends.base.Backend`."""
     kernels.scale.scale_(grad, factor)
     written(grad)
+
+
+def metric_sums(inputs: MetricInputs, objective: Objective | RuleObjective) -> Tensor:
+    """See `fastpo.backends.metrics`."""
+    estimator = objective.kl_estimator.rstrip("+")  # which concerns the gradient alone
+    return kernels.metrics.metric_sums(
+        *_contiguous(*inputs),
+        kl=1 + KL_ESTIMATORS.index(estimator),
+        kl_ratio_weighted=objective.kl_ratio_weighted,
+    )
 
 
 def _contiguous(*rows: Tensor | None) -> tuple[Tensor | None, ...]:

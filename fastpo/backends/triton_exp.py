@@ -32,6 +32,7 @@ from fastpo.objective import Objective
 LOG2_E = math.log2(math.e)
 
 scale_ = triton_rows.scale_
+metric_sums = triton_rows.metric_sums
 
 
 def unavailable(device: torch.device | None = None) -> str | None:

@@ -41,6 +41,12 @@ def read_head(model: nn.Module, head: nn.Module | None = None) -> dict[str, Any]
 def output_embeddings(model: nn.Module) -> nn.Module:
     """The LM head's module, which maps hidden states to logits."""
     head = model.get_output_embeddings()
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ValueError(
+            f"{type(model).__name__} is an encoder-decoder, whose head predicts decoder_input_ids, "
+            "not input_ids: expected a causal language model; score its logits with "
+            "fastpo.policy_loss"
+        )
     if head is None:
         raise ValueError(
             f"{type(model).__name__} names no LM head (get_output_embeddings() is None): expected "
@@ -73,7 +79,9 @@ def effective_weight(head: nn.Module) -> tuple[Tensor, Tensor | None]:
         return _adapted_weight(head)
     weight = getattr(head, "weight", None)
     if not isinstance(weight, Tensor) or not weight.dtype.is_floating_point:
-        found = "no weight" if weight is None else f"a weight of dtype {weight.dtype}"
+        found = "no weight" if weight is None else f"a weight of type {type(weight).__name__}"
+        if isinstance(weight, Tensor):
+            found = f"a weight of dtype {weight.dtype}"
         raise ValueError(
             f"the LM head is {type(head).__name__} with {found}, expected a floating [V, D] "
             "matrix: leave the head out of quantization, or score the logits with policy_loss"

@@ -28,6 +28,17 @@ class Scoring:
         self.options = options
         self.ids = ids  # (B, T)
         self.made: PolicyLoss | None = None
+        taken = [name for name in _MODELS_OWN if name in options]
+        if taken:
+            raise TypeError(
+                f"{taken[0]} is given, expected none of {', '.join(_MODELS_OWN)}: hidden states "
+                "and head are the model's, tokens are input_ids, and the mask is completion_mask"
+            )
+        if "statistics" in options:
+            raise TypeError(
+                "statistics are given, which no model's forward returns: ask "
+                "fastpo.linear_token_logprobs, with hidden_states(model, ...) and lm_head(model)"
+            )
         if "completion_mask" not in options:
             raise TypeError(
                 "completion_mask is missing, expected a [B, T] bool tensor: True for the tokens "
@@ -36,9 +47,11 @@ class Scoring:
         self.mask = options.pop("completion_mask")
         self.fp32_head = options.pop("fp32_head", False)
         if not isinstance(self.mask, Tensor) or self.mask.shape != ids.shape:
-            found = list(self.mask.shape) if isinstance(self.mask, Tensor) else type(self.mask)
+            found = type(self.mask).__name__
+            if isinstance(self.mask, Tensor):
+                found = f"of shape {list(self.mask.shape)}"
             raise ValueError(
-                f"completion_mask has shape {found}, expected {list(ids.shape)} as input_ids: one "
+                f"completion_mask is {found}, expected {list(ids.shape)} as input_ids: one "
                 "flag per token, prompts included"
             )
 
@@ -77,6 +90,9 @@ class Scoring:
         for name in _PER_TOKEN:
             if isinstance(options.get(name), Tensor):
                 options[name] = _per_token(name, options[name], tokens.shape)
+        for bound in options.get("clip_bounds") or ():
+            if isinstance(bound, Tensor):
+                _per_token("clip_bounds", bound, tokens.shape)
         if self.fp32_head:
             head = {k: v.float() if isinstance(v, Tensor) else v for k, v in head.items()}
         if not torch.is_autocast_enabled(hidden.device.type):
@@ -92,6 +108,7 @@ _PER_TOKEN = (
     "temperature",
     "nll_weights",
 )
+_MODELS_OWN = ("hidden", "weight", "bias", "logit_scale", "softcap", "tokens", "mask")
 _PER_SEQUENCE = ("advantages", "importance_weights")
 
 

@@ -24,6 +24,7 @@ from fastpo.integrations._lm_head import (
 )
 
 CHECKED_ROWS = 4
+FRAMEWORKS = ("torch", "deepspeed", "accelerate", "fastpo")
 
 Consume = Callable[[Tensor, dict[str, Any]], Tensor]
 """What stands in for the head's product: hidden [B, K, D] and the head -> any tensor."""
@@ -44,6 +45,7 @@ class Tap:
         self.model: Any = None
         self.result: Tensor | None = None
         self.stand_in: Tensor | None = None
+        self.made: tuple[Tensor, int] | None = None  # what `consume` returned, its version
         self.sample: Sample | None = None
         self.checked: object = None  # the state of the head that was compared
         self.calls = 0
@@ -63,7 +65,30 @@ class Tap:
                 self.stand_in = head._fastpo_forward(rows[None])
             self.sample = sample(reading, rows)
             self.checked = state
-        return self.consume(hidden, reading)
+        made = self.consume(hidden, reading)
+        self.made = made, _version(made)
+        return made
+
+    @torch.compiler.disable
+    def check_hooks(self, head: nn.Module, output: Tensor) -> None:
+        """Refuse hooks that change the head's output: they would change the loss in its place.
+
+        Those of the frameworks that shard a head may: they hand the same numbers on.
+        """
+        made, version = self.made
+        if output is made and _version(made) == version:
+            return
+        hooks = [getattr(hook, "func", hook) for hook in head._forward_hooks.values()]  # partials
+        others = [
+            getattr(hook, "__qualname__", type(hook).__name__)
+            for hook in hooks
+            if (getattr(hook, "__module__", None) or "").split(".")[0] not in FRAMEWORKS
+        ]
+        if others:
+            raise ValueError(
+                f"{type(self.model).__name__}'s LM head has a forward hook that changes its output "
+                f"(of {', '.join(others)}): remove it, or score the logits with fastpo.policy_loss"
+            )
 
     def verify(self, outputs: Any) -> None:
         """Compare the logits that the model made of the stand-in rows with the reading."""
@@ -80,10 +105,17 @@ class Tap:
             raise
 
 
+def _version(tensor: Tensor) -> int:
+    """How often it was written to; unknown of tensors made under inference mode."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def head_state(head: nn.Module) -> object:
-    """What tells one use of a head from another: its class and the adapters that are on."""
+    """What tells one use of a head from another: its class, its hooks, the adapters that are on."""
     adapters = tuple(getattr(head, "active_adapters", None) or ())
-    return (id(head), type(head), adapters, bool(getattr(head, "disable_adapters", False)))
+    disabled = bool(getattr(head, "disable_adapters", False))
+    hooks = (*head._forward_hooks, *head._forward_pre_hooks)  # their handles' numbers
+    return (id(head), type(head), adapters, disabled, hooks)
 
 
 def _tapped_forward(self: nn.Module, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -97,6 +129,7 @@ def _deliver(head: nn.Module, args: Any, output: Tensor) -> Tensor | None:
     tap = head._fastpo_tap
     if tap.stand_in is None:
         return None
+    tap.check_hooks(head, output)
     tap.result, stand_in, tap.stand_in = output, tap.stand_in, None
     return stand_in
 
@@ -163,4 +196,4 @@ def run(
         tap.verify(outputs)
         return tap.result, outputs
     finally:
-        tap.model = tap.consume = tap.result = tap.stand_in = tap.sample = None
+        tap.model = tap.consume = tap.result = tap.stand_in = tap.sample = tap.made = None

@@ -17,6 +17,7 @@ import functools
 import inspect
 import types
 import weakref
+from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -191,6 +192,11 @@ def _scored(
         raise ValueError("policy_loss and token_logprobs are both given, expected one of them")
     kwargs = _model_inputs(model, args, kwargs)
     asked = token_logprobs if policy_loss is None else policy_loss
+    if not isinstance(asked, Request | Mapping):
+        raise TypeError(
+            f"policy_loss or token_logprobs is {type(asked).__name__}, expected a dict: "
+            "completion_mask, advantages, objective, ..."
+        )
     options = dict(asked.options if isinstance(asked, Request) else asked)
     request = Scoring(type(model).__name__, options, kwargs["input_ids"])
     consume = request.logprobs if policy_loss is None else request.loss
@@ -218,6 +224,8 @@ def _model_inputs(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())
     if "use_cache" in accepted or takes_any:
         kwargs["use_cache"] = False
+    if "return_dict" in kwargs:
+        kwargs["return_dict"] = True  # the outputs are read here; the caller gets ours
     mask = kwargs.get("attention_mask")
     if (
         "position_ids" in accepted
@@ -281,6 +289,10 @@ def _check_bare(model: nn.Module) -> None:
         wrapper = f"{type(model).__name__} prepared by accelerate"
     elif model._compiled_call_impl is not None:
         wrapper = f"{type(model).__name__} compiled in place"
+    elif "forward" in model.__dict__ and not hasattr(model.forward, "_fastpo"):
+        wrapper = f"{type(model).__name__} with a forward of its own in the place of its class's"
+    elif {*model._forward_hooks.values(), *model._forward_pre_hooks.values()} - {_keep_dtypes}:
+        wrapper = f"{type(model).__name__} with forward hooks"
     if wrapper is not None:
         raise TypeError(
             f"model is {wrapper}, expected a bare causal LM of transformers: call fastpo."

@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from fastpo.backends.base import RowInputs
+from fastpo.backends.metrics import METRICS, MetricInputs, metric_sums
 from fastpo.objective import (
-    CLIPPED_HIGH,
-    CLIPPED_LOW,
-    CLIPPED_MAX,
     MAX_LOG_RATIO,
     Objective,
     TokenLoss,
@@ -75,6 +73,11 @@ class LossBatch:
             advantages = segments.spread(rows(advantages))
         low, high = given.clip_bounds or (None, None)
         options = {"normalizer": given.normalizer, "dtype": dtype}
+        weight = token_weights(objective, mask, segments, **options)
+        if objective.entropy_coef != 0 and objective.aggregation == "token_mean":
+            entropy_weight = weight * objective.entropy_coef  # a token mean too: not counted twice
+        else:
+            entropy_weight = entropy_weights(objective, mask, segments, **options)
         return cls(
             objective=objective,
             segments=segments,
@@ -87,8 +90,8 @@ class LossBatch:
             clip_low=rows(low),
             clip_high=rows(high),
             nll_weights=rows(given.nll_weights),
-            weight=token_weights(objective, mask, segments, **options),
-            entropy_weight=entropy_weights(objective, mask, segments, **options),
+            weight=weight,
+            entropy_weight=entropy_weight,
         )
 
     def rows(self, rows: slice | Tensor) -> LossBatch:
@@ -142,20 +145,24 @@ class LossBatch:
             # where() also stops a gradient of 0 * inf that a masked slot's numbers would give
             return x if x is None or mask is None else torch.where(mask, x, fill)
 
+        def own(x: Tensor | None) -> Tensor | None:
+            # The rule may write into what it gets: not into the caller's tensors, nor into ours
+            return None if x is None else x.clone()
+
         logprobs, entropy = harmless(logprobs, 0.0), harmless(entropy, 0.0)
         old = logprobs.detach() if self.old_logprobs is None else harmless(self.old_logprobs, 0.0)
         ref, weights = harmless(self.ref_logprobs, 0.0), harmless(self.importance_weights, 1.0)
         if self.sequence_weights is not None:
             weights = self.segments.spread(self.sequence_weights)
         tokens = TokenInputs(
-            advantages=harmless(self.advantages, 0.0),
-            old_logprobs=old,
-            ref_logprobs=ref,
-            importance_weights=weights,
-            mask=mask,
+            advantages=own(harmless(self.advantages, 0.0)),
+            old_logprobs=own(old),
+            ref_logprobs=own(ref),
+            importance_weights=own(weights),
+            mask=own(mask),
             sequence_ids=self.segments.ids if objective.couples_sequences else None,
         )
-        loss = harmless(objective.losses(logprobs, entropy, tokens), 0.0)
+        loss = harmless(objective.losses(own(logprobs), own(entropy), tokens), 0.0)
         if self.nll_weights is not None:
             loss = loss - harmless(self.nll_weights, 0.0) * logprobs
         detached = logprobs.detach()
@@ -171,34 +178,28 @@ class LossBatch:
         *,
         ratio: Tensor | None = None,
         ref_kl: Tensor | None = None,
+        backend: object = None,
     ) -> dict[str, Tensor]:
         """Sums and counts over tokens under the mask (see `PolicyLoss.metrics`).
 
         Inputs (N,), detached. A sequence-level objective brings its own `ratio` and `ref_kl`; those
-        of a token-level one follow from the log-probs. One table and one sum, for on GPU every
-        operation here is a launch.
+        of a token-level one follow from the log-probs. `backend`, what the rows went through, may
+        add up by itself (fastpo.backends.metrics).
         """
-        old = logprobs if self.old_logprobs is None else self.old_logprobs
-        log_ratio = (logprobs - old).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-        ratio = log_ratio.exp() if ratio is None else ratio
-        columns = {
-            "tokens": torch.ones_like(logprobs) if self.mask is None else self.mask,
-            "ratio": ratio,
-            "old_kl": log_ratio.expm1() - log_ratio,  # exact near 0, as k3
-            "clip_low": (clipped & CLIPPED_LOW) != 0,
-            "clip_high": (clipped & CLIPPED_HIGH) != 0,
-            "clip_max": (clipped & CLIPPED_MAX) != 0,
-        }
-        if entropy is not None:
-            columns["entropy"] = entropy
-        if self.ref_logprobs is not None:
-            if ref_kl is None:
-                ref_kl = kl_term(self.objective, logprobs - self.ref_logprobs, ratio)
-            columns["ref_kl"] = ref_kl
-        table = torch.stack(list(columns.values()))  # flags become floats
-        if self.mask is not None:
-            table = table.masked_fill_(~self.mask, 0)
-        return dict(zip(columns, table.sum(1).unbind(), strict=True))
+        per_token = (logprobs, entropy, clipped, self.mask, self.old_logprobs, self.ref_logprobs)
+        inputs = MetricInputs(*per_token, ratio, ref_kl)
+        names = [
+            name
+            for name in METRICS
+            if not (name == "entropy" and entropy is None)
+            and not (name == "ref_kl" and self.ref_logprobs is None)
+        ]
+        compiling = torch.compiler.is_compiling()
+        fused = None if compiling else getattr(backend, "metric_sums", None)
+        if fused is None:
+            return dict(zip(names, metric_sums(inputs, self.objective).unbind(), strict=True))
+        sums = dict(zip(METRICS, fused(inputs, self.objective).unbind(), strict=True))
+        return {name: sums[name] for name in names}
 
 
 def loss_of_rows(batch: LossBatch) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:

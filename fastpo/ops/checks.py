@@ -52,10 +52,9 @@ class LossInputs(NamedTuple):
 def check_logits_op(
     logits: object, tokens: object, mask: object, temperature: object, *, inplace: bool
 ) -> None:
-    """What `policy_loss` and `token_logprobs` share."""
+    """What `policy_loss` and `token_logprobs` share, but for ids, of which a shard knows less."""
     check_matrix("logits", logits, "V")
     check_rows(tokens, mask, temperature, logits)
-    check_token_range(tokens, logits.shape[-1], mask)
     if inplace and _overlaps(logits):
         raise ValueError(
             "inplace on expanded or overlapping logits would write one row's gradient over "
@@ -128,13 +127,14 @@ def check_rows(tokens: object, mask: object, temperature: object, like: Tensor) 
     check_tensor("tokens", tokens, leading, like, what=" (one id per row; the ops never shift)")
     if tokens.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"tokens have dtype {tokens.dtype}, expected int64 or int32")
-    _check_temperature(temperature, leading, mask, like)
+    check_temperature(temperature, leading, mask, like)
 
 
-def check_token_range(tokens: Tensor, vocabulary: int, mask: Tensor | None) -> None:
+def check_token_range(tokens: Tensor, vocabulary: int | Tensor, mask: Tensor | None) -> None:
     """Ids inside the vocabulary under a True mask, where values may be read."""
     if not inspects_values(tokens) or tokens.numel() == 0:
         return
+    vocabulary = int(vocabulary)  # of shards, a number on the device
     lowest, highest = (int(x) for x in tokens.aminmax())
     if lowest >= 0 and highest < vocabulary:
         return
@@ -235,7 +235,7 @@ def check_positive(name: str, value: object, *, what: str = "a number") -> None:
         raise ValueError(f"{name} is {value}, expected a finite number > 0")
 
 
-def _check_temperature(
+def check_temperature(
     temperature: object, leading: torch.Size, mask: Tensor | None, like: Tensor
 ) -> None:
     """A finite number > 0, or a tensor of them with the leading shape."""
@@ -291,9 +291,9 @@ def check_objective(objective: object) -> None:
     if isinstance(objective, Objective | RuleObjective):
         return
     if callable(objective):
-        name = objective.__name__
+        name, kind = objective.__name__, "class" if objective is Objective else "preset"
         raise TypeError(
-            f"objective is the preset {name} itself, expected what it returns: call it, "
+            f"objective is the {kind} {name} itself, expected what it returns: call it, "
             f"fastpo.{name}()"
         )
     raise TypeError(
@@ -386,6 +386,8 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def _overlaps(tensor: Tensor) -> bool:
     """Whether elements of `tensor` may share memory, as those of an expanded view do."""
+    if tensor.numel() == 0:
+        return False
     last = 0  # the last element, in memory, of the dimensions so far
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1 and stride <= last:

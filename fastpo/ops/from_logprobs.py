@@ -91,11 +91,17 @@ def _masked_rows(values: Tensor | None, batch: LossBatch) -> Tensor | None:
 
 
 def loss_of_batch(
-    batch: LossBatch, logprobs: Tensor, entropy: Tensor | None, *, leading: torch.Size
+    batch: LossBatch,
+    logprobs: Tensor,
+    entropy: Tensor | None,
+    *,
+    leading: torch.Size,
+    backend: object = None,
 ) -> PolicyLoss:
     """The weighted sum over tokens of the specification's loss, minus the entropy bonus.
 
-    logprobs and entropy are (N,), 0 under a False mask; `leading` is the shape of the result.
+    logprobs and entropy are (N,), 0 under a False mask; `leading` is the shape of the result, and
+    `backend` that of the rows, if they went through one.
     """
     terms = batch.token_loss(logprobs, entropy)
     loss = (batch.weight * terms.loss).sum()
@@ -104,7 +110,8 @@ def loss_of_batch(
     # Copies: the backward pass, or the caller, still needs the numbers that came in.
     logprobs = logprobs.detach().clone()
     entropy = None if entropy is None else entropy.detach().clone()
-    metrics = batch.metrics(logprobs, entropy, terms.clipped, ratio=terms.ratio, ref_kl=terms.kl)
+    whole = {"ratio": terms.ratio, "ref_kl": terms.kl}
+    metrics = batch.metrics(logprobs, entropy, terms.clipped, backend=backend, **whole)
     return PolicyLoss(
         loss,
         logprobs.view(leading),

@@ -15,6 +15,7 @@ from fastpo.backends.base import KeptSets
 from fastpo.backends.torch import kept_statistics
 from fastpo.ops import checks
 from fastpo.ops.batch import flat_rows
+from fastpo.ops.tensor_parallel import VocabularyShard
 
 
 class Kept(NamedTuple):
@@ -43,7 +44,7 @@ def check_kept(
     kept_offsets: object,
     tokens: Tensor,
     mask: Tensor | None,
-    vocabulary: int,
+    vocabulary: int | Tensor,
     *,
     inplace: bool = False,
 ) -> None:
@@ -75,7 +76,7 @@ def check_kept(
         checks.check_device(name, value, tokens)
     if checks.inspects_values(kept_tokens):
         _check_offsets(kept_offsets, kept_tokens.numel())
-        _check_ids(kept_tokens, kept_offsets, flat_rows(tokens), mask, vocabulary)
+        _check_ids(kept_tokens, kept_offsets, flat_rows(tokens), mask, int(vocabulary))
 
 
 def _check_offsets(offsets: Tensor, count: int) -> None:
@@ -131,17 +132,23 @@ def kept_logprobs(
     kept: KeptSets,
     temperature: float | Tensor,
     mask: Tensor | None,
+    shard: VocabularyShard | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies (N,) of the rows with ids, 0 elsewhere, differentiable in `logits`.
 
-    logits [..., V], the rest (N,). A few numbers a row are read: autograd writes the gradient.
+    logits [..., V], or the columns of a shard; the rest (N,). A few numbers a row are read:
+    autograd writes the gradient.
     """
     sizes = kept.offsets.diff()
     several = sizes > 1 if mask is None else (sizes > 1) & mask
     every = torch.arange(sizes.numel(), device=tokens.device)
     rows = every.repeat_interleave(sizes, output_size=kept.ids.numel())
     where = (rows,) if logits.ndim == 2 else (rows // logits.shape[1], rows % logits.shape[1])
-    z = logits[(*where, kept.ids)].to(checks.wide_dtype(logits.dtype))
+    wide = checks.wide_dtype(logits.dtype)
+    if shard is None:
+        z = logits[(*where, kept.ids)].to(wide)
+    else:
+        z = shard.gather_kept(logits, where, kept.ids, wide)
     z = torch.where(several[rows], z, 0.0)  # NaN where nothing depends on it harms nobody
     scaled = z / (temperature[rows] if isinstance(temperature, Tensor) else temperature)
     is_token = kept.ids == tokens[rows]

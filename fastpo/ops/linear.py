@@ -151,7 +151,7 @@ def linear_policy_loss(
             the batch. A wrong one raises on CPU and gives NaN on GPU.
         kept_tokens: [M] int64 or int32: the ids that each token was sampled from (top-k, top-p), as
             vLLM and SGLang return them; log-probs, entropies and gradients are those of the softmax
-            over them. Such rows never enter a GEMM. Not with tp_group, nor on backend "triton".
+            over them. Such rows never enter a GEMM. Not on backend "triton".
         kept_offsets: [N + 1] int64 or int32, rows in flattened order: row i has
             kept_tokens[kept_offsets[i] : kept_offsets[i + 1]]; none = the whole vocabulary.
 
@@ -183,14 +183,13 @@ def linear_policy_loss(
     check_linear_op(hidden, weight, bias, tokens, mask, temperature, **options)
     leading = hidden.shape[:-1]
     checks.check_loss(given, leading, hidden)
-    check_kept(kept_tokens, kept_offsets, tokens, mask, weight.shape[0])
     call = _linear_call(hidden, weight, tokens, mask, temperature, backend, **options)
-    kept = _kept_sets(call, kept_tokens, kept_offsets)
+    kept = _kept_sets(call, kept_tokens, kept_offsets, tokens, mask, weight.shape[0])
     hidden, weight, bias = _operands(hidden, weight, bias)
     batch = LossBatch.from_inputs(given, leading, hidden)
     if kept is not None:
         logprobs, entropy = _logprobs(hidden, weight, bias, call, kept)
-        return loss_of_batch(batch, logprobs, entropy, leading=leading)
+        return loss_of_batch(batch, logprobs, entropy, leading=leading, backend=call.backend)
     if objective.is_token_level:
         chunk_loss = TokenLevelLoss(inputs=batch.row_inputs(), objective=objective)
     elif isinstance(objective, RuleObjective) and not objective.couples_sequences:
@@ -199,7 +198,7 @@ def linear_policy_loss(
         chunk_loss = SequenceLevelLoss.from_batch(batch, call, weight)
     if chunk_loss is None:
         logprobs, entropy = _logprobs(hidden, weight, bias, call, None)
-        return loss_of_batch(batch, logprobs, entropy, leading=leading)
+        return loss_of_batch(batch, logprobs, entropy, leading=leading, backend=call.backend)
     needs = tuple(
         torch.is_grad_enabled() and x is not None and x.requires_grad
         for x in (hidden, weight, bias)
@@ -211,7 +210,7 @@ def linear_policy_loss(
         with torch.no_grad():
             whole = batch.token_loss(logprobs)
         terms = {"ratio": whole.ratio, "ref_kl": whole.kl}
-    metrics = batch.metrics(logprobs, entropy, clipped, **terms)
+    metrics = batch.metrics(logprobs, entropy, clipped, backend=call.backend, **terms)
     (loss,) = call.checked(loss)
     return PolicyLoss(loss, logprobs.view(leading), entropy.view(leading), metrics)
 
@@ -258,9 +257,8 @@ def linear_token_logprobs(
     }
     check_linear_op(hidden, weight, bias, tokens, mask, temperature, **options)
     leading = hidden.shape[:-1]
-    check_kept(kept_tokens, kept_offsets, tokens, mask, weight.shape[0])
     call = _linear_call(hidden, weight, tokens, mask, temperature, backend, **options)
-    kept = _kept_sets(call, kept_tokens, kept_offsets)
+    kept = _kept_sets(call, kept_tokens, kept_offsets, tokens, mask, weight.shape[0])
     _check_statistics(statistics, call, kept)
     outputs = _logprobs(*_operands(hidden, weight, bias), call, kept, bool(statistics))
     return TokenStatistics.from_rows(outputs, statistics, leading)
@@ -298,14 +296,22 @@ def _logprobs(
 
 
 def _kept_sets(
-    call: LinearCall, kept_tokens: Tensor | None, kept_offsets: Tensor | None
+    call: LinearCall,
+    kept_tokens: Tensor | None,
+    kept_offsets: Tensor | None,
+    tokens: Tensor,
+    mask: Tensor | None,
+    columns: int,
 ) -> Kept | None:
-    """What `check_kept` has checked, if the backend knows what to do with it."""
-    if kept_tokens is not None and not hasattr(call.backend, "kept_stats"):
-        what = "tp_group" if isinstance(call.backend, VocabularyShard) else call.backend.__name__
+    """Checked, if the backend knows what to do with them; the weight here makes `columns`."""
+    rows = call.backend
+    sharded = isinstance(rows, VocabularyShard)
+    check_kept(kept_tokens, kept_offsets, tokens, mask, rows.vocabulary if sharded else columns)
+    backend = rows.backend if sharded else rows
+    if kept_tokens is not None and not hasattr(backend, "kept_stats"):
         raise ValueError(
-            f"kept_tokens with {what}, which has no gathered rows of a head: expected one of the "
-            "backends 'cpp' (CPU) and 'torch', and a whole head"
+            f"kept_tokens with {backend.__name__}, which has no gathered rows of a head: expected "
+            "one of the backends 'cpp' (CPU) and 'torch'"
         )
     return Kept.from_inputs(kept_tokens, kept_offsets, call.mask)
 
@@ -333,9 +339,8 @@ def _linear_call(
     rows = backends.load(backends.resolve(backend, hidden.device, logits_dtype, linear=True))
     if tp_group is not None:
         shard = ExpShard if exponentials else VocabularyShard
-        rows = shard(rows, tp_group, weight)
-        if checks.inspects_values(hidden):
-            checks.check_token_range(tokens, int(rows.vocabulary), mask)
+        rows = shard.of_head(rows, tp_group, weight)
+        checks.check_token_range(tokens, rows.vocabulary, mask)
     mask = flat_mask(mask)
     index, wrong_count = _unmasked_rows(mask, live_rows)
     return LinearCall(

@@ -5,10 +5,10 @@ from __future__ import annotations
 from numbers import Integral
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from fastpo.ops import checks
+from fastpo.ops.tensor_parallel import check_tp_group
 
 
 def check_linear_op(
@@ -40,13 +40,9 @@ def check_linear_op(
             )
         if chunk_tokens < 1:
             raise ValueError(f"chunk_tokens is {chunk_tokens}, expected at least 1, or None")
+    check_tp_group(tp_group, "weight is")
     if tp_group is None:
         checks.check_token_range(tokens, weight.shape[0], mask)
-    elif not isinstance(tp_group, dist.ProcessGroup):
-        raise TypeError(
-            f"tp_group is {type(tp_group).__name__}, expected a torch.distributed.ProcessGroup "
-            "over which weight is sharded along V (a DeviceMesh has get_group())"
-        )
     _check_live_rows(live_rows, mask)
 
 

@@ -11,24 +11,22 @@ kept_tokens     the logits of these ids alone, gathered, in plain torch; dense r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from fastpo import backends
-from fastpo.backends.base import RowInputs, RowLosses, RowStats
 from fastpo.objective import Objective
 from fastpo.ops import checks
-from fastpo.ops.autograd import first_order, row_grads, save, saved
-from fastpo.ops.batch import LossBatch, flat_mask, flat_rows, flat_temperature, of_rows
+from fastpo.ops.batch import LossBatch, flat_mask, flat_rows, flat_temperature
 from fastpo.ops.checks import LossInputs
 from fastpo.ops.from_logprobs import loss_of_batch
 from fastpo.ops.kept import Kept, check_kept, kept_logprobs
+from fastpo.ops.logits_autograd import FusedPolicyLoss, LogitsTokenLogprobs
 from fastpo.ops.results import PolicyLoss, TokenLogprobs, TokenStatistics
+from fastpo.ops.tensor_parallel import VocabularyShard, check_tp_group
 from fastpo.rule import Rule, as_objective
-
-_Rows = TypeVar("_Rows", bound=tuple)
 
 
 def policy_loss(
@@ -47,6 +45,7 @@ def policy_loss(
     cu_seqlens: Tensor | None = None,
     normalizer: Tensor | float | None = None,
     inplace: bool = False,
+    tp_group: ProcessGroup | None = None,
     backend: str | None = None,
     kept_tokens: Tensor | None = None,
     kept_offsets: Tensor | None = None,
@@ -82,6 +81,9 @@ def policy_loss(
             gradient accumulation and data parallelism; None = this batch's own.
         inplace: the gradient overwrites the logits: no extra memory of their size. A second
             backward raises.
+        tp_group: process group over which the logits are sharded along V in rank order, in parts of
+            any size: [..., V / ranks] here, everything else alike on all ranks. All of them get the
+            same loss, and the gradient of their own columns.
         backend: "torch", "cpp" or "triton"; None = the best available. An explicit request never
             falls back.
         kept_tokens: [M] int64 or int32: the ids that each token was sampled from (top-k, top-p);
@@ -108,14 +110,16 @@ def policy_loss(
     checks.check_logits_op(logits, tokens, mask, temperature, inplace=inplace)
     leading = logits.shape[:-1]
     checks.check_loss(given, leading, logits)
-    check_kept(kept_tokens, kept_offsets, tokens, mask, logits.shape[-1], inplace=inplace)
-    backend = backends.resolve(backend, logits.device, logits.dtype)
+    backend, vocabulary = _backend(backend, logits, tp_group)
+    checks.check_token_range(tokens, vocabulary, mask)
+    check_kept(kept_tokens, kept_offsets, tokens, mask, vocabulary, inplace=inplace)
     batch = LossBatch.from_inputs(given, leading, logits)
+    through = {"leading": leading, "backend": backends.load(backend)}
     tokens, temperature = flat_rows(tokens, torch.int64), flat_temperature(temperature, logits)
     kept = Kept.from_inputs(kept_tokens, kept_offsets, batch.mask)
     if kept is not None:
         rows = (tokens, batch.mask, temperature, backend)
-        return loss_of_batch(batch, *_kept_rows(logits, *rows, kept), leading=leading)
+        return loss_of_batch(batch, *_kept_rows(logits, *rows, kept), **through)
     needs_grad = torch.is_grad_enabled() and logits.requires_grad
     compiling = torch.compiler.is_compiling()
     # An fp16 gradient, about p / N, underflows before a loss scale is multiplied in.
@@ -126,12 +130,12 @@ def policy_loss(
         logprobs, entropy = LogitsTokenLogprobs.apply(
             logits, tokens, batch.mask, temperature, backend, inplace and not compiling
         )
-        return loss_of_batch(batch, logprobs, entropy, leading=leading)
+        return loss_of_batch(batch, logprobs, entropy, **through)
     settings = (objective, temperature, backend, needs_grad, inplace)
     loss, logprobs, entropy, clipped = FusedPolicyLoss.apply(
         logits, tokens, batch.row_inputs(), *settings
     )
-    metrics = batch.metrics(logprobs, entropy, clipped)
+    metrics = batch.metrics(logprobs, entropy, clipped, backend=through["backend"])
     return PolicyLoss(loss, logprobs.view(leading), entropy.view(leading), metrics)
 
 
@@ -143,6 +147,7 @@ def token_logprobs(
     temperature: float | Tensor = 1.0,
     inplace: bool = False,
     inplace_backward: bool = False,
+    tp_group: ProcessGroup | None = None,
     backend: str | None = None,
     kept_tokens: Tensor | None = None,
     kept_offsets: Tensor | None = None,
@@ -162,22 +167,23 @@ def token_logprobs(
         temperature: a float or one per token [...].
         inplace: the gradient overwrites the logits; a second backward raises.
         inplace_backward: another name of `inplace`.
-        backend: as in `policy_loss`.
-        kept_tokens, kept_offsets: as in `policy_loss`.
+        tp_group, backend, kept_tokens, kept_offsets: as in `policy_loss`.
         statistics: "log_sum_sq_probs", "mean_logits", "is_top1", any of them, from the same launch
-            and without gradient: a `TokenStatistics` comes back. Not with kept_tokens.
+            and without gradient: a `TokenStatistics` comes back. Not with kept_tokens or tp_group.
 
     Raises:
         ValueError, TypeError: see the message: what was got, what is expected, what to do.
     """
     inplace = inplace or inplace_backward
     checks.check_logits_op(logits, tokens, mask, temperature, inplace=inplace)
-    check_kept(kept_tokens, kept_offsets, tokens, mask, logits.shape[-1], inplace=inplace)
+    backend, vocabulary = _backend(backend, logits, tp_group)
+    checks.check_token_range(tokens, vocabulary, mask)
+    check_kept(kept_tokens, kept_offsets, tokens, mask, vocabulary, inplace=inplace)
     checks.check_statistics(statistics)
-    if statistics and kept_tokens is not None:
-        raise ValueError("statistics with kept_tokens: they are of whole rows, ask for one of both")
+    if statistics and not (kept_tokens is None and tp_group is None):
+        what = "tp_group" if kept_tokens is None else "kept_tokens"
+        raise ValueError(f"statistics with {what}: they are of whole rows, ask for one of both")
     leading = logits.shape[:-1]
-    backend = backends.resolve(backend, logits.device, logits.dtype)
     tokens, mask = flat_rows(tokens, torch.int64), flat_mask(mask)
     temperature = flat_temperature(temperature, logits)
     kept = Kept.from_inputs(kept_tokens, kept_offsets, mask)
@@ -196,201 +202,31 @@ def token_logprobs(
     return TokenStatistics.from_rows(outputs, statistics, leading)
 
 
+def _backend(
+    name: str | None, logits: Tensor, tp_group: ProcessGroup | None
+) -> tuple[str | VocabularyShard, int | Tensor]:
+    """The backend, of this rank's columns if there are others, and the size of the vocabulary."""
+    check_tp_group(tp_group, "logits are")
+    name = backends.resolve(name, logits.device, logits.dtype)
+    if tp_group is None:
+        return name, logits.shape[-1]
+    shard = VocabularyShard.of_logits(backends.load(name), tp_group, logits)
+    return shard, shard.vocabulary
+
+
 def _kept_rows(
     logits: Tensor,
     tokens: Tensor,
     mask: Tensor | None,
     temperature: float | Tensor,
-    backend: str,
+    backend: str | VocabularyShard,
     kept: Kept,
 ) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies (N,): over the kept ids, or the whole vocabulary in dense rows."""
-    outputs = kept_logprobs(logits, tokens, kept.sets, temperature, mask)
+    shard = backend if isinstance(backend, VocabularyShard) else None
+    outputs = kept_logprobs(logits, tokens, kept.sets, temperature, mask, shard)
     if kept.dense is None:
         return outputs
     rows = (tokens, kept.dense, temperature, backend, False)
     whole = LogitsTokenLogprobs.apply(logits, *rows)
     return tuple(torch.where(kept.dense, x, y) for x, y in zip(whole, outputs, strict=True))
-
-
-class FusedPolicyLoss(torch.autograd.Function):
-    """Gradient in forward. The first backward hands its buffer over; another recomputes it."""
-
-    @staticmethod
-    def forward(
-        ctx,
-        logits: Tensor,
-        tokens: Tensor,
-        inputs: RowInputs,
-        objective: Objective | Rule,
-        temperature: float | Tensor,
-        backend: str,
-        needs_grad: bool,
-        inplace: bool,
-    ):
-        grad = None
-        if needs_grad:
-            grad = logits.detach() if inplace else torch.empty_like(logits)
-        rows = _row_losses(logits, tokens, inputs, objective, temperature, backend, grad)
-        ctx.grad, ctx.backend, ctx.inplace = grad, backend, inplace
-        if needs_grad and not inplace:
-            per_row = temperature if isinstance(temperature, Tensor) else None
-            save(ctx, logits, tokens, per_row, *inputs)
-            ctx.objective, ctx.temperature = objective, temperature
-        ctx.mark_non_differentiable(rows.logprobs, rows.entropy, rows.clipped)
-        ctx.set_materialize_grads(False)
-        return rows.loss.sum(), rows.logprobs, rows.entropy, rows.clipped
-
-    @staticmethod
-    @first_order
-    def backward(ctx, loss_grad: Tensor | None, *_):
-        if loss_grad is None:
-            return (None,) * 8
-        grad, ctx.grad = ctx.grad, None
-        if grad is None:
-            if ctx.inplace:
-                raise RuntimeError(
-                    "backward through an inplace policy_loss a second time: its gradient buffer "
-                    "was the logits themselves and is gone; pass inplace=False to keep the graph"
-                )
-            logits, tokens, per_row, *inputs = saved(ctx)
-            temperature = ctx.temperature if per_row is None else per_row
-            grad = torch.empty_like(logits)
-            settings = (ctx.objective, temperature, ctx.backend)
-            _row_losses(logits, tokens, RowInputs(*inputs), *settings, grad)
-        for view in row_views(grad):
-            backends.load(ctx.backend).scale_(view, loss_grad)
-        return grad, *(None,) * 7
-
-
-def _row_losses(
-    logits: Tensor,
-    tokens: Tensor,
-    inputs: RowInputs,
-    objective: Objective | Rule,
-    temperature: float | Tensor,
-    backend: str,
-    grad: Tensor | None,
-) -> RowLosses:
-    """`row_policy_loss` over all rows; the gradient goes to `grad`, of the shape of `logits`."""
-    views = row_views(logits.detach())
-    outs = [None] * len(views) if grad is None else matching_views(grad, views)
-    parts = []
-    for view, out, cut in zip(views, outs, slices(views), strict=True):
-        own = RowInputs(*(of_rows(x, cut) for x in inputs))
-        row_policy_loss = backends.load(backend).row_policy_loss
-        parts.append(
-            row_policy_loss(view, tokens[cut], own, objective, of_rows(temperature, cut), out)
-        )
-    return concatenate(parts)
-
-
-class LogitsTokenLogprobs(torch.autograd.Function):
-    """`row_stats` forward, `row_grad` backward."""
-
-    @staticmethod
-    def forward(
-        ctx,
-        logits: Tensor,
-        tokens: Tensor,
-        mask: Tensor | None,
-        temperature: float | Tensor,
-        backend: str,
-        inplace: bool,
-        with_details: bool = False,
-    ):
-        rows = backends.load(backend)
-        sweep = rows.row_details if with_details else rows.row_stats
-        views = row_views(logits.detach())
-        parts = [
-            sweep(view, tokens[cut], of_rows(temperature, cut), of_rows(mask, cut))
-            for view, cut in zip(views, slices(views), strict=True)
-        ]
-        details = ()
-        if with_details:
-            parts, more = zip(*parts, strict=True)
-            details = concatenate(list(more))
-            ctx.mark_non_differentiable(*details)
-        stats = concatenate(list(parts))
-        ctx.set_materialize_grads(False)
-        per_row = temperature if isinstance(temperature, Tensor) else None
-        save(ctx, logits, tokens, mask, per_row, *stats)
-        ctx.temperature, ctx.backend, ctx.inplace = temperature, backend, inplace
-        # Copies: whoever edits a returned log-prob must not edit what the backward pass reads.
-        return stats.logprobs.clone(), stats.entropy.clone(), *details
-
-    @staticmethod
-    @first_order
-    def backward(ctx, logprob_grad: Tensor | None, entropy_grad: Tensor | None, *_):
-        if logprob_grad is None and entropy_grad is None:
-            return (None,) * 7
-        if ctx.inplace:
-            _refuse_second_backward(ctx)
-        logits, tokens, mask, per_row, *stats = saved(ctx)
-        stats = RowStats(*stats)
-        temperature = ctx.temperature if per_row is None else per_row
-        dtype = stats.logprobs.dtype
-        logprob_grad = row_grads(logprob_grad, mask, dtype)
-        if logprob_grad is None:
-            logprob_grad = torch.zeros_like(stats.logprobs)
-        entropy_grad = row_grads(entropy_grad, mask, dtype)
-        grad = logits.detach() if ctx.inplace else torch.empty_like(logits)
-        views = row_views(logits.detach())
-        for view, out, cut in zip(views, matching_views(grad, views), slices(views), strict=True):
-            backends.load(ctx.backend).row_grad(
-                view,
-                tokens[cut],
-                RowStats(*(x[cut] for x in stats)),
-                logprob_grad[cut],
-                of_rows(entropy_grad, cut),
-                of_rows(temperature, cut),
-                out,
-            )
-        return grad, *(None,) * 6
-
-
-def _refuse_second_backward(ctx) -> None:
-    if getattr(ctx, "consumed", False):
-        raise RuntimeError(
-            "backward through an inplace loss a second time: the first one overwrote the logits "
-            "with their gradient; pass inplace=False to keep the graph"
-        )
-    ctx.consumed = True
-
-
-def row_views(matrix: Tensor) -> list[Tensor]:
-    """(n, V) views that cover a [N, V] or [B, T, V] tensor in order, one where strides allow.
-
-    `logits[:, :-1]`, the usual shift, cannot merge its batch and time dimensions: it becomes one
-    view per sequence instead of a copy of the logits.
-    """
-    if matrix.ndim == 2:
-        return [matrix]
-    batch, width, vocabulary = matrix.shape
-    if batch <= 1 or width == 1 or matrix.stride(0) == width * matrix.stride(1):
-        return [matrix.flatten(0, 1)] if batch else [matrix.reshape(0, vocabulary)]
-    return list(matrix.unbind(0))
-
-
-def matching_views(grad: Tensor, views: list[Tensor]) -> list[Tensor]:
-    """Views of `grad`, which is contiguous or the viewed tensor itself, cut as `views` are."""
-    own = row_views(grad)
-    if len(own) == len(views):
-        return own
-    return [grad.flatten(0, 1)[cut] for cut in slices(views)]
-
-
-def slices(views: list[Tensor]) -> list[slice]:
-    """Where the rows of each view stand among all rows."""
-    cuts, start = [], 0
-    for view in views:
-        cuts.append(slice(start, start + view.shape[0]))
-        start += view.shape[0]
-    return cuts
-
-
-def concatenate(parts: list[_Rows]) -> _Rows:
-    """Join named tuples of (n,) tensors along the rows."""
-    if len(parts) == 1:
-        return parts[0]
-    return type(parts[0])(*(torch.cat(columns) for columns in zip(*parts, strict=True)))

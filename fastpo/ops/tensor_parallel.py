@@ -9,8 +9,20 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fastpo.backends.base import RowInputs, RowLosses, RowStats, token_level_loss, two_step
+from fastpo.backends.base import (
+    KeptGrads,
+    KeptHead,
+    KeptSets,
+    RowInputs,
+    RowLosses,
+    RowStats,
+    token_level_loss,
+    two_step,
+)
+from fastpo.backends.torch import kept_stats_of
 from fastpo.objective import Objective
+
+_FAR_BELOW = -1e18  # of a logit: p = 0, and its square is finite
 
 
 class VocabularyShard:
@@ -20,12 +32,34 @@ class VocabularyShard:
     whole vocabulary; gradients are of the local columns. Token ids are the whole vocabulary's.
     """
 
-    def __init__(self, backend: ModuleType, group: dist.ProcessGroup, weight: Tensor):
-        """weight: this rank's part (V_local, D) of the head."""
-        self.backend, self.group, self.local = backend, group, weight.shape[0]
+    def __init__(
+        self,
+        backend: ModuleType,
+        group: dist.ProcessGroup,
+        local: int,
+        place: tuple[Tensor, Tensor],
+    ):
+        """local: columns of this rank; place: its first one, and those of all ranks."""
+        self.backend, self.group, self.local = backend, group, local
         self.scale_ = backend.scale_
+        self.metric_sums = getattr(backend, "metric_sums", None)
         # On device: reading them on the host would wait for the GPU.
-        self.start, self.vocabulary = _place_of(weight, group)
+        self.start, self.vocabulary = place
+
+    @classmethod
+    def of_head(
+        cls, backend: ModuleType, group: dist.ProcessGroup, weight: Tensor
+    ) -> VocabularyShard:
+        """Columns that this rank's part (V_local, D) of a head makes."""
+        return cls(backend, group, weight.shape[0], _place_of_head(weight, group))
+
+    @classmethod
+    def of_logits(
+        cls, backend: ModuleType, group: dist.ProcessGroup, logits: Tensor
+    ) -> VocabularyShard:
+        """Columns [..., V_local] that the caller has made."""
+        local = logits.shape[-1]
+        return cls(backend, group, local, _place(local, logits.device, group))
 
     def row_stats(
         self,
@@ -85,6 +119,76 @@ class VocabularyShard:
         loss_of = token_level_loss(inputs, objective, live)
         return two_step(self, logits, tokens, temperature, out, live=live, loss_of=loss_of)
 
+    def kept_stats(
+        self,
+        hidden: Tensor,
+        head: KeptHead,
+        tokens: Tensor,
+        kept: KeptSets,
+        temperature: float | Tensor,
+        live: Tensor | None = None,
+    ) -> tuple[RowStats, Tensor]:
+        """Every rank's own ids, then one sum of a float per id. Ids of other ranks are computed as
+        another one, all rows of the weight the same, for how many they are the host does not know.
+        """
+        local = self._local_sets(kept, tokens)
+        _, logits = self.backend.kept_stats(hidden, head, tokens, local, temperature, live)
+        logits = logits.masked_fill_(~self.owns(kept.ids), 0)
+        dist.all_reduce(logits, group=self.group)
+        return kept_stats_of(logits, tokens, kept, temperature, live), logits
+
+    def kept_grad(
+        self,
+        hidden: Tensor,
+        head: KeptHead,
+        tokens: Tensor,
+        kept: KeptSets,
+        temperature: float | Tensor,
+        stats: RowStats,
+        logits: Tensor,
+        logprob_grad: Tensor,
+        entropy_grad: Tensor | None,
+        grads: KeptGrads,
+        add: bool = False,
+    ) -> None:
+        """The gradient of the local ids, and of the hidden states the sum over all ranks."""
+        logits = logits.masked_fill(~self.owns(kept.ids), _FAR_BELOW)  # p = 0
+        total = grads.hidden
+        if total is not None:
+            total = torch.zeros_like(total, dtype=torch.promote_types(total.dtype, torch.float32))
+        local, tokens = self._local_sets(kept, tokens), self._local_tokens(tokens)
+        rows = (temperature, stats, logits, logprob_grad, entropy_grad)
+        own = grads._replace(hidden=total)
+        self.backend.kept_grad(hidden, head, tokens, local, *rows, own, add=add)
+        if total is not None:
+            self.sum_(total)
+            has_ids = kept.offsets.diff() > 0
+            grads.hidden.copy_(total.where(has_ids[:, None], grads.hidden))
+
+    def owns(self, ids: Tensor) -> Tensor:
+        """Which ids are of this rank's columns."""
+        return (ids >= self.start) & (ids < self.start + self.local)
+
+    def gather_kept(
+        self, logits: Tensor, rows: tuple[Tensor, ...], ids: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        """Logits (M,) of ids (M,) wherever their columns are, differentiable in the local ones."""
+        owned = self.owns(ids)
+        own = logits[(*rows, self._local_tokens(ids).where(owned, 0))]
+        return _Sum.apply(own.masked_fill(~owned, 0).to(dtype), self.group)
+
+    def _local_sets(self, kept: KeptSets, tokens: Tensor) -> KeptSets:
+        """Local ids, with that of another column than the token's in place of foreign ones."""
+        if self.local == 1:
+            raise ValueError(
+                "kept_tokens with tp_group and a shard of 1 column, expected at least 2 per rank"
+            )
+        sizes = kept.offsets.diff()
+        token = self._local_tokens(tokens).repeat_interleave(sizes, output_size=kept.ids.numel())
+        other = (token + 1) % self.local
+        ids = self._local_tokens(kept.ids).where(self.owns(kept.ids), other)
+        return KeptSets(ids, kept.offsets)
+
     def sum_(self, hidden_grad: Tensor) -> None:
         """Add up the shards' contributions to the gradient of the hidden states."""
         dist.all_reduce(hidden_grad, group=self.group)
@@ -99,7 +203,7 @@ class VocabularyShard:
 _places = WeakTensorKeyDictionary()  # of heads: {group: (first column, columns in all)}
 
 
-def _place_of(weight: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+def _place_of_head(weight: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
     """The first of this rank's columns, and the size of the whole vocabulary. 0-d, on device.
 
     Gathered once per head, not per call. The key is the tensor itself: every rank asks for its part
@@ -108,10 +212,27 @@ def _place_of(weight: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]
     """
     known = _places.setdefault(weight, {})
     if group not in known:
-        own = torch.full((1,), weight.shape[0], device=weight.device)
-        sizes = _gather(own, group)[:, 0]  # (ranks,)
-        known[group] = sizes[: dist.get_rank(group)].sum(), sizes.sum()
+        known[group] = _place(weight.shape[0], weight.device, group)
     return known[group]
+
+
+def _place(local: int, device: torch.device, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    sizes = _gather(torch.full((1,), local, device=device), group)[:, 0]  # (ranks,)
+    return sizes[: dist.get_rank(group)].sum(), sizes.sum()
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over ranks of (M,), of which every rank then makes the same loss."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
 
 
 def _gather(local: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -140,3 +261,12 @@ def _merge(packed: Tensor, outside: Tensor, live: Tensor | None) -> RowStats:
         logprobs.masked_fill(outside, torch.nan), log_sum - mean_shift, row_max, log_sum
     )
     return merged if live is None else RowStats(*(x.where(live, 0) for x in merged))
+
+
+def check_tp_group(tp_group: object, sharded: str) -> None:
+    """tp_group: None or a process group."""
+    if tp_group is not None and not isinstance(tp_group, dist.ProcessGroup):
+        raise TypeError(
+            f"tp_group is {type(tp_group).__name__}, expected a torch.distributed.ProcessGroup "
+            f"over which {sharded} sharded along V (a DeviceMesh has get_group())"
+        )

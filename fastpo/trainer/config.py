@@ -79,11 +79,14 @@ class RolloutConfig:
     temperature: Positive = 1.0
     """Sampling temperature; log-probs of old and new policy are taken under it, too."""
     top_k: Index = 0
-    """Only the k likeliest tokens are drawn; 0 = all. Log-probs are of the whole vocabulary."""
+    """Only the k likeliest tokens are drawn; 0 = all."""
     top_p: Annotated[float, Gt(0), Le(1)] = 1.0
     """Only the likeliest tokens that together hold this share are drawn, as for `top_k`."""
     min_p: Share = 0.0
     """Only tokens of at least this share of the likeliest one's probability are drawn, likewise."""
+    kept_sets: bool = True
+    """Log-probs are over what top_k, top_p and min_p leave; no = of the whole vocabulary, where the
+    ratio carries the share that they left."""
     batch_size: Count = 1024
     """Completions decoded side by side: bounds the KV cache."""
 

@@ -59,7 +59,7 @@ def train(
     ):
         join()
         out.quiet = out.quiet or distributed.rank() > 0
-        if resume and (done := distributed.first(lambda: _draw_curves(config, out))):
+        if resume and (done := distributed.first(lambda: report.draw_what_lacks(config, out))):
             return done
         trainer = Trainer(config, verifier, resume=resume, out=out)
         try:
@@ -70,14 +70,6 @@ def train(
         finally:
             if trainer.log:
                 trainer.log.close()
-
-
-def _draw_curves(config: Config, out: Console) -> dict[str, Any] | None:
-    """Draw the curves, and return the summary, of a run that lacks nothing else."""
-    run_dir = directory.path_of(config)
-    if done := report.lacks_curves(run_dir, config.steps):
-        out.print(f"Curves:  {plot(run_dir)}", soft_wrap=True, markup=False)
-    return done
 
 
 def train_step(run: Trainer) -> tuple[Batch, dict[str, float]]:
@@ -221,8 +213,7 @@ class Trainer:
                 signal_number := distributed.agree(stop.signal_number or 0)
             ):
                 self._advance()
-                due = distributed.first(lambda: self.keeper.is_due(self.step))
-                if due or self.step == self.config.steps:
+                if distributed.first(self._is_save_due):
                     self.save()
             if self.step < self.config.steps:
                 raise Interrupted(
@@ -252,7 +243,8 @@ class Trainer:
             self.num_tokens += sum(len(s.prompt) + s.length for g in batch.sampled for s in g)
             metrics["num_tokens"] = self.num_tokens
             distributed.first(lambda: self._record(batch, metrics))
-            if self._is_due(self.config.eval.every) and self.step < self.config.steps:
+            every = self.config.eval.every or self.config.steps
+            if self.step % every == 0 and self.step < self.config.steps:
                 found = self.evaluate()
                 self.display.say(f"step {self.step}: held-out accuracy {found['accuracy']:.3f}")
                 score = report.score(found)
@@ -264,8 +256,8 @@ class Trainer:
                 self.save()
             raise
 
-    def _is_due(self, every: int) -> bool:
-        return every > 0 and self.step % every == 0
+    def _is_save_due(self) -> bool:
+        return self.keeper.is_due(self.step) or self.step == self.config.steps
 
     def finish(self, after: dict[str, Any], command: str) -> dict[str, Any]:
         """Write summary.json and curves.png, and report."""

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+import fastpo
 from fastpo.trainer import distributed
 from fastpo.trainer.config import OptimConfig
 from fastpo.trainer.experience import Sample
 from fastpo.trainer.policy import Policy
-from fastpo.trainer.rollout import left_pad
+from fastpo.trainer.rollout import Completion, left_pad
 
 
 @dataclass(kw_only=True)
@@ -124,6 +125,7 @@ class MicroBatch:
     advantages: Tensor  # (B,), or (N,) by a critic
     sampled_logprobs: Tensor  # (N,) as the sampler computed them
     old_logprobs: Tensor  # (N,) of the policy that sampled
+    kept: dict[str, Tensor]  # what the tokens were drawn from, as the ops take it; {} = anything
 
     @classmethod
     def of(
@@ -147,6 +149,7 @@ class MicroBatch:
                 [p for s in samples for p in s.completion.logprobs], device=device
             ),
             old_logprobs=torch.tensor([p for s in samples for p in s.old_logprobs], device=device),
+            kept=_kept([s.completion for s in samples], device),
         )
 
     def hidden(self, policy: Policy) -> Tensor:
@@ -163,6 +166,7 @@ class MicroBatch:
             advantages=self.advantages[:0],
             sampled_logprobs=self.sampled_logprobs[:0],
             old_logprobs=self.old_logprobs[:0],
+            kept={k: v[:1] if k == "kept_offsets" else v[:0] for k, v in self.kept.items()},
         )
 
 
@@ -170,6 +174,14 @@ def _advantages(samples: list[Sample]) -> Tensor:
     if isinstance(samples[0].advantage, list):
         return torch.tensor([a for s in samples for a in s.advantage])
     return torch.tensor([s.advantage for s in samples])
+
+
+def _kept(completions: list[Completion], device: torch.device) -> dict[str, Tensor]:
+    if not any(c.kept_offsets for c in completions):
+        return {}
+    offsets = [c.kept_offsets or [0] * (len(c.tokens) + 1) for c in completions]
+    ids = [c.kept_tokens for c in completions]
+    return fastpo.kept_from_arrays(ids, offsets, device=device)._asdict()
 
 
 def layout_of(policy: Policy, config: OptimConfig) -> dict[str, bool]:

@@ -132,9 +132,9 @@ class Policy:
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if context is not None and longest + new_tokens > context:
             raise RecipeError(
-                f"a prompt of {longest} tokens and rollout.max_new_tokens = {new_tokens} exceed "
-                f"the {context} positions of {type(self.model).__name__}: lower that, or skip long "
-                "prompts by rollout.max_prompt_tokens"
+                f"a prompt of {longest} tokens and {new_tokens} new ones exceed the {context} "
+                f"positions of {type(self.model).__name__}: lower rollout.max_new_tokens, or skip "
+                "long prompts by rollout.max_prompt_tokens"
             )
         return prompts
 

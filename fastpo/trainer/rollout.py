@@ -7,12 +7,13 @@ copies the cache for every token: half of a rollout of 256), and drops rows that
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+import fastpo
 from fastpo.trainer import distributed
 from fastpo.trainer.config import RolloutConfig
 from fastpo.trainer.policy import Policy
@@ -27,8 +28,10 @@ class Completion:
     """One sampled completion, with the log-probs it was sampled at."""
 
     tokens: list[int]  # the end token included
-    logprobs: list[float]  # nats, under the sampling temperature
+    logprobs: list[float]  # nats, under the sampling temperature, over what could be drawn
     finished: bool  # False: cut off at max_new_tokens
+    kept_tokens: list[int] = field(default_factory=list)  # what could be: ids, token by token
+    kept_offsets: list[int] = field(default_factory=list)  # and where they start; none = anything
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +44,7 @@ class Sampling:
     top_k: int = 0  # 0 = all
     top_p: float = 1.0
     min_p: float = 0.0
+    kept_sets: bool = True  # log-probs are over the tokens that these leave
     batch_size: int = 1024  # completions side by side
 
     @classmethod
@@ -48,6 +52,12 @@ class Sampling:
         """As the recipe says for training, but for `changes`."""
         names = [field.name for field in fields(cls)]
         return cls(**{**{name: getattr(config, name) for name in names}, **changes})
+
+    @property
+    def filter(self) -> dict[str, float]:
+        """Of `fastpo.sampling_mask`; {} where every token may be drawn."""
+        given = {"top_k": self.top_k, "top_p": self.top_p, "min_p": self.min_p}
+        return {} if given == {"top_k": 0, "top_p": 1.0, "min_p": 0.0} else given
 
 
 @torch.no_grad()
@@ -104,10 +114,13 @@ class _Decoding:
         logprobs = torch.zeros(noise.shape, device=noise.device)
         lengths = torch.full(noise.shape[:1], noise.shape[1], device=noise.device)
         finished = torch.zeros(noise.shape[:1], dtype=torch.bool, device=noise.device)
+        kept = _KeptSets(tokens)
         for step in range(noise.shape[1]):
             rows = self.rows
-            chosen, logprobs[rows, step] = choose(self.logits, self.sampling, noise[rows, step])
+            drawn = choose(self.logits, self.sampling, noise[rows, step])
+            chosen, logprobs[rows, step], keep = drawn
             tokens[rows, step] = chosen
+            kept.add(rows, step, keep)
             ended = torch.isin(chosen, self.policy.stop_ids) & ~finished[rows]
             lengths[rows] = torch.where(ended, step + 1, lengths[rows])
             finished[rows] |= ended
@@ -124,11 +137,11 @@ class _Decoding:
             self._advance(chosen)
         if logprobs.isnan().any():  # one NaN or inf among its logits makes a whole row NaN
             raise TrainerError("the policy's logits are not finite; lower optim.learning_rate")
+        lists = [x.tolist() for x in (tokens, logprobs, lengths, finished)]
+        sets = kept.of_rows(lists[2])
         return [
-            Completion(tokens=t[:n], logprobs=p[:n], finished=f)
-            for t, p, n, f in zip(
-                tokens.tolist(), logprobs.tolist(), lengths.tolist(), finished.tolist(), strict=True
-            )
+            Completion(tokens=t[:n], logprobs=p[:n], finished=f, kept_tokens=i, kept_offsets=o)
+            for t, p, n, f, (i, o) in zip(*lists, sets, strict=True)
         ]
 
     def _is_time_to_look(self, step: int) -> bool:
@@ -218,34 +231,58 @@ def left_pad(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Te
     return ids, torch.arange(width, device=device) < (width - lengths)[:, None]
 
 
-def choose(logits: Tensor, sampling: Sampling, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens (R,) and their fp32 log-probs (R,) from logits [R, V]; temperature 0 = greedy.
+class _KeptSets:
+    """What every draw was from, by row and step. Waits for the device once per token."""
+
+    def __init__(self, tokens: Tensor):
+        self.sizes = torch.zeros_like(tokens)  # [B, steps]
+        self.owners: list[Tensor] = []  # (m,) rows of B
+        self.ids: list[Tensor] = []  # (m,)
+
+    def add(self, rows: Tensor, step: int, keep: Tensor | None) -> None:
+        """keep [R, V] is of `rows` (R,); None = everything."""
+        if keep is None:
+            return
+        kept = fastpo.kept_from_mask(keep, mask=keep.any(-1))  # logits of NaN keep nothing
+        self.sizes[rows, step] = sizes = kept.kept_offsets.diff()
+        self.owners.append(rows.repeat_interleave(sizes))
+        self.ids.append(kept.kept_tokens)
+
+    def of_rows(self, lengths: list[int]) -> list[tuple[list[int], list[int]]]:
+        """(ids, offsets) of the first tokens of every row, empty where nothing was left out."""
+        if not self.ids:
+            return [([], [])] * len(lengths)
+        order = torch.cat(self.owners).argsort(stable=True)  # and by step within a row
+        own = torch.cat(self.ids)[order].split(self.sizes.sum(1).tolist())
+        starts = torch.nn.functional.pad(self.sizes.cumsum(1), (1, 0)).tolist()
+        offsets = [start[: n + 1] for start, n in zip(starts, lengths, strict=True)]
+        return [(ids[: at[-1]].tolist(), at) for ids, at in zip(own, offsets, strict=True)]
+
+
+def choose(
+    logits: Tensor, sampling: Sampling, noise: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Tokens (R,), their fp32 log-probs (R,), and what was kept [R, V], from logits [R, V].
 
     A token is where the cumulative distribution passes `noise` (R,), uniform in [0, 1), in float64:
-    float32 would never draw tokens below 6e-8. Log-probs are of the whole vocabulary, as those of
-    the update: where tokens are left out, the ratio of the two policies still starts at 1.
+    float32 would never draw tokens below 6e-8. Log-probs are over what the filter keeps, as those
+    of the update will be: the ratio of the two policies starts at 1. Without `kept_sets` both are
+    over the whole vocabulary. Temperature 0 = greedy, with log-probs of temperature 1.
     """
-    logprobs = (logits.float() / (sampling.temperature or 1.0)).log_softmax(-1)
+    scaled = logits.float() / (sampling.temperature or 1.0)
+    logprobs, keep = scaled.log_softmax(-1), None
     if sampling.temperature == 0:
         tokens = logprobs.argmax(-1)
     else:
-        cumulative = keep(logprobs.exp(), sampling).cumsum(-1, dtype=torch.float64)
+        probs = logprobs.exp()
+        if sampling.filter:
+            keep = fastpo.sampling_mask(probs, **sampling.filter)
+            probs = probs.where(keep, 0.0)
+        cumulative = probs.cumsum(-1, dtype=torch.float64)
         drawn = noise[:, None] * cumulative[:, -1:]
         tokens = torch.searchsorted(cumulative, drawn, right=True).squeeze(1)
         tokens = tokens.clamp(max=logits.shape[1] - 1)  # NaN sorts behind everything
-    return tokens, logprobs.gather(1, tokens[:, None]).squeeze(1)
-
-
-def keep(probs: Tensor, sampling: Sampling) -> Tensor:
-    """Probabilities [R, V], 0 outside of top-k, then top-p of the rest, then min-p; ties stay."""
-    least = torch.zeros_like(probs[:, :1])  # probability that is still drawn
-    if 0 < sampling.top_k < probs.shape[1]:
-        least = probs.topk(sampling.top_k).values[:, -1:]
-    if sampling.top_p < 1:
-        ordered = probs.where(probs >= least, 0.0).sort(descending=True).values
-        above = ordered.cumsum(-1) - ordered  # share of the tokens that are likelier
-        kept = above < sampling.top_p * ordered.sum(-1, keepdim=True)
-        least = ordered.where(kept, torch.inf).amin(-1, keepdim=True)
-    if sampling.min_p:
-        least = least.maximum(sampling.min_p * probs.amax(-1, keepdim=True))
-    return probs.where(probs >= least, 0.0)
+        keep = keep if sampling.kept_sets else None
+        if keep is not None:
+            logprobs = scaled.masked_fill(~keep, -torch.inf).log_softmax(-1)
+    return tokens, logprobs.gather(1, tokens[:, None]).squeeze(1), keep

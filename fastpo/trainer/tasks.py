@@ -124,6 +124,13 @@ def load_task(name: str, arguments: dict[str, Any]) -> Task:
             f"task {name!r} gives a {type(task).__name__} without {', '.join(lacking)}; a task has "
             f"{', '.join(TASK_PARTS)}"
         )
+    for part in ("alphabet", "stop"):
+        value = getattr(task, part)
+        if not isinstance(value, str | None) or value == "":
+            raise RecipeError(
+                f"{type(task).__name__}.{part} is {value!r}, expected one string that is not "
+                "empty, or None"
+            )
     return task
 
 
@@ -167,13 +174,34 @@ def draw(task: Task, rng: random.Random) -> Problem:
         problem = task.problem(rng)
     except BaseException as error:
         raise TrainerError(f"{name}.problem raised {_describe(error)}") from error
+    return _plain(problem, f"{name}.problem")
+
+
+def rows_of(task: Task, part: str) -> list[Problem] | None:
+    """The task's `rows` or `test_rows`, if it has some, checked as if it had drawn them.
+
+    Raises:
+        TrainerError: a row is no Problem, or there is none to train on.
+    """
+    rows, name = getattr(task, part, None), type(task).__name__
+    if rows is None:
+        return None
+    rows = [_plain(row, f"{name}.{part}") for row in rows]
+    if not rows and part == "rows":
+        raise TrainerError(
+            f"{name}.rows are empty, expected problems, or None: `problem` makes them"
+        )
+    return rows
+
+
+def _plain(problem: Any, whose: str) -> Problem:
     if not isinstance(problem, Problem):
-        raise TrainerError(f"{name}.problem returned {problem!r}, expected a Problem")
+        raise TrainerError(f"{whose} gave {problem!r}, expected a Problem")
     prompt, answer = problem.prompt, problem.answer
     if not isinstance(prompt, str):
-        raise TrainerError(f"{name}.problem gave the prompt {prompt!r}, expected text")
+        raise TrainerError(f"{whose} gave the prompt {prompt!r}, expected text")
     if not isinstance(answer, str | Number | None):
-        raise TrainerError(f"{name}.problem gave the answer {answer!r}, expected text or None")
+        raise TrainerError(f"{whose} gave the answer {answer!r}, expected text or None")
     # Not numpy.str_, say: a checkpoint that holds another type than Python's own cannot be read.
     return problem._replace(prompt=str(prompt), answer=None if answer is None else str(answer))
 

@@ -152,6 +152,7 @@ class Learner:
                 temperature=self.temperature,
                 cu_seqlens=batch.cu_seqlens,
                 normalizer=normalizer,
+                **batch.kept,
                 **self.policy.head(),
             )
         )
@@ -170,12 +171,13 @@ class Learner:
 
     @torch.no_grad()
     def _score(self, policy: Policy, batch: MicroBatch) -> Tensor:
-        """Log-probs (N,) of the batch's tokens under `policy`."""
+        """Log-probs (N,) of the batch's tokens under `policy`, over what they were drawn from."""
         return policy.inside(
             lambda: fastpo.linear_token_logprobs(
                 batch.hidden(policy),
                 tokens=batch.tokens,
                 temperature=self.temperature,
+                **batch.kept,
                 **policy.head(),
             )
         ).logprobs

@@ -26,7 +26,7 @@ from typing import Any
 from fastpo.trainer.run import console
 from fastpo.trainer.run.errors import TrainerError
 from fastpo.trainer.run.signals import TERMINATION
-from fastpo.trainer.tasks import Problem, Task, Verdict, draw, judge
+from fastpo.trainer.tasks import Problem, Task, Verdict, draw, judge, rows_of
 
 MOST_WORKERS = 8  # of a default; each is a fork, so memory is shared
 PARTS_PER_WORKER = 4  # of a batch: answers differ in what judging them costs
@@ -48,8 +48,7 @@ class Verifier:
 
     def __init__(self, task: Task, *, workers: int = 0, seconds: float = 10.0):
         self.alphabet, self.stop, self.name = task.alphabet, task.stop, type(task).__name__
-        self.rows = getattr(task, "rows", None)
-        self.test_rows = getattr(task, "test_rows", None)
+        self.rows, self.test_rows = rows_of(task, "rows"), rows_of(task, "test_rows")
         self.seconds = seconds
         self._pool: list[_Worker] = []
         for _ in range(workers or min(MOST_WORKERS, _cores())):

@@ -71,9 +71,10 @@ def reference_answers(problems: list[Problem]) -> list[str]:
 def reference_sample(policy: Policy, problem: Problem, answer: str) -> Sample:
     """The reference answer as a completion to imitate."""
     tokens = policy.encode_answer(answer)
+    [prompt] = policy.encode_all([problem], len(tokens))
     return Sample(
         problem=problem,
-        prompt=policy.encode(problem.messages or problem.prompt),
+        prompt=prompt,
         completion=Completion(tokens=tokens, logprobs=[0.0] * len(tokens), finished=True),
         text=answer,
         score=1.0,
