@@ -32,7 +32,7 @@ if int(setuptools.__version__.split(".")[0]) < 77:  # pip checks this in isolate
 from setuptools.modified import newer_group
 
 TORCH_TARGET = "2.10"  # the oldest torch that the extension loads under
-DEFAULT_CUDA_ARCHS = "8.0;9.0;10.0+PTX"
+DEFAULT_CUDA_ARCHS = "8.0;9.0;10.0;12.0+PTX"
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 SIMD_FLAGS = {
     "rows_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],

@@ -1,5 +1,4 @@
 // Group advantages as a torch operator on CPU and, where compiled in, CUDA tensors.
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -7,6 +6,9 @@
 #include <optional>
 #include <tuple>
 
+#ifdef FASTPO_WITH_CUDA
+#include "bind_cuda.h"
+#endif
 #include "group_advantages.h"
 
 namespace {
@@ -98,20 +100,14 @@ STABLE_TORCH_LIBRARY_IMPL(fastpo, CPU, m) { m.impl("group_advantages", TORCH_BOX
 
 #ifdef FASTPO_WITH_CUDA
 
-// Weak: a CPU-only torch lacks it, and the module must load there too.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
-
 namespace {
 
 Result group_advantages_cuda(const Tensor& rewards, int64_t group_size, const MaybeTensor& group_ids,
                              int64_t estimator, double eps, const MaybeTensor& lengths) {
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "this torch was built without CUDA");
-  torch::stable::accelerator::DeviceGuard guard(rewards.get_device_index());
-  void* stream = nullptr;
-  aoti_torch_get_current_cuda_stream(rewards.get_device_index(), &stream);
+  const fastpo::bind::CurrentStream stream(rewards);
   return group_advantages(rewards, group_size, group_ids, estimator, eps, lengths,
                           [&](const fastpo::GroupParams& p) {
-                            const int error = fastpo_group_advantages_cuda(&p, stream);
+                            const int error = fastpo_group_advantages_cuda(&p, stream.get());
                             STD_TORCH_CHECK(error == 0, "group_advantages: CUDA error ", error);
                           });
 }

@@ -12,7 +12,7 @@
 
 #include "exp.h"
 #include "lanes.h"
-#include "rows.h"
+#include "row_scalars.h"
 
 namespace fastpo {
 
@@ -22,25 +22,6 @@ struct RowKernels {
   static constexpr int64_t W = S::width;
   static constexpr int kChains = 4;  // independent sums: shorter dependency chains, smaller error
   static constexpr int64_t kCacheLine = 64;
-
-  // What the first sweep leaves. With m = max u, x_j = u_j - m.
-  struct Summary {
-    float row_max;     // max z = m T
-    float inverse_t;   // 1 / T
-    float exp_sum;     // s = sum exp x_j
-    float log_sum;     // log s
-    float mean_shift;  // E_p[x]
-    float logprob;
-    float entropy;
-  };
-
-  // dz_j = exp(x_j) * (scale + spread * (mean_shift - x_j)) for every column but the token's.
-  struct Slopes {
-    float scale;       // -c / (s T)
-    float spread;      // e / (s T)
-    float mean_shift;  // E_p[x]
-    float token_grad;  // dz_y
-  };
 
   // Calls body(chain, column, lanes) for the vectors of a row, first to last.
   template <class Body>
@@ -224,16 +205,6 @@ struct RowKernels {
     row.logprob = token_shift > log_sum ? 0.0f : float(token_shift - log_sum);
     row.entropy = mean_shift > log_sum ? 0.0f : float(log_sum - mean_shift);
     return row;
-  }
-
-  // The two slopes and the token's own gradient from c, e and the statistics of a row; `inverse_s` = 1 / s.
-  static Slopes slopes_of(float c, float e, float inverse_s, const Summary& row) {
-    const float inverse_t = row.inverse_t;
-    const float p = expf(row.logprob);
-    const float x = p > 0 ? row.logprob + row.log_sum : row.mean_shift;  // p = 0: the term is 0
-    const float entropy_part = e != 0 ? e * p * (row.mean_shift - x) : 0.0f;
-    const float token_grad = inverse_t * (entropy_part - c * expm1f(row.logprob));
-    return {-c * inverse_t * inverse_s, e * inverse_t * inverse_s, row.mean_shift, token_grad};
   }
 
   template <class O>

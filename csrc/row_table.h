@@ -11,8 +11,6 @@ namespace fastpo {
 template <class S>
 struct RowTable {
   using Kernels = RowKernels<S>;
-  using Summary = typename Kernels::Summary;
-  using Slopes = typename Kernels::Slopes;
 
   static constexpr RowKernelTable table(const KeptKernelTable* kept) {
     return {S::name, row_stats, row_grad, row_policy_loss, scale, kept};
@@ -75,11 +73,7 @@ struct RowTable {
       p.mean_logits[i] = details.mean_logit;
       p.is_top1[i] = details.is_top1;
     }
-    p.logprobs[i] = row.logprob;
-    p.entropy[i] = row.entropy;
-    // m is rounded to fp32; what the rounding took goes into log s, so that their sum stays right.
-    p.row_max[i] = row.row_max * row.inverse_t;
-    p.log_sum[i] = row.log_sum + fmaf(row.row_max, row.inverse_t, -p.row_max[i]);
+    store_stats(p, i, row);
   }
 
   template <class T, class O>
@@ -87,28 +81,18 @@ struct RowTable {
     O* out = static_cast<O*>(p.out.row(i));
     const float c = p.logprob_grad[i], e = p.entropy_grad ? p.entropy_grad[i] : 0.0f;
     if (c == 0 && e == 0) return Kernels::fill_zero(out, p.in.columns);
-    Summary row;
-    row.inverse_t = p.in.temperature.inverse(i);
-    row.log_sum = p.log_sum[i];
-    row.mean_shift = row.log_sum - p.entropy[i];
-    row.logprob = p.logprobs[i];
-    const Slopes slopes = Kernels::slopes_of(c, e, expf(-row.log_sum), row);
+    const Slopes slopes = grad_slopes(p, i, p.in.temperature.inverse(i));
     if (e == 0)
       Kernels::template write_grad<false, T>(p.in, i, p.row_max[i], slopes, out);
     else
       Kernels::template write_grad<true, T>(p.in, i, p.row_max[i], slopes, out);
   }
 
-  static FASTPO_INLINE bool is_live(const LossParams& p, int64_t i) {
-    return p.weight[i] != 0 || (p.entropy_weight && p.entropy_weight[i] != 0);
-  }
-
   template <class T, class O>
   static void loss_row(const LossParams& p, int64_t i, float* scratch) {
     O* out = p.out.data ? static_cast<O*>(p.out.row(i)) : nullptr;
     if (!is_live(p, i)) {
-      p.loss[i] = p.logprobs[i] = p.entropy[i] = 0;
-      p.clipped[i] = 0;
+      store_losses(p, i, {}, {});
       if (out) Kernels::fill_zero(out, p.in.columns);
       return;
     }
@@ -132,17 +116,9 @@ struct RowTable {
 
   // Writes the row's loss and returns c = dloss/dlogprob.
   static float write_loss(const LossParams& p, int64_t i, const Summary& row) {
-    const float weight = p.weight[i], entropy_weight = p.entropy_weight ? p.entropy_weight[i] : 0.0f;
-    const auto at = [i](const float* values) { return values ? values + i : nullptr; };
-    const TokenLoss token =
-        token_loss(p.rule, {row.logprob, p.advantages[i], at(p.old_logprobs), at(p.ref_logprobs),
-                            at(p.clip_low), at(p.clip_high), at(p.nll_weight)});
-    p.loss[i] = weight * token.loss.value;
-    if (entropy_weight != 0) p.loss[i] -= entropy_weight * row.entropy;
-    p.logprobs[i] = row.logprob;
-    p.entropy[i] = row.entropy;
-    p.clipped[i] = token.clipped;
-    return weight * token.loss.slope;
+    const RowLoss loss = row_loss(p, i, row);
+    store_losses(p, i, row, loss);
+    return loss.slope;
   }
 
   template <class T, class O>
@@ -150,7 +126,7 @@ struct RowTable {
                               O* out) {
     const float e = p.entropy_weight ? -p.entropy_weight[i] : 0.0f;
     if (c == 0 && e == 0) return Kernels::fill_zero(out, p.in.columns);
-    const Slopes slopes = Kernels::slopes_of(c, e, 1.0f / row.exp_sum, row);
+    const Slopes slopes = slopes_of(c, e, 1.0f / row.exp_sum, row);
     if (e == 0)
       Kernels::template write_kept_grad<false, T>(p.in, i, row, slopes, kept, out);
     else

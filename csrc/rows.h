@@ -1,4 +1,5 @@
-// The three row primitives on the CPU, as plain structs and functions: no torch header here.
+// The three row primitives as plain structs and functions: no torch header here. The structs serve CPU
+// and CUDA alike, the functions are the CPU's but for the last ones.
 //
 // A row is one token position's logits z (V). With u = z / temperature, m = max u and s = sum exp(u - m),
 // the primitives compute what fastpo/backends/base.py specifies. N and V count rows and columns; strides
@@ -11,7 +12,11 @@
 
 // Functions used in files compiled for different instruction sets are inlined without exception: a
 // copy emitted from the AVX-512 file could otherwise be the one that the linker keeps for everyone.
+#ifdef __CUDACC__
+#define FASTPO_INLINE __host__ __device__ __forceinline__
+#else
 #define FASTPO_INLINE inline __attribute__((always_inline))
+#endif
 #define FASTPO_LAMBDA __attribute__((always_inline))
 
 namespace fastpo {
@@ -139,4 +144,17 @@ const RowKernelTable& row_kernels();
 // Tables compiled into this build, widest first, ending in a null pointer.
 const RowKernelTable* const* compiled_row_kernels();
 
+// What the CUDA launchers below return beside a cudaError_t.
+constexpr int kNeedsClusters = -1;  // the GPU's compute capability is under 9.0
+constexpr int kRowTooLong = -2;     // a row does not fit the shared memory of the largest cluster
+
 }  // namespace fastpo
+
+// The primitives on CUDA (row_cluster.cu), one launch on `stream` each. Plain C, so that nothing
+// here depends on a torch ABI.
+extern "C" int fastpo_row_stats_cuda(const fastpo::StatsParams* p, int64_t rows, void* stream);
+extern "C" int fastpo_row_grad_cuda(const fastpo::GradParams* p, int64_t rows, void* stream);
+extern "C" int fastpo_row_policy_loss_cuda(const fastpo::LossParams* p, int64_t rows, void* stream);
+// `factor`: one fp32 number on the device.
+extern "C" int fastpo_scale_cuda(const fastpo::ScaleParams* p, const float* factor, int64_t rows,
+                                 void* stream);

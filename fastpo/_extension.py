@@ -78,6 +78,10 @@ def _register_fakes() -> None:
         "cpp_row_policy_loss": row_policy_loss,
         "cpp_row_grad": nothing,
         "cpp_scale_": nothing,
+        "cuda_row_stats": row_stats,
+        "cuda_row_grad": nothing,
+        "cuda_row_policy_loss": row_policy_loss,
+        "cuda_scale_": nothing,
         "cpp_gae": gae,
         "group_advantages": group_advantages,
     }.items():

@@ -24,6 +24,16 @@ TRAIN_EXTRA = "the trainer needs more packages: pip install 'fastpo[train]'"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; every expected failure is one line on stderr."""
+    code = _run(arguments)
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # started by torchrun
+        # Not by way of finalization: threads of a process group that has lost a rank wait in it.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     for stream in (sys.stdout, sys.stderr):  # prompts and completions may hold any character
         if hasattr(stream, "reconfigure"):

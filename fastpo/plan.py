@@ -112,7 +112,7 @@ def plan(
         )
     chunk = None
     if path == "fastpo":
-        gathers = device == "cuda" and dtype == torch.bfloat16
+        gathers = device == "cuda" and dtype.itemsize == 2
         chunk = _chunk(vocab, tokens, budget, device, share=1)
         if gathers and chunk < tokens:
             chunk = _chunk(vocab, tokens, budget, device, share=2)
@@ -167,9 +167,10 @@ def _fastpo(
 ) -> list[Buffer]:
     rows = linear_chunks.padded(chunk)
     columns = linear_chunks.padded(vocab, COLUMNS_MULTIPLE)
-    narrow = dtype == torch.bfloat16 and device == "cuda"
+    narrow = dtype.itemsize == 2 and device == "cuda"
     waiting = min(tokens, linear_chunks.gathered_rows(hidden)) if narrow and chunk < tokens else 0
-    single = narrow and (chunk >= tokens or waiting >= tokens)  # one product makes dW
+    one = narrow and (chunk >= tokens or waiting >= tokens)
+    single = one and dtype == torch.bfloat16  # one product makes dW; fp16 sums are scaled
     widened = 0
     if dtype != torch.float32 and device == "cpu":
         widened = 2 * rows * hidden * _FP32 + min(vocab, 4096) * hidden * _FP32
@@ -186,7 +187,7 @@ def _fastpo(
             phases=("sweep", "finish") if single and not waiting else ("sweep",),
         ),
         Buffer(
-            name="bf16 gradients that wait for a product",
+            name="2-byte gradients that wait for a product",
             bytes=waiting * (columns + hidden) * dtype.itemsize,
             formula="min(N, 2 D) (V + D) 2",
             phases=("sweep", "finish") if single else ("sweep",),

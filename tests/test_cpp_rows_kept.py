@@ -23,10 +23,12 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FACTOR = 4.0  # sums in another order than torch's, over few rows: luck plays a part
 
 
-@pytest.fixture(params=["cpp", "torch"])
+@pytest.fixture(params=["cpp", "torch", "triton"])
 def backend(request):
     if request.param == "torch":
         return torch_rows
+    if request.param == "triton":  # interpreted, where there is no GPU
+        return request.getfixturevalue("triton_backend")
     if (reason := cpp_rows.unavailable()) is not None:
         pytest.skip(reason)
     return cpp_rows
@@ -127,10 +129,29 @@ SIZES = [5, 1, 0, 8, 2, 30, 1, 0, 0, 3, 16, 17]
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [1, 7, 16, 100, 192])
 def test_equals_the_dense_row(backend, width, dtype, capped):
+    if backend not in (cpp_rows, torch_rows):
+        pytest.skip("test_triton_equals_the_dense_row: an interpreter is slow")
     case = KeptCase.random(SIZES, width, 40, dtype=dtype, capped=capped)
     check(backend, case)
     check(backend, replace(case, temperature=0.8, e=None), torch.float32)
     check(backend, replace(case, head=case.head._replace(bias=None)))
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype", "capped"),
+    [
+        (7, torch.float32, False),
+        (600, torch.bfloat16, True),
+        pytest.param(192, torch.float16, True, marks=pytest.mark.slow),
+        pytest.param(1024, torch.float32, True, marks=pytest.mark.slow),
+    ],
+)
+def test_triton_equals_the_dense_row(triton_backend, width, dtype, capped):
+    """Rows of one block of ids and of several, of one block of columns and of two."""
+    case = KeptCase.random(SIZES, width, 40, dtype=dtype, capped=capped)
+    check(triton_backend, case)
+    plain = replace(case, temperature=0.8, e=None, head=case.head._replace(bias=None))
+    check(triton_backend, plain, torch.float32)
 
 
 def test_every_id_kept_is_the_whole_vocabulary(backend):
@@ -154,14 +175,14 @@ def test_one_id_is_certain_and_reads_nothing(backend):
 
 def test_nan_elsewhere_changes_nothing(backend):
     """REGRESSIONS 17: rows without ids, dead rows and weight rows that nobody kept are not read."""
-    case = KeptCase.random(SIZES, 16, 400)
+    case = KeptCase.random(SIZES, 16, 100)
     live = torch.ones(len(SIZES), dtype=torch.bool)
     live[[3, 9]] = False
     clean = case.run(backend, live=live)
     sizes = case.kept.offsets.diff()
     read = live & (sizes > 1)
     ids = case.kept.ids[read.repeat_interleave(sizes)]
-    unread = torch.ones(400, dtype=torch.bool)
+    unread = torch.ones(100, dtype=torch.bool)
     unread[ids] = False
     head = case.head._replace(
         weight=case.head.weight.masked_fill(unread[:, None], math.nan),
@@ -215,7 +236,7 @@ def test_a_token_that_is_not_kept_gives_nan(backend):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_adding_to_a_gradient(backend, dtype):
     """Touched rows get old + new, rounded once; the others are not written."""
-    case = KeptCase.random([3, 5, 1], 16, 300, dtype=dtype)
+    case = KeptCase.random([3, 5, 1], 16, 60, dtype=dtype)
     *_, fresh = case.run(backend, grad_dtype=torch.float32)
     before = KeptGrads(*(torch.randn(x.shape).to(dtype) for x in fresh))
     added = KeptGrads(*(x.clone() for x in before))

@@ -134,6 +134,12 @@ def test_linear_policy_loss_in_every_dtype(dtype, dense, backend):
     check(batch, objective, *batch.linear(objective, backend))
 
 
+def test_linear_policy_loss_on_triton(triton_backend):
+    """Kept rows by its kernels, dense rows by its row kernels."""
+    batch = KeptBatch(torch.bfloat16)
+    check(batch, PRESETS["dapo_all"], *batch.linear(PRESETS["dapo_all"], "triton"))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["dapo_all", "gspo", "vespo"])

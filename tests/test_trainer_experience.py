@@ -43,7 +43,7 @@ class Scribe:
 
 
 def gather(monkeypatch, task, *, lengths=None, prompts=2, group_size=4, **algorithm):
-    def sampler(policy, prompts, sampling, generator):
+    def sampler(policy, prompts, sampling, generator, share):
         sizes = lengths or [3] * group_size
         return [
             Completion(tokens=[index] * n, logprobs=[-1.0] * n, finished=n < 10)

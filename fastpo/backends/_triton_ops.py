@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastpo.kernels import metrics, row_grad, row_policy_loss, row_stats, scale
+from fastpo.kernels import kept_rows, metrics, row_grad, row_policy_loss, row_stats, scale
 
-__all__ = ["metrics", "row_grad", "row_policy_loss", "row_stats", "scale"]
+__all__ = ["kept_rows", "metrics", "row_grad", "row_policy_loss", "row_stats", "scale"]
 
 RowTensors = tuple[Tensor, Tensor, Tensor, Tensor]
 

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from fastpo import kernels  # a package: its modules, which need triton, come with _triton_ops
 from fastpo.backends.base import (
+    KeptGrads,
+    KeptHead,
+    KeptSets,
     RowDetails,
     RowInputs,
     RowLosses,
@@ -107,6 +110,44 @@ def row_policy_loss(
     if out is not None:
         written(out)
     return losses
+
+
+def kept_stats(
+    hidden: Tensor,
+    head: KeptHead,
+    tokens: Tensor,
+    kept: KeptSets,
+    temperature: float | Tensor,
+    live: Tensor | None = None,
+) -> tuple[RowStats, Tensor]:
+    """See `fastpo.backends.base.Backend`."""
+    rows = (*_contiguous(head.bias, tokens, *kept), *_temperature(temperature))
+    (live,) = _contiguous(live)
+    arguments = (hidden, head.weight, *rows, head.gain, head.capped, live)
+    stats, logits = kernels.kept_rows.kept_stats(*arguments)
+    return RowStats(*stats), logits
+
+
+def kept_grad(
+    hidden: Tensor,
+    head: KeptHead,
+    tokens: Tensor,
+    kept: KeptSets,
+    temperature: float | Tensor,
+    stats: RowStats,
+    logits: Tensor,
+    logprob_grad: Tensor,
+    entropy_grad: Tensor | None,
+    grads: KeptGrads,
+    add: bool = False,
+) -> None:
+    """See `fastpo.backends.base.Backend`."""
+    rows = (*_contiguous(tokens, *kept), *_temperature(temperature), head.gain, head.capped)
+    numbers = (logits, _contiguous(*stats), *_contiguous(logprob_grad, entropy_grad))
+    kernels.kept_rows.kept_grad(hidden, head.weight, *rows, *numbers, *grads, add)
+    for grad in grads:
+        if grad is not None:
+            written(grad)
 
 
 def scale_(grad: Tensor, factor: Tensor) -> None:

@@ -151,7 +151,7 @@ def linear_policy_loss(
             the batch. A wrong one raises on CPU and gives NaN on GPU.
         kept_tokens: [M] int64 or int32: the ids that each token was sampled from (top-k, top-p), as
             vLLM and SGLang return them; log-probs, entropies and gradients are those of the softmax
-            over them. Such rows never enter a GEMM. Not on backend "triton".
+            over them. Such rows never enter a GEMM.
         kept_offsets: [N + 1] int64 or int32, rows in flattened order: row i has
             kept_tokens[kept_offsets[i] : kept_offsets[i + 1]]; none = the whole vocabulary.
 
@@ -311,7 +311,7 @@ def _kept_sets(
     if kept_tokens is not None and not hasattr(backend, "kept_stats"):
         raise ValueError(
             f"kept_tokens with {backend.__name__}, which has no gathered rows of a head: expected "
-            "one of the backends 'cpp' (CPU) and 'torch'"
+            "one of the backends 'torch', 'cpp' and 'triton'"
         )
     return Kept.from_inputs(kept_tokens, kept_offsets, call.mask)
 

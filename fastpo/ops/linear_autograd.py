@@ -13,6 +13,7 @@ from fastpo.objective import Objective
 from fastpo.ops.autograd import first_order, row_grads, save, saved
 from fastpo.ops.batch import LossBatch, loss_of_rows, of_rows
 from fastpo.ops.checks import wide_dtype
+from fastpo.ops.gradient_scale import GradientScale
 from fastpo.ops.head import Head
 from fastpo.ops.linear_chunks import ChunkRows, LinearCall, put
 from fastpo.ops.linear_workspace import Chunk, LinearGrads, Workspace
@@ -55,15 +56,20 @@ class FusedLinearLoss(torch.autograd.Function):
         with_gradient, without = chunk_loss.chunks(call, head, gradient=any(needs))
         workspace = Workspace(call, head, with_gradient, without, weight_grad=needs[1])
 
+        scale = _scale_of(workspace)
+        through = call if scale is None else replace(call, backend=scale)
+
         def losses_of(rows: ChunkRows, *, gradient: bool) -> RowLosses:
             chunk = workspace.load(hidden, rows, gradient=gradient)
-            losses = chunk_loss.losses(call, chunk, call.row_temperature(rows, head))
+            losses = chunk_loss.losses(through, chunk, call.row_temperature(rows, head))
             if gradient:
+                if scale is not None:
+                    scale.follow(grads)
                 workspace.keep(chunk)
             return losses
 
-        idle = [losses_of(rows, gradient=False) for rows in without]
         parts, grads = [], None
+        idle = [losses_of(rows, gradient=False) for rows in without]
         if any(needs):
             covers = call.index is None and not without
             grads = LinearGrads(workspace, hidden, needs, all_rows=covers)
@@ -72,6 +78,8 @@ class FusedLinearLoss(torch.autograd.Function):
                 if len(parts) == len(with_gradient):
                     workspace.free_logits()
                 grads.add(*workspace.waiting())
+            if scale is not None:
+                scale.undo(grads)
             grads.finish(call.backend)
         parts += idle
         losses = _gather_rows(call, hidden, with_gradient + without, parts)
@@ -293,10 +301,12 @@ def chunk_grads(
     workspace = Workspace(call, head, chunks, weight_grad=needs[1])
     covers = call.index is None and only is None
     grads = LinearGrads(workspace, hidden, needs[:3], all_rows=covers, wide=wide)
+    scale = _scale_of(workspace)
+    backend = call.backend if scale is None else scale
     for group in workspace.groups:
         for rows in group:
             chunk = workspace.load(hidden, rows, gradient=True)
-            call.backend.row_grad(
+            backend.row_grad(
                 chunk.logits,
                 call.tokens[rows],
                 RowStats(*(x[rows] for x in stats)),
@@ -305,10 +315,20 @@ def chunk_grads(
                 call.row_temperature(rows, head),
                 chunk.grad,
             )
+            if scale is not None:
+                scale.follow(grads)
             workspace.keep(chunk)
             del chunk
         if group is workspace.groups[-1]:
             workspace.free_logits()
         grads.add(*workspace.waiting())
+    if scale is not None:
+        scale.undo(grads)
     grads.finish(call.backend)
     return grads
+
+
+def _scale_of(workspace: Workspace) -> GradientScale | None:
+    """Of fp16 gradients, which need one."""
+    is_fp16 = workspace.grad_dtype == torch.float16
+    return GradientScale(workspace.call.backend, workspace) if is_fp16 else None

@@ -163,12 +163,11 @@ class LinearCall:
         return chunk_rows(rows, row_bytes, budget_bytes(weight.device) // share)
 
     def grad_dtype(self, weight: Tensor) -> torch.dtype:
-        """Of the logits: bf16 where the GEMM accumulates bf16 operands wide; else no rounding.
-
-        Not fp16: an unscaled policy gradient, about p / N, is below its smallest number.
+        """Of the logits: bf16 or fp16 where the GEMM accumulates such operands wide; else no
+        rounding. In fp16 they are scaled (gradient_scale.py): about p / N, they would underflow.
         """
-        narrow = weight.dtype == torch.bfloat16 and wide_gemm(weight.device, weight.dtype)
-        return torch.bfloat16 if narrow else self.logits_dtype
+        narrow = weight.dtype.itemsize == 2 and wide_gemm(weight.device, weight.dtype)
+        return weight.dtype if narrow else self.logits_dtype
 
     def row_temperature(self, rows: ChunkRows, head: Head) -> float | Tensor:
         """The temperature of a chunk's rows, as the row primitives take it."""

@@ -141,6 +141,11 @@ class Workspace:
             grad = self._narrow(chunk.padded_logits).copy_(grad)
         self._waiting.append(replace(chunk, padded_logits=grad, padded_grad=grad))
 
+    def rescale(self, factor: Tensor, backend: ModuleType | VocabularyShard) -> None:
+        """Multiply the gradients that wait by `factor` (0-d, on device)."""
+        for chunk in self._waiting:
+            backend.scale_(chunk.padded_grad, factor)
+
     def waiting(self) -> tuple[list[ChunkRows], Tensor, Tensor]:
         """The rows of the group that is complete, its hidden states (n, D) and gradient (n, V);
         every chunk of them padded."""
@@ -193,6 +198,7 @@ class LinearGrads:
         self.hidden = new(shape, dtype=rows_dtype, device=device) if needs[0] else None
         # A single product of low-precision operands rounds its own sums: no wide copy of them.
         single = len(workspace.groups) == 1 and workspace.grad_dtype == weight.dtype
+        single = single and weight.dtype != torch.float16  # its sums are scaled
         self._weight_dtype = weight.dtype if single and not wide else sums
         self._needs_weight = needs[1]
         self.weight = None  # made when there is something to write into it
@@ -217,12 +223,18 @@ class LinearGrads:
             if len(target) == count:  # consecutive and without padding
                 self.head.hidden_grad_(target, grad)
                 return
-        part = torch.empty(count, self.shape[-1], dtype=grad.dtype, device=grad.device)
+        part = torch.empty(count, self.shape[-1], dtype=self.hidden.dtype, device=grad.device)
         self.head.hidden_grad_(part, grad)
         start = 0
         for rows in chunks:
             put(self.hidden, rows, part[start : start + length(rows)])
             start += padded(length(rows), self._pad)
+
+    def rescale(self, factor: Tensor, backend: ModuleType | VocabularyShard) -> None:
+        """Multiply the sums so far by `factor` (0-d, on device)."""
+        for grad in (self.hidden, self.weight, self.bias):
+            if grad is not None:
+                backend.scale_(grad if grad.ndim == 2 else grad[None], factor)
 
     def finish(self, backend: ModuleType | VocabularyShard) -> None:
         """After the last group: zeros where there was none, and the sum over shards."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
 import fastpo
+from fastpo.trainer import distributed
 from fastpo.trainer.algorithm import Algorithm
 from fastpo.trainer.policy import Policy
 from fastpo.trainer.rollout import Completion, Sampling, sample
@@ -79,29 +81,31 @@ def roll_out(
         TrainerError: a prompt leaves no room for a completion; or the task's verifier raised.
     """
     prompts = policy.encode_all(problems, sampling.max_new_tokens)
-    completions = sample(policy, prompts, sampling, generator)
-    asked = [
-        (problems[index // sampling.group_size], policy.decode(completion.tokens))
-        for index, completion in enumerate(completions)
-    ]
-    samples = [
-        Sample(
-            problem=problem,
-            prompt=prompts[index // sampling.group_size],
-            completion=completions[index],
-            text=text,
-            score=verdict.reward,
-            reward=verdict.reward,
-            parts=verdict.parts,
-        )
-        for index, ((problem, text), verdict) in enumerate(
-            zip(asked, verifier.judge(asked), strict=True)
-        )
-    ]
-    return [
-        samples[start : start + sampling.group_size]
-        for start in range(0, len(samples), sampling.group_size)
-    ]
+    share = distributed.share()
+
+    def of_this_rank() -> list[list[Sample]]:
+        completions = sample(policy, prompts, sampling, generator, share)
+        texts = [policy.decode(completion.tokens) for completion in completions]
+        size = sampling.group_size
+        owners = [index for index in range(len(problems))[share] for _ in range(size)]
+        asked = [(problems[owner], text) for owner, text in zip(owners, texts, strict=True)]
+        samples = [
+            Sample(
+                problem=problems[owner],
+                prompt=prompts[owner],
+                completion=completion,
+                text=text,
+                score=verdict.reward,
+                reward=verdict.reward,
+                parts=verdict.parts,
+            )
+            for owner, completion, text, verdict in zip(
+                owners, completions, texts, verifier.judge(asked), strict=True
+            )
+        ]
+        return [samples[start : start + size] for start in range(0, len(samples), size)]
+
+    return distributed.gather(of_this_rank)
 
 
 def collect(
@@ -126,7 +130,8 @@ def collect(
     rounds, by = 0, algorithm.dynamic_sampling_by
     while len(kept) < prompts and rounds < algorithm.max_gen_batches:
         count = _groups_to_sample(prompts - len(kept), len(kept), len(sampled), prompts)
-        groups = roll_out(policy, verifier, problems.take(count), sampling, generator)
+        drawn = distributed.first(partial(problems.take, count))
+        groups = roll_out(policy, verifier, drawn, sampling, generator)
         punish_overlong(groups, sampling.max_new_tokens, algorithm.overlong_cache)
         sampled += groups
         kept += [g for g in groups if not algorithm.dynamic_sampling or is_informative(g, by)]

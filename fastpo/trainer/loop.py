@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from fastpo.trainer import selfcheck
+from fastpo.trainer import distributed, selfcheck
 from fastpo.trainer.algorithm import resolve
 from fastpo.trainer.config import Config
 from fastpo.trainer.critic import Critic
@@ -19,13 +19,14 @@ from fastpo.trainer.experience import Batch, assign_advantages, collect, mute_tr
 from fastpo.trainer.metrics import rollout_metrics, speed_metrics, update_metrics
 from fastpo.trainer.policy import (
     Policy,
+    Snapshot,
     default_device,
     load_policy,
     make_policy,
     quiet_transformers,
 )
 from fastpo.trainer.rollout import Sampling
-from fastpo.trainer.run import checkpoint, console, directory, report
+from fastpo.trainer.run import checkpoint, console, directory, recipe, report
 from fastpo.trainer.run.errors import Interrupted, RecipeError, TrainerError
 from fastpo.trainer.run.plot import plot
 from fastpo.trainer.run.signals import StopRequest, terminable
@@ -50,22 +51,25 @@ def train(
         TrainerError: see its subclasses; what was written so far stays.
     """
     out = out or console.Output(highlight=False)
-    if resume and (done := report.lacks_curves(directory.path_of(config), config.steps)):
-        out.print(f"Curves:  {plot(directory.path_of(config))}", soft_wrap=True, markup=False)
-        return done
     with (
+        distributed.ranks() as join,
         terminable(),
         # Its processes fork off first, before there are threads or a CUDA context.
         Verifier(load_task(config.task, config.task_args), **asdict(config.verifier)) as verifier,
     ):
+        join()
+        out.quiet = out.quiet or distributed.rank() > 0
+        if resume and (done := distributed.first(lambda: report.draw_what_lacks(config, out))):
+            return done
         trainer = Trainer(config, verifier, resume=resume, out=out)
         try:
             with trainer.display:
                 trainer.run()
                 after = trainer.evaluate()
-            return trainer.finish(after, command)
+            return distributed.first(lambda: trainer.finish(after, command))
         finally:
-            trainer.log.close()
+            if trainer.log:
+                trainer.log.close()
 
 
 def train_step(run: Trainer) -> tuple[Batch, dict[str, float]]:
@@ -116,6 +120,7 @@ class Trainer:
         quiet_transformers()
         self.device = default_device(config.device)
         self.algorithm = resolve(config.algorithm, config.rollout.max_new_tokens)
+        distributed.check(recipe.flatten(config), config.rollout.prompts, self.algorithm.critic)
         # On the CPU whatever the device: draws depend neither on it nor on the batch size.
         self.generator = torch.Generator().manual_seed(config.seed)
         self.order = torch.Generator().manual_seed(config.seed)  # which samples share an update
@@ -130,7 +135,7 @@ class Trainer:
             self.dir,
             every=config.checkpoint_every,
             minutes=config.checkpoint_minutes,
-            best=self.log.best,
+            best=self.log and self.log.best,
         )
         self.display = console.Display(config.steps, self.step, config.log.print_every, out)
         self._clock = time.monotonic() - self.seconds
@@ -145,7 +150,7 @@ class Trainer:
                 stop=self.verifier.stop,
             )
         )
-        self.dir = directory.create(self.config, self._say)
+        self.dir = distributed.first(lambda: directory.create(self.config, self._say))
         self.log = self._open_log(None)
         # Made after the warm-up, from whose end the reference policy and the critic are taken.
         self.learner = None
@@ -170,11 +175,13 @@ class Trainer:
         self._make_learner()
         self._load(state)
         self.log = self._open_log(self.step)
-        if self.log.gaps:
+        if self.log and self.log.gaps:
             self._say(f"{directory.METRICS} lacks {self.log.gaps}: the curves have a gap there")
-        directory.write_config(self.dir, self.config)
+        distributed.first(lambda: directory.write_config(self.dir, self.config))
 
-    def _open_log(self, resume_at: int | None) -> directory.RunLog:
+    def _open_log(self, resume_at: int | None) -> directory.RunLog | None:
+        if distributed.rank():
+            return None
         log = self.config.log
         return directory.RunLog(
             self.dir, tensorboard=log.tensorboard, wandb=log.wandb, resume_at=resume_at
@@ -184,7 +191,7 @@ class Trainer:
         """Refuse what cannot be trained, before anything is written, and draw the problems."""
         config = self.config
         selfcheck.check(policy, config.optim)
-        self.policy = policy
+        self.policy = policy = distributed.shard(policy)
         fits = policy.fits(config.rollout.max_prompt_tokens)
         self.held_out = held_out(self.verifier, config.eval.problems, fits)
         policy.encode_all(self.held_out, config.rollout.max_new_tokens)
@@ -202,15 +209,17 @@ class Trainer:
             self.before = self.evaluate()
             self._say(f"Held-out accuracy before: {self.before['accuracy']:.3f}")
         with StopRequest(self.display.say) as stop:
-            while self.step < self.config.steps and stop.signal_number is None:
+            while self.step < self.config.steps and not (
+                signal_number := distributed.agree(stop.signal_number or 0)
+            ):
                 self._advance()
-                if self.keeper.is_due(self.step) or self.step == self.config.steps:
+                if distributed.first(self._is_save_due):
                     self.save()
             if self.step < self.config.steps:
                 raise Interrupted(
                     f"stopped at step {self.step}; checkpoint saved in {self.save()}: the same "
                     "command with --resume goes on from there",
-                    stop.signal_number,
+                    signal_number,
                 )
 
     def _say(self, text: str) -> None:
@@ -233,22 +242,22 @@ class Trainer:
             self.step += 1
             self.num_tokens += sum(len(s.prompt) + s.length for g in batch.sampled for s in g)
             metrics["num_tokens"] = self.num_tokens
-            self.log.metrics(self.step, metrics)
-            self._log_samples(batch)
-            self.display.step(self.step, metrics)
-            if self._is_due(self.config.eval.every) and self.step < self.config.steps:
+            distributed.first(lambda: self._record(batch, metrics))
+            every = self.config.eval.every or self.config.steps
+            if self.step % every == 0 and self.step < self.config.steps:
                 found = self.evaluate()
                 self.display.say(f"step {self.step}: held-out accuracy {found['accuracy']:.3f}")
-                if self.keeper.is_best(score := report.score(found)):
+                score = report.score(found)
+                if distributed.first(lambda: self.keeper.is_best(score)):
                     self.save()
-                    self.keeper.keep_best(score)
-        except Exception:
-            if self.step:
+                    distributed.first(lambda: self.keeper.keep_best(score))
+        except Exception as error:
+            if self.step and distributed.raised_by_all(error):
                 self.save()
             raise
 
-    def _is_due(self, every: int) -> bool:
-        return every > 0 and self.step % every == 0
+    def _is_save_due(self) -> bool:
+        return self.keeper.is_due(self.step) or self.step == self.config.steps
 
     def finish(self, after: dict[str, Any], command: str) -> dict[str, Any]:
         """Write summary.json and curves.png, and report."""
@@ -276,11 +285,6 @@ class Trainer:
         Raises:
             TrainerError: the weights are not finite, or the disk is full; the last one stays.
         """
-        if not all(parameter.isfinite().all() for parameter in self.learner.parameters):
-            raise TrainerError(
-                f"the policy's weights are not finite after step {self.step}, so no checkpoint of "
-                "them was written; lower optim.learning_rate"
-            )
         state = {
             "step": self.step,
             "num_tokens": self.num_tokens,
@@ -292,7 +296,16 @@ class Trainer:
             "generator": self.generator.get_state(),
             "order": self.order.get_state(),
         }
-        return self.keeper.save(self.policy, state)
+        snapshot, state = self.policy.snapshot(), distributed.full(state)
+        return distributed.first(lambda: self._write(snapshot, state))
+
+    def _write(self, snapshot: Snapshot, state: dict[str, Any]) -> Path:
+        if not snapshot.is_finite:
+            raise TrainerError(
+                f"the policy's weights are not finite after step {self.step}, so no checkpoint of "
+                "them was written; lower optim.learning_rate"
+            )
+        return self.keeper.save(snapshot, state)
 
     def _load(self, state: dict[str, Any]) -> None:
         self.num_tokens, self.seconds, self.before = (
@@ -351,7 +364,9 @@ class Trainer:
                 f"algorithm.objective.kl_coef is {kl_coef}, but the run began without a KL penalty "
                 "and kept no reference policy: set it to 0, or train anew"
             )
-        return load_policy(directory, self.config.model, self.device, stop=self.verifier.stop)
+        return distributed.shard(
+            load_policy(directory, self.config.model, self.device, stop=self.verifier.stop)
+        )
 
     def evaluate(self) -> dict[str, Any]:
         """Numbers and first answers on the held-out problems; logged."""
@@ -359,10 +374,12 @@ class Trainer:
         result = evaluate_held_out(self.policy, self.verifier, self.held_out, self.config)
         found = report.digest(result, result.per_problem)
         numbers = {f"eval_{name}": value for name, value in found.items() if name != "answers"}
-        self.log.metrics(self.step, numbers)
+        distributed.first(lambda: self.log.metrics(self.step, numbers))
         return found
 
-    def _log_samples(self, batch: Batch) -> None:
+    def _record(self, batch: Batch, metrics: dict[str, float]) -> None:
+        self.log.metrics(self.step, metrics)
+        self.display.step(self.step, metrics)
         for group in batch.sampled[: self.config.log.samples]:
             first = group[0]
             self.log.sample(

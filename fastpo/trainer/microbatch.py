@@ -8,13 +8,14 @@ all of its completions (`SharedPrompts`).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 import fastpo
+from fastpo.trainer import distributed
 from fastpo.trainer.config import OptimConfig
 from fastpo.trainer.experience import Sample
 from fastpo.trainer.policy import Policy
@@ -155,6 +156,19 @@ class MicroBatch:
         """Hidden states (N, D) that predict completion tokens: no other row meets the head."""
         return self.layout.hidden(policy).to(policy.dtype)
 
+    def idle(self) -> MicroBatch:
+        """The same forward pass with no token to learn from."""
+        rows, columns = self.layout.rows[:0], self.layout.columns[:0]
+        return MicroBatch(
+            layout=replace(self.layout, rows=rows, columns=columns),
+            tokens=self.tokens[:0],
+            cu_seqlens=self.cu_seqlens[:1],
+            advantages=self.advantages[:0],
+            sampled_logprobs=self.sampled_logprobs[:0],
+            old_logprobs=self.old_logprobs[:0],
+            kept={k: v[:1] if k == "kept_offsets" else v[:0] for k, v in self.kept.items()},
+        )
+
 
 def _advantages(samples: list[Sample]) -> Tensor:
     if isinstance(samples[0].advantage, list):
@@ -183,14 +197,18 @@ def _places(samples: list[Sample]) -> tuple[Tensor, Tensor]:
     return rows, torch.arange(len(rows)) - (lengths.cumsum(0) - lengths)[rows]
 
 
+def _width(sample: Sample) -> int:
+    return len(sample.prompt) + sample.length
+
+
 def by_token_budget(
     samples: list[Sample], budget: int, *, packed: bool = False
 ) -> Iterator[list[Sample]]:
     """Micro-batches of similar lengths within `budget` tokens, padding counted unless packed."""
     part: list[Sample] = []
     total = 0
-    for sample in sorted(samples, key=lambda s: len(s.prompt) + s.length):
-        width = len(sample.prompt) + sample.length  # the longest so far
+    for sample in sorted(samples, key=_width):
+        width = _width(sample)  # the longest so far
         if part and (total if packed else width * len(part)) + width > budget:
             yield part
             part, total = [], 0
@@ -203,7 +221,18 @@ def by_token_budget(
 def micro_batches(
     samples: list[Sample], policy: Policy, config: OptimConfig
 ) -> Iterator[tuple[list[Sample], MicroBatch]]:
-    """Samples in micro-batches of the size and layout that the recipe says."""
+    """Samples of this rank in micro-batches of the size and layout that the recipe says.
+
+    Every rank gets as many, the last of them idle if need be: under FSDP2 a pass is one of all.
+    """
     layout = layout_of(policy, config)
-    for part in by_token_budget(samples, config.token_budget, packed=layout["packed"]):
+    ordered = sorted(samples, key=_width)
+    parts = [
+        list(by_token_budget(share, config.token_budget, packed=layout["packed"]))
+        for share in (ordered[rank :: distributed.size()] for rank in range(distributed.size()))
+    ]
+    mine = parts[distributed.rank()]
+    for part in mine:
         yield part, MicroBatch.of(part, policy.device, **layout)
+    for _ in range(max(map(len, parts)) - len(mine)):
+        yield [], MicroBatch.of(ordered[:1], policy.device, **layout).idle()

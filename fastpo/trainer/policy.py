@@ -11,12 +11,13 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastpo.integrations.transformers import lm_head
+from fastpo.trainer import distributed
 from fastpo.trainer.config import ModelConfig
 from fastpo.trainer.run.errors import RecipeError, TrainerError, reason_of
 from fastpo.trainer.tasks import Problem
@@ -38,6 +39,7 @@ class Policy:
     config: ModelConfig
     stop: str | None  # completions end here, too
     stop_ids: Tensor  # (S,) every token id that ends a completion
+    root: nn.Module | None = None  # of FSDP2, where the model is sharded
 
     @property
     def dtype(self) -> torch.dtype:
@@ -49,6 +51,10 @@ class Policy:
         if self.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, self.dtype)
+
+    def inside(self, work: Callable[[], Any]) -> Any:
+        """What `work` returns, done in the forward of what is sharded: there `head` is whole."""
+        return work() if self.root is None else self.root(work)
 
     def hidden_states(self, ids: Tensor, positions: Tensor | None = None) -> Tensor:
         """Last hidden states [B, T, D] of right-padded ids [B, T], or of one packed row [1, T].
@@ -163,9 +169,32 @@ class Policy:
         prefixes = range(1, len(ids))
         return 1 + bisect_left(prefixes, True, key=lambda n: self.stop in self._text(ids[:n]))
 
+    def snapshot(self) -> Snapshot:
+        """What there is to save; all ranks take part, rank 0 gets the weights."""
+        weights = self.model.state_dict(keep_vars=True)  # so that tied ones are the same object
+        return Snapshot(self.model, self.tokenizer, distributed.full(weights))
+
     def save(self, directory: Path) -> None:
         """Write a directory that `AutoModelForCausalLM.from_pretrained` loads."""
-        self.model.save_pretrained(directory)
+        snapshot = self.snapshot()
+        distributed.first(lambda: snapshot.save(directory))
+
+
+class Snapshot(NamedTuple):
+    """A model and its tokenizer to be saved."""
+
+    model: nn.Module
+    tokenizer: Any
+    weights: dict[str, Tensor]  # whole, whatever the model's are
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether there is no NaN or inf among the weights."""
+        return all(bool(weight.isfinite().all()) for weight in self.weights.values())
+
+    def save(self, directory: Path) -> None:
+        """Write a directory that `AutoModelForCausalLM.from_pretrained` loads."""
+        self.model.save_pretrained(directory, state_dict=self.weights)
         self.tokenizer.save_pretrained(directory)
 
 
@@ -265,7 +294,7 @@ def _small_llama(config: ModelConfig, tokenizer: Any) -> nn.Module:
 def _wrap(
     model: nn.Module, tokenizer: Any, config: ModelConfig, device: torch.device, stop: str | None
 ) -> Policy:
-    """The one place where a model becomes a policy: placement (and, later, sharding) goes here."""
+    """Put a model where it belongs. (`distributed.shard` comes after the self-check.)"""
     ids = stop_ids(model, tokenizer, stop)
     return Policy(
         model=model.to(device).eval(),

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import fastpo
+from fastpo.trainer import distributed
 from fastpo.trainer.config import RolloutConfig
 from fastpo.trainer.policy import Policy
 from fastpo.trainer.run import console
@@ -61,26 +62,33 @@ class Sampling:
 
 @torch.no_grad()
 def sample(
-    policy: Policy, prompts: list[list[int]], sampling: Sampling, generator: torch.Generator
+    policy: Policy,
+    prompts: list[list[int]],
+    sampling: Sampling,
+    generator: torch.Generator,
+    share: slice = slice(None),
 ) -> list[Completion]:
-    """`group_size` completions of every prompt, a group's side by side.
+    """`group_size` completions of every prompt (of `share`), a group's side by side.
 
     One number from `generator` (on the CPU) decides one token, whatever else is in its batch: the
-    batch size changes no completion. Greedy decoding draws none, and does a group once.
+    batch size changes no completion, and neither does who samples the others. Greedy decoding
+    draws none, and does a group once.
     Where a completion ends follows from the position of its first stop token, never from looking
     for the padding id: a tokenizer whose pad token is its EOS token loses nothing.
     """
     if sampling.temperature == 0 and sampling.group_size > 1:
-        once = sample(policy, prompts, replace(sampling, group_size=1), generator)
+        once = sample(policy, prompts, replace(sampling, group_size=1), generator, share)
         return [replace(done) for done in once for _ in range(sampling.group_size)]
     completions = []
-    step = max(1, sampling.batch_size // sampling.group_size)
-    for start in range(0, len(prompts), step):
-        part = prompts[start : start + step]
-        shape = (len(part) * sampling.group_size, sampling.max_new_tokens)
-        noise = torch.rand(shape, dtype=torch.float64, generator=generator)
-        with policy.precision():
-            completions += _Decoding(policy, part, sampling).run(noise.to(policy.device))
+    step = max(1, sampling.batch_size // sampling.group_size) * (share.step or 1)
+    with policy.precision(), distributed.whole(policy.root):
+        for start in range(0, len(prompts), step):
+            part = prompts[start : start + step]
+            shape = (len(part), sampling.group_size, sampling.max_new_tokens)
+            noise = torch.rand(shape, dtype=torch.float64, generator=generator)[share]
+            if mine := part[share]:
+                noise = noise.flatten(0, 1).to(policy.device)
+                completions += _Decoding(policy, mine, sampling).run(noise)
     return completions
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import fastpo
+from fastpo.trainer import distributed
 from fastpo.trainer.config import OptimConfig
 from fastpo.trainer.experience import Sample
 from fastpo.trainer.microbatch import MicroBatch, micro_batches
@@ -35,8 +36,8 @@ class Sums(defaultdict):
             self[name] = self[name] + value
 
     def read(self) -> dict[str, float]:
-        """All sums as Python numbers."""
-        return {name: float(value) for name, value in self.items()}
+        """All sums, over all ranks, as Python numbers."""
+        return distributed.total(self)
 
 
 class Learner:
@@ -80,7 +81,7 @@ class Learner:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take a checkpoint's moments and update count, and keep this recipe's numbers."""
         own = [dict(group, params=None) for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(distributed.shard_like(state["optimizer"], self.parameters))
         for group, settings in zip(self.optimizer.param_groups, own, strict=True):
             group.update(settings, params=group["params"])
         self.updates = state["updates"]
@@ -102,7 +103,8 @@ class Learner:
         """One optimizer update; gradients are accumulated over micro-batches of bounded size.
 
         Every micro-batch divides by the token count (sequence count) of the whole mini-batch, so
-        that how it is cut changes nothing. Samples without loss never meet the model.
+        that how it is cut, and over how many ranks, changes nothing. Samples without loss never
+        meet the model.
 
         Raises:
             TrainerError: loss or gradient is not finite; the parameters are left as they were.
@@ -117,55 +119,67 @@ class Learner:
         loss = torch.zeros((), device=self.policy.device)
         for _, batch in micro_batches(live, self.policy, self.config):
             result = self._loss(batch, normalizer, on_policy)
-            result.loss.backward()
+            (result.loss * distributed.size()).backward()  # FSDP2 takes the mean over ranks
             loss += result.loss.detach()
             if "updates" not in sums:  # the policy is still the one that sampled
                 difference = (result.logprobs - batch.sampled_logprobs).abs()
                 sums.add({"sampled": len(difference), "sampled_difference": difference.sum()})
             sums.add(result.metrics)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
-        if not torch.isfinite(loss + norm):
+        norm, ranks = distributed.full_tensor(norm), distributed.size()
+        of_all = distributed.total({"loss": loss})["loss"]
+        if not math.isfinite(of_all + norm.item()):
             raise TrainerError(
-                f"loss {loss.item():.4g}, gradient norm {norm.item():.4g}: not finite, no update "
+                f"loss {of_all:.4g}, gradient norm {norm.item():.4g}: not finite, no update "
                 "was made; lower optim.learning_rate, or look for infinite rewards or log-probs"
             )
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
         self.optimizer.step()
         self.updates += 1
-        sums.add({"loss": loss, "grad_norm": norm, "updates": 1})
+        sums.add({"loss": loss, "grad_norm": norm / ranks, "updates": 1 / ranks})
 
     def _loss(self, batch: MicroBatch, normalizer: int, on_policy: bool) -> fastpo.PolicyLoss:
-        return fastpo.linear_policy_loss(
-            batch.hidden(self.policy),
-            tokens=batch.tokens,
-            advantages=batch.advantages,
-            objective=self.objective,
-            old_logprobs=None if on_policy else batch.old_logprobs,
-            ref_logprobs=None if self.reference is None else self._score(self.reference, batch),
-            temperature=self.temperature,
-            cu_seqlens=batch.cu_seqlens,
-            normalizer=normalizer,
-            **batch.kept,
-            **self.policy.head(),
+        reference = None if self.reference is None else self._score(self.reference, batch)
+        return self.policy.inside(
+            lambda: fastpo.linear_policy_loss(
+                batch.hidden(self.policy),
+                tokens=batch.tokens,
+                advantages=batch.advantages,
+                objective=self.objective,
+                old_logprobs=None if on_policy else batch.old_logprobs,
+                ref_logprobs=reference,
+                temperature=self.temperature,
+                cu_seqlens=batch.cu_seqlens,
+                normalizer=normalizer,
+                **batch.kept,
+                **self.policy.head(),
+            )
         )
 
     def recompute_old_logprobs(self, samples: list[Sample]) -> None:
         """Old log-probs as the update computes them: low-precision decoding gives others."""
+        number = {id(sample): index for index, sample in enumerate(samples)}
+        found: dict[int, list[float]] = {}
         for part, batch in micro_batches(samples, self.policy, self.config):
             pieces = self._score(self.policy, batch).split([sample.length for sample in part])
-            for sample, logprobs in zip(part, pieces, strict=True):
-                sample.old_logprobs = logprobs.tolist()
+            for sample, logprobs in zip(part, pieces, strict=bool(part)):
+                found[number[id(sample)]] = logprobs.tolist()
+        for theirs in distributed.everyones(lambda: found):
+            for index, logprobs in theirs.items():
+                samples[index].old_logprobs = logprobs
 
     @torch.no_grad()
     def _score(self, policy: Policy, batch: MicroBatch) -> Tensor:
         """Log-probs (N,) of the batch's tokens under `policy`, over what they were drawn from."""
-        return fastpo.linear_token_logprobs(
-            batch.hidden(policy),
-            tokens=batch.tokens,
-            temperature=self.temperature,
-            **batch.kept,
-            **policy.head(),
+        return policy.inside(
+            lambda: fastpo.linear_token_logprobs(
+                batch.hidden(policy),
+                tokens=batch.tokens,
+                temperature=self.temperature,
+                **batch.kept,
+                **policy.head(),
+            )
         ).logprobs
 
 

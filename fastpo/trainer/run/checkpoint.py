@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fastpo.trainer.policy import Policy
+from fastpo.trainer.policy import Snapshot
 from fastpo.trainer.run.errors import TrainerError, reason_of
 
 NAME, PREVIOUS, BEST = "checkpoint", "checkpoint.previous", "best"
@@ -50,7 +50,7 @@ class Keeper:
             or (self.minutes and waited >= 60 * self.minutes)
         )
 
-    def save(self, policy: Policy, state: dict[str, Any]) -> Path:
+    def save(self, policy: Snapshot, state: dict[str, Any]) -> Path:
         """`save`; the first one of a run is read back."""
         path = save(self.run_dir, policy, state, read_back=self._read_back)
         self._read_back, self._last = False, time.monotonic()
@@ -70,7 +70,9 @@ class Keeper:
         self.best = score
 
 
-def save(run_dir: Path, policy: Policy, state: dict[str, Any], *, read_back: bool = False) -> Path:
+def save(
+    run_dir: Path, policy: Snapshot, state: dict[str, Any], *, read_back: bool = False
+) -> Path:
     """Write `run_dir/checkpoint` atomically: at every moment a complete one is on disk.
 
     The new one is written beside the old one and flushed to disk before it takes its name; the old

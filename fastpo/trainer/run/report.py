@@ -15,8 +15,10 @@ from rich.markup import escape
 from rich.table import Table
 
 import fastpo
+from fastpo.trainer.config import Config
 from fastpo.trainer.evaluation import Evaluation
-from fastpo.trainer.run.directory import CURVES, SUMMARY
+from fastpo.trainer.run.directory import CURVES, SUMMARY, path_of
+from fastpo.trainer.run.plot import plot
 
 SHOWN_ANSWERS = 3
 
@@ -80,9 +82,13 @@ def completed(run_dir: Path, steps: int) -> dict[str, Any] | None:
         return None
 
 
-def lacks_curves(run_dir: Path, steps: int) -> dict[str, Any] | None:
-    """The summary of a run that was stopped when only its curves were left to draw."""
-    return None if (run_dir / CURVES).exists() else completed(run_dir, steps)
+def draw_what_lacks(config: Config, out: Console) -> dict[str, Any] | None:
+    """Draw the curves of a run that was stopped when they alone were left, and give its summary."""
+    run_dir = path_of(config)
+    if (run_dir / CURVES).exists() or not (done := completed(run_dir, config.steps)):
+        return None
+    out.print(f"Curves:  {plot(run_dir)}", soft_wrap=True, markup=False)
+    return done
 
 
 def show(

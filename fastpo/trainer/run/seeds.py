@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from fastpo.trainer import distributed
 from fastpo.trainer.config import Config
 from fastpo.trainer.loop import train
 from fastpo.trainer.run import directory, report
@@ -17,6 +18,10 @@ def train_each(config: Config, seeds: str, *, resume: bool = False, command: str
     Raises:
         RecipeError: `seeds` is no list of numbers, or the runs would share a directory.
     """
+    if distributed.launched():
+        raise RecipeError(
+            "--seeds trains one run after another on one process: start torchrun for every seed"
+        )
     try:
         configs = [replace(config, seed=int(seed)) for seed in seeds.split(",")]
     except ValueError:  # pydantic's errors, too

@@ -1,0 +1,205 @@
+"""Two ranks under torchrun (gloo) do what one process does, or end in one line."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[1]
+TASK = """
+import os
+from fastpo.trainer.tasks import Problem
+
+class Digits:
+    '''Copy digits; the reward is the share of them that is right.'''
+    alphabet, stop = "0123456789=", None
+    def __init__(self, missing_on=""):
+        if missing_on and os.environ.get("RANK") == missing_on:
+            raise ImportError("no module named judge")
+    def problem(self, rng):
+        text = "".join(rng.choices("0123456789", k=rng.choice([2, 3])))
+        return Problem(prompt=text + "=", answer=text)
+    def reward(self, problem, completion):
+        return sum(a == b for a, b in zip(problem.answer, completion)) / len(problem.answer)
+"""
+# Mini-batches, a KL penalty, shared prompts, recomputed log-probs, refilled groups.
+RECIPE = """
+task = "digits_task:Digits"
+steps = 4
+threads = 1
+[model]
+hidden_size = 32
+heads = 2
+[warmup]
+max_steps = 6
+[rollout]
+prompts = 6
+group_size = 3
+max_new_tokens = 5
+[algorithm]
+preset = "dapo"
+dynamic_sampling_by = "reward"
+objective = { kl_coef = 0.05 }
+[optim]
+learning_rate = 2e-3
+updates_per_batch = 2
+old_logprobs = "recompute"
+token_budget = 60
+[verifier]
+workers = 1
+[eval]
+problems = 7
+temperature = 1.0
+[log]
+tensorboard = false
+"""
+TWO = ("--nproc-per-node", "2")
+
+
+def start(tmp_path, name, *arguments, launcher=TWO):
+    (tmp_path / "digits_task.py").write_text(TASK)
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    torchrun = ("-m", "torch.distributed.run", *launcher) if launcher else ()
+    command = [sys.executable, *torchrun, "-m", "fastpo.cli", "train", "recipe.toml"]
+    return subprocess.Popen(
+        [*command, f"run_dir={name}", *arguments],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def train(tmp_path, name, *arguments, code=0, ranks=2):
+    """Standard output, and the lines of fastpo on standard error."""
+    process = start(tmp_path, name, *arguments, launcher=TWO if ranks == 2 else ())
+    output, errors = process.communicate(timeout=150)
+    assert process.returncode == code, errors
+    return output, said(errors)
+
+
+def said(errors):
+    return [line for line in errors.splitlines() if line.startswith("fastpo: ")]
+
+
+def rows(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def same(one, other):
+    """The curves and the weights of two runs, but for seconds."""
+    weights, expected = (load_file(run / "checkpoint/model.safetensors") for run in (one, other))
+    assert weights.keys() == expected.keys()
+    for name, value in weights.items():
+        torch.testing.assert_close(value, expected[name], atol=1e-5, rtol=0, msg=name)
+    for row, right in zip(rows(one), rows(other), strict=True):
+        for name, value in right.items():
+            if not any(part in name for part in ("time", "per_second", "memory")):
+                assert row[name] == pytest.approx(value, abs=1e-5, rel=1e-5), (row["step"], name)
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """The run of one process."""
+    folder = tmp_path_factory.mktemp("one")
+    train(folder, "run", ranks=1)
+    return folder / "run"
+
+
+@pytest.mark.slow
+def test_two_ranks_train_as_one_process_does(tmp_path, one):
+    """REGRESSIONS 16, 32: the same completions, curves and weights; in another layout, too."""
+    output, _ = train(tmp_path, "run", "optim.share_prompts=true")
+    assert output.count("Held-out accuracy before") == 1  # rank 0 alone speaks
+    same(tmp_path / "run", one)
+    two, right = (
+        [json.loads(line)["completion"] for line in (run / "samples.jsonl").open()]
+        for run in (tmp_path / "run", one)
+    )
+    assert two == right and len(two) == 4 * 4
+    assert max(row.get("gen_batches", 0) for row in rows(one)) > 1  # refilled
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [(2, 1), (1, 2)], ids=str)
+def test_a_run_resumes_on_another_number_of_ranks(tmp_path, one, ranks):
+    train(tmp_path, "run", "steps=2", ranks=ranks[0])
+    train(tmp_path, "run", "--resume", ranks=ranks[1])
+    assert (tmp_path / "run/summary.json").exists()
+    for name in ("metrics.jsonl",):  # the first run evaluated at its last step
+        lines = (tmp_path / "run" / name).read_text().splitlines()
+        kept = [x for x in lines if json.loads(x)["step"] != 2 or "reward" in json.loads(x)]
+        (tmp_path / "run" / name).write_text("\n".join(kept) + "\n")
+    same(tmp_path / "run", one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("argument", "line"),
+    [
+        ("rollout.prompts=5", "rollout.prompts is 5, expected a multiple of the 2 ranks"),
+        ('task_args={missing_on = "1"}', "rank 1: task 'digits_task:Digits' does not take"),
+        ("run_dir=.", "fastpo: . exists and is left as it is"),
+    ],
+    ids=["all", "rank 1", "rank 0"],
+)
+def test_what_goes_wrong_on_some_ranks_is_one_line(tmp_path, argument, line):
+    _, lines = train(tmp_path, "run", argument, code=1)  # torchrun's own exit code
+    assert len(lines) == 1 and line in lines[0], lines
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_ranks_that_disagree_on_the_recipe_are_told(tmp_path):
+    """Two machines, each with a launcher and a learning rate of its own."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    network = ("--nnodes", "2", "--nproc-per-node", "1", "--master-port", port, "--node-rank")
+    launchers = [
+        start(tmp_path, "run", f"optim.learning_rate={rate}", launcher=(*network, node))
+        for node, rate in (("0", "1e-4"), ("1", "1e-5"))
+    ]
+    errors = [launcher.communicate(timeout=150)[1] for launcher in launchers]
+    assert all(launcher.returncode for launcher in launchers)
+    assert said("".join(errors)) == [
+        "fastpo: optim.learning_rate is 0.0001 on rank 0 and 1e-05 on rank 1: start all ranks by "
+        "the same command and recipe"
+    ]
+
+
+def rank_of(launcher, rank):
+    """Process id of a rank."""
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    return next(
+        int(pid)
+        for pid in children
+        if f"RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the rank in /proc")
+def test_a_killed_rank_leaves_one_line_and_a_checkpoint_that_resumes(tmp_path):
+    launcher = start(tmp_path, "run", "steps=500", "checkpoint_every=1")
+    metrics = tmp_path / "run/metrics.jsonl"
+    deadline = time.monotonic() + 100
+    while not (metrics.exists() and metrics.read_text().count("reward_std") > 2):
+        assert time.monotonic() < deadline and launcher.poll() is None
+        time.sleep(0.05)
+    os.kill(rank_of(launcher, 1), signal.SIGKILL)
+    lines = said(launcher.communicate(timeout=60)[1])
+    assert launcher.returncode
+    assert len(lines) == 1 and lines[0].startswith("fastpo: another rank has gone"), lines
+    done = torch.load(tmp_path / "run/checkpoint/trainer_state.pt", weights_only=True)["step"]
+    train(tmp_path, "run", "--resume", f"steps={done + 1}", ranks=1)
+    assert [r["step"] for r in rows(tmp_path / "run") if "reward" in r] == [*range(1, done + 2)]
