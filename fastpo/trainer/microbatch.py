@@ -76,6 +76,8 @@ class SharedPrompts:
         owner = [numbers.setdefault(tuple(s.prompt), len(numbers)) for s in samples]
         prompts, padding = left_pad([list(prompt) for prompt in numbers], device)
         ids = pad_sequence([torch.tensor(s.completion.tokens[:-1]) for s in samples], True)
+        if distributed.size() > 1 and not ids.shape[1]:  # a pass that no rank may leave out
+            ids = ids.new_zeros(len(samples), 1)
         rows, columns = _places(samples)
         return cls(
             prompts=prompts,
