@@ -531,6 +531,7 @@ def simd_levels() -> list[str]:
     return _extension.build_info()["simd_compiled"]
 
 
+@pytest.mark.slow  # the sanitizers run every level, too
 @pytest.mark.skipif("FASTPO_SIMD" in os.environ, reason="this run is at a level of its own")
 @pytest.mark.parametrize("level", simd_levels())
 def test_every_simd_level(level):
