@@ -179,8 +179,9 @@ def make_extension():
     archs = " ".join(f"sm_{arch}" for arch, _ in cuda_archs()) if cuda else ""
     sources = [
         path.as_posix()
-        for path in sorted(Path("csrc").glob("*.c*"))
-        if (path.suffix == ".cpp" or cuda) and (X86 or path.name not in SIMD_FLAGS)
+        for path in sorted(Path("csrc").iterdir())
+        if path.suffix in ((".cpp", ".cu") if cuda else (".cpp",))
+        and (X86 or path.name not in SIMD_FLAGS)
     ]
     major, minor = map(int, TORCH_TARGET.split("."))
     macros = [

@@ -23,7 +23,7 @@ from fastpo.ops.batch import LossBatch, flat_mask, flat_rows, flat_temperature
 from fastpo.ops.checks import LossInputs
 from fastpo.ops.from_logprobs import loss_of_batch
 from fastpo.ops.kept import Kept, check_kept, kept_logprobs
-from fastpo.ops.logits_autograd import FusedPolicyLoss, LogitsTokenLogprobs
+from fastpo.ops.logits_autograd import FusedPolicyLoss, LogitsTokenLogprobs, primitives
 from fastpo.ops.results import PolicyLoss, TokenLogprobs, TokenStatistics
 from fastpo.ops.tensor_parallel import VocabularyShard, check_tp_group
 from fastpo.rule import Rule, as_objective
@@ -114,7 +114,7 @@ def policy_loss(
     checks.check_token_range(tokens, vocabulary, mask)
     check_kept(kept_tokens, kept_offsets, tokens, mask, vocabulary, inplace=inplace)
     batch = LossBatch.from_inputs(given, leading, logits)
-    through = {"leading": leading, "backend": backends.load(backend)}
+    through = {"leading": leading, "backend": primitives(backend)}
     tokens, temperature = flat_rows(tokens, torch.int64), flat_temperature(temperature, logits)
     kept = Kept.from_inputs(kept_tokens, kept_offsets, batch.mask)
     if kept is not None:
