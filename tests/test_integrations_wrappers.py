@@ -177,6 +177,8 @@ def test_ranks_equal_one_process(target, tmp_path):
 def test_accelerate_casts_as_it_does_without_us():
     """REGRESSIONS 32: under mixed_precision="bf16" the trunk runs in bf16 and the loss is fp32."""
     accelerate = pytest.importorskip("accelerate")
+    # A process has one accelerator state: a trainer of another test may have made it without bf16.
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     pytest.importorskip("transformers")
     ids, request = batch()
     plain = tiny()
@@ -199,6 +201,7 @@ def test_accelerate_casts_as_it_does_without_us():
         causal_lm_policy_loss(model, ids, **request)
     with pytest.raises(ValueError, match="forward has been replaced since attach"):
         detach(model)
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.slow
