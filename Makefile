@@ -41,7 +41,7 @@ test: $(STAMPS)/fastpo ## Run the quick tests (PYTEST_ARGS=...)
 
 test-all: export OMP_NUM_THREADS ?= 1
 test-all: $(STAMPS)/peers $(PEER_WHEELS) $(OTHER_TRITON) ## Run every test that needs no GPU, the slow ones and the peers' included
-	@$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -m "not gpu and not aot" $(PYTEST_ARGS)
 
 lint: $(STAMPS)/lint ## Check the style: ruff for Python, clang-format and cpplint for csrc
 	@$(BIN)/ruff check

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from triton_aot import OTHER_TRITON, ROOT, innermost_loops, run_compiling
 
-TRITONS = [None, pytest.param(OTHER_TRITON, marks=pytest.mark.slow, id="3.6.0")]
+TRITONS = [None, pytest.param(OTHER_TRITON, marks=pytest.mark.aot, id="3.6.0")]
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 ALIGNED = (32000, 128256, 151936, 262144)
 SCALAR_LOADS = 11  # token, weight, advantage, ...: one each per row
@@ -90,7 +90,7 @@ def test_resources_on_hopper(triton, capsys):
     show(kernels, capsys)
 
 
-@pytest.mark.slow
+@pytest.mark.aot
 @pytest.mark.parametrize("triton", TRITONS)
 def test_short_rows_take_fewer_threads_and_spill_nothing(triton):
     kernels = compile_kernels(["sm_90"], ["bf16", "fp32"], [1000, 1024, 8192, 16384], triton)
@@ -100,7 +100,7 @@ def test_short_rows_take_fewer_threads_and_spill_nothing(triton):
     assert threads["bf16", 8192] == 128 and threads["bf16", 16384] == 256
 
 
-@pytest.mark.slow
+@pytest.mark.aot
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("target", "triton", "vocabularies"),

@@ -108,7 +108,7 @@ def test_the_logits_gemm_on_hopper(capsys):
     check(kernels, capsys)
 
 
-@pytest.mark.slow
+@pytest.mark.aot
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("triton", TRITONS)
 @pytest.mark.parametrize("size", [(151936, 4096), (50257, 4100)], ids=["whole", "ragged"])

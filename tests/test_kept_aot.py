@@ -31,7 +31,7 @@ print(json.dumps([
 
 
 @pytest.mark.parametrize(
-    "target", ["sm_90", *(pytest.param(x, marks=pytest.mark.slow) for x in ("sm_80", "gfx942"))]
+    "target", ["sm_90", *(pytest.param(x, marks=pytest.mark.aot) for x in ("sm_80", "gfx942"))]
 )
 def test_no_spills_and_wide_loads_of_the_rows_of_a_head(target):
     kernels = json.loads(run_compiling(CODE, target, triton=None))
