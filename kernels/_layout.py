@@ -4,17 +4,10 @@ A *wave* is one load by every lane: LANES x WIDTH columns. A row is a *body*, wa
 STEP waves at a time, and a *kept* tail of KEPT waves. The tail, read last by the first sweep, stays
 in registers until the second sweep, which runs from the last column to the first: it is read once.
 
-Registers decide how much is kept (figures from ahead-of-time compilation, tests/test_aot.py):
+Registers decide how much is kept, at 128 a thread, which is what 512 threads leave (figures from
+ahead-of-time compilation under two Tritons, tests/test_aot.py):
 
-    logits                  kept per thread     why
-    2 bytes, 16-byte loads  64, two a register  fits a whole row of 32,768; 96 spill on sm_80
-    4 bytes, 16-byte loads  48                  64 spill on sm_100
-    not aligned             24                  one register and one address each; 32 spill on sm_80
-
-512 threads leave 128 registers each, so one row's program fills an SM. What one row touches between
-a first and a second read (fastpo/testing/traffic.py counts it), times 132 SMs, must fit the 50 MB
-of L2 of an H100 for the second read to cost no DRAM traffic: in place in bf16 it is 38 MB at
-V = 151,936 and 66 MB at V = 262,144. Shorter rows take fewer threads, several rows to an SM.
+TABLE
 """
 
 from __future__ import annotations
@@ -57,14 +50,15 @@ class RowLayout(NamedTuple):
 @functools.cache
 def _layout(V: int, itemsize: int, aligned: bool) -> RowLayout:
     packed = aligned and itemsize == 2
-    kept_per_lane = (64 if packed else 48) if aligned else 24
+    most = (96 if packed else 64) if aligned else 24
+    whole = 64 if aligned else 24
     lanes = 128
-    while lanes < MAX_LANES and lanes * kept_per_lane < V:
+    while lanes < MAX_LANES and lanes * whole < V:
         lanes *= 2
-    width = 16 // itemsize if aligned else 8
+    width = 16 // itemsize if aligned else 4
     step = (32 if packed else 16) // width
     layout = RowLayout(LANES=lanes, WIDTH=width, ADJACENT=aligned, STEP=step, KEPT=1)
-    return layout.with_tail(V, kept_per_lane // width)
+    return layout.with_tail(V, most // width)
 
 
 def row_stride(matrix: Tensor) -> int:

@@ -262,10 +262,10 @@ def launches(vocab: int, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     token = torch.zeros(1, dtype=torch.int64)
     x = torch.zeros(1)
     live = torch.ones(1, dtype=torch.bool)
-    dapo = Rule.from_objective(Objective(clip_high=0.28))._asdict()
-    everything = Rule.from_objective(Objective(kl_coef=0.1, kl_ratio_weighted=True))._asdict()
+    dapo = Rule.from_objective(Objective(clip_high=0.28))
+    everything = Rule.from_objective(Objective(kl_coef=0.1, kl_ratio_weighted=True))
     gate = Objective(surrogate="gate", gate="kl", kl_coef=0.1, old_kl_coef=0.1)
-    gated = Rule.from_objective(gate)._asdict()
+    gated = Rule.from_objective(gate)
     in_place = logits
     calls = {
         "row_stats": lambda: row_stats.row_stats(logits, token, 1.0, None, live),
@@ -280,17 +280,17 @@ def launches(vocab: int, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     }
 
     def policy_losses(out: Tensor, suffix: str) -> None:
-        inputs = [x, x, x, *[None] * 5]  # weight, advantages, old log-probs; nothing optional
+        few = (x, x, x, *[None] * 5)  # weight, advantages, old log-probs; nothing optional
         calls[f"row_policy_loss{suffix}"] = lambda: row_policy_loss.row_policy_loss(
-            logits, token, *inputs, 1.0, None, out, **dapo
+            logits, token, few, 1.0, None, out, dapo
         )
         calls[f"row_policy_loss{suffix}, all options"] = lambda: row_policy_loss.row_policy_loss(
-            logits, token, *[x] * 8, 1.0, x, out, **everything
+            logits, token, [x] * 8, 1.0, x, out, everything
         )
 
     policy_losses(in_place, "")
     calls["row_policy_loss, gated"] = lambda: row_policy_loss.row_policy_loss(
-        logits, token, *[x] * 8, 1.0, x, in_place, **gated
+        logits, token, [x] * 8, 1.0, x, in_place, gated
     )
     if dtype == torch.float32:
         policy_losses(logits.view(torch.bfloat16)[:, vocab:], " fp32 -> bf16")
