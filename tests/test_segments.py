@@ -82,7 +82,7 @@ def test_masked_rows_are_not_used(layout, junk):
     assert values.grad.tolist() == [0.5, 0.0, 0.5, 0.0, 0.0, 0.0]
 
 
-def test_maxima_are_of_live_rows():
+def test_maxima_are_of_unmasked_rows():
     values = torch.tensor([3.0, 9.0, 1.0, 7.0, torch.nan, 2.0])
     mask = torch.tensor([True, False, True, False, False, False])
     padded = Segments.padded(2, 3, values.device)
