@@ -14,12 +14,11 @@ import trl_runs
 pytestmark = pytest.mark.peer
 
 
-def attention(
-    query, key, value, cu_q, cu_k, max_q, max_k, *, softmax_scale, causal, window_size
-):
-    """What FlashAttention's varlen function does, a segment of the tree at a time: (N, heads, d)."""
-    parts, spans = [], zip(itertools.pairwise(cu_q.tolist()), itertools.pairwise(cu_k.tolist()))
-    for (q0, q1), (k0, k1) in spans:
+def attention(query, key, value, cu_q, cu_k, max_q, max_k, *, softmax_scale, causal, window_size):
+    """FlashAttention's varlen function on (N, heads, d), a segment of the tree at a time."""
+    parts = []
+    segments = itertools.pairwise(cu_q.tolist()), itertools.pairwise(cu_k.tolist())
+    for (q0, q1), (k0, k1) in zip(*segments, strict=True):
         q, k, v = (x.transpose(0, 1) for x in (query[q0:q1], key[k0:k1], value[k0:k1]))
         k, v = (x.repeat_interleave(len(q) // len(x), 0) for x in (k, v))
         sees = torch.ones(q1 - q0, k1 - k0, dtype=torch.bool).tril(k1 - k0 - (q1 - q0))
@@ -98,8 +97,9 @@ def family(monkeypatch):
     """Stock, fastpo's, and the config; the tree's attention in plain torch."""
     stock = pytest.importorskip("trl.experimental.async_grpo")
     pytest.importorskip("datasets")
-    from trl.experimental.async_grpo import packing
+    from trl.experimental.async_grpo import async_grpo_trainer, packing
 
+    monkeypatch.setattr(async_grpo_trainer, "get_peak_flops_per_device", lambda *_: None)
     kernels = SimpleNamespace(flash_attn_varlen_func=attention)
     monkeypatch.setattr(packing, "_flash_attn", lambda: kernels)
     from fastpo.integrations.trl import AsyncGRPOTrainer

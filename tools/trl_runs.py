@@ -11,7 +11,7 @@ import torch
 STEPS, GENERATIONS = 5, 4
 RTOL = 1e-4  # in fp32, after five steps of either
 ATOL = 1e-5  # of log-ratios: differences of sums of about 20 nats, whose last bit is 2e-6
-TIMES = ("time", "runtime", "per_second")
+TIMES = ("time", "runtime", "per_second", "perf/")
 CHARACTERS = "0123456789abcdefghij"
 PROMPTS = ("12", "3a4b", "5", "678c9", "ab", "0d1")
 

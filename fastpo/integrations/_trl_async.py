@@ -35,10 +35,10 @@ class _PackedScorer:
         with torch.enable_grad():
             self.result = self.model(input_ids=input_ids, **inputs, policy_loss=request)
         scored = self.result.logprobs, self.result.entropy
-        full = [x.new_zeros(input_ids.shape).index_put((0 * positions, positions), x) for x in scored]
-        return SimpleNamespace(
-            log_probs=full[0], entropy=full[1], aux_loss=self.result.aux_loss
-        )
+        full = [
+            x.new_zeros(input_ids.shape).index_put((0 * positions, positions), x) for x in scored
+        ]
+        return SimpleNamespace(log_probs=full[0], entropy=full[1], aux_loss=self.result.aux_loss)
 
 
 class AsyncGRPOTrainer(StockAsyncGRPOTrainer):

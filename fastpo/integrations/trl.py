@@ -6,8 +6,9 @@
     from fastpo.integrations import trl as fastpo_trl
     fastpo_trl.install()  # log-probs alone: DPO, KTO, SFT, ..., and the losses stay TRL's own
 
-These trainers of TRL 1.15 and 1.16 score tokens through one autograd function. After `install()` it is
-`fastpo.linear_token_logprobs`, every field of it, for policy and reference alike.
+These trainers score tokens through one autograd function. After `install()` it is
+`fastpo.linear_token_logprobs`, every field of it, for policy and reference alike. TRL 1.15 has the
+same functions, except for AsyncGRPOTrainer, which packs other rows there and is refused.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import importlib
 import logging
 import types
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -151,5 +153,18 @@ _TRAINERS = {
 
 def __getattr__(name: str) -> Any:
     if name in _TRAINERS:  # subclasses of TRL's: TRL is imported when one is asked for
+        if name == "AsyncGRPOTrainer":
+            _check_packs_trees()
         return getattr(importlib.import_module(f"fastpo.integrations.{_TRAINERS[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _check_packs_trees() -> None:
+    import trl
+
+    packing = Path(trl.__file__).parent / "experimental" / "async_grpo" / "packing.py"
+    if not packing.is_file():
+        raise ImportError(
+            f"trl {trl.__version__} packs no trees of samples, which AsyncGRPOTrainer scores, "
+            "expected trl 1.16: pip install 'trl>=1.16,<1.17'"
+        )
