@@ -345,3 +345,41 @@ def write_token_gradient(
     tl.debug_barrier()  # another thread has stored this column without the term
     inside = (token >= 0) & (token < V)
     tl.store(out_row_ptr + token, gradient.to(out_row_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def write_gradient(
+    tail,
+    row_ptr,
+    out_row_ptr,
+    token,
+    token_logit,
+    V,
+    body,
+    row,
+    inverse_temperature,
+    c,
+    e,
+    HAS_ENTROPY_GRAD: tl.constexpr,
+    SHARED_ROWS: tl.constexpr,
+    LAYOUT: tl.constexpr,
+):
+    """The second sweep: the tail that `load_tail` loaded, the body, and the token's own term."""
+    write_tail_gradient(
+        tail, out_row_ptr, V, body, row, inverse_temperature, c, e, HAS_ENTROPY_GRAD, LAYOUT
+    )
+    write_body_gradient(
+        row_ptr,
+        out_row_ptr,
+        body,
+        row,
+        inverse_temperature,
+        c,
+        e,
+        HAS_ENTROPY_GRAD,
+        SHARED_ROWS,
+        LAYOUT,
+    )
+    write_token_gradient(
+        out_row_ptr, token, token_logit, V, row, inverse_temperature, c, e, HAS_ENTROPY_GRAD
+    )

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 if TYPE_CHECKING:
-    from fastpo.backends.base import Rule
+    from fastpo.backends.base import ObjectiveParams
 
 # The numbers of the surrogates and KL estimators, and the clip bits, as the caller passes them.
 CLIP: tl.constexpr = tl.constexpr(0)
@@ -36,8 +36,8 @@ MAX_LOG_RATIO: tl.constexpr = tl.constexpr(20.0)
 BINARY_KL_EPS: tl.constexpr = tl.constexpr(1e-8)
 
 
-class RuleKind(NamedTuple):
-    """What a kernel is compiled for: these fields of `fastpo.backends.base.Rule`."""
+class ParamKinds(NamedTuple):
+    """What a kernel is compiled for: these fields of `fastpo.backends.base.ObjectiveParams`."""
 
     surrogate: int
     kl: int
@@ -47,7 +47,7 @@ class RuleKind(NamedTuple):
     two_sided: bool
 
 
-class RuleNumbers(NamedTuple):
+class ParamNumbers(NamedTuple):
     """What one binary takes any values of: its other fields."""
 
     ratio_low: float
@@ -66,11 +66,11 @@ class RuleNumbers(NamedTuple):
 
 
 @functools.cache
-def split_rule(rule: Rule) -> tuple[RuleKind, RuleNumbers]:
-    """A rule as kernels take it."""
-    kind = RuleKind(*(getattr(rule, field) for field in RuleKind._fields))
+def split_params(params: ObjectiveParams) -> tuple[ParamKinds, ParamNumbers]:
+    """An objective as kernels take it."""
+    kind = ParamKinds(*(getattr(params, field) for field in ParamKinds._fields))
     # As floats: an int of 1 would be compiled in.
-    return kind, RuleNumbers(*(float(getattr(rule, field)) for field in RuleNumbers._fields))
+    return kind, ParamNumbers(*(float(getattr(params, field)) for field in ParamNumbers._fields))
 
 
 @triton.jit
@@ -151,16 +151,16 @@ def _gate(
     advantage,
     low,
     high,
-    rule,
+    params,
     KIND: tl.constexpr,
 ):
     """The gate family: -sg(w) A logp, w = clip(r^k) inside the gate, keep times a bound outside."""
     positive = advantage > 0
     negative = advantage < 0
-    most = tl.where(positive, _min(rule.ratio_max_pos, rule.ratio_max), rule.ratio_max)
+    most = tl.where(positive, _min(params.ratio_max_pos, params.ratio_max), params.ratio_max)
     clamped = _max(_min(logprob - old_logprob, MAX_LOG_RATIO), -MAX_LOG_RATIO)
-    powered = tl.exp(tl.where(positive, rule.power_pos, rule.power_neg) * clamped)
-    weight = _min(_max(powered, rule.ratio_min), most)
+    powered = tl.exp(tl.where(positive, params.power_pos, params.power_neg) * clamped)
+    weight = _min(_max(powered, params.ratio_min), most)
     clipped = tl.where(powered > most, CLIPPED_MAX, 0)
     if KIND.gate != 0:
         divergence = _divergence(logprob, old_logprob, ratio, KIND.gate)
@@ -169,8 +169,8 @@ def _gate(
         if not KIND.two_sided:
             below &= negative
             above &= positive
-        weight = tl.where(above, rule.keep_high * high, weight)
-        weight = tl.where(below, rule.keep_low * low, weight)
+        weight = tl.where(above, params.keep_high * high, weight)
+        weight = tl.where(below, params.keep_low * low, weight)
         clipped = tl.where(below, CLIPPED_LOW, tl.where(above, CLIPPED_HIGH, clipped))
     slope = -weight * advantage
     return slope * logprob, slope, clipped
@@ -212,19 +212,19 @@ def surrogate_loss(
     advantage,
     low,
     high,
-    rule,
+    params,
     KIND: tl.constexpr,
 ):
     """(loss, slope, clip bits) of the surrogate, before weight and KL."""
     if KIND.surrogate == CLIP:
-        return _clip(ratio, slope, advantage, low, high, rule.ratio_max)
+        return _clip(ratio, slope, advantage, low, high, params.ratio_max)
     elif KIND.surrogate == CISPO:
         return _cispo(logprob, ratio, advantage, low, high)
     elif KIND.surrogate == SAPO:
-        loss, slope = _sapo(ratio, slope, advantage, rule.tau_pos, rule.tau_neg)
+        loss, slope = _sapo(ratio, slope, advantage, params.tau_pos, params.tau_neg)
         return loss, slope, tl.full((), 0, tl.int32)
     elif KIND.surrogate == GATE:
-        return _gate(logprob, old_logprob, ratio, advantage, low, high, rule, KIND)
+        return _gate(logprob, old_logprob, ratio, advantage, low, high, params, KIND)
     else:
         return -advantage * logprob, -advantage, tl.full((), 0, tl.int32)
 
@@ -238,30 +238,30 @@ def token_loss(
     low,
     high,
     nll_weight,
-    rule,
+    params,
     KIND: tl.constexpr,
     HAS_NLL: tl.constexpr,
 ):
     """(loss, slope, clip bits) of one token before its weight.
 
     Surrogate + kl_coef * kl [* r] + old_kl_coef * kl(logp, old) - nll_weight * logp. `low` and
-    `high` are the row's own bounds or the rule's; `rule` and KIND are of `split_rule`.
+    `high` are the row's own bounds or the objective's; `params` and KIND are of `split_params`.
     """
     ratio, ratio_slope = importance_ratio(logprob, old_logprob)
     loss, slope, clipped = surrogate_loss(
-        logprob, old_logprob, ratio, ratio_slope, advantage, low, high, rule, KIND
+        logprob, old_logprob, ratio, ratio_slope, advantage, low, high, params, KIND
     )
     if KIND.kl != 0:
         kl, kl_slope = kl_penalty(logprob - ref_logprob, KIND.kl)
         if KIND.kl_ratio_weighted:
             kl_slope = kl_slope * ratio + kl * ratio_slope
             kl = kl * ratio
-        loss += rule.kl_coef * kl
-        slope += rule.kl_coef * kl_slope
+        loss += params.kl_coef * kl
+        slope += params.kl_coef * kl_slope
     if KIND.old_kl != 0:
         kl, kl_slope = kl_penalty(logprob - old_logprob, KIND.old_kl)
-        loss += rule.old_kl_coef * kl
-        slope += rule.old_kl_coef * kl_slope
+        loss += params.old_kl_coef * kl
+        slope += params.old_kl_coef * kl_slope
     if HAS_NLL:
         loss -= nll_weight * logprob
         slope -= nll_weight

@@ -1,6 +1,6 @@
 """All that lies between the GEMMs of a token-level objective, one launch over n numbers.
 
-Statistics of the rows, the loss and its slope c by the rule of _token_loss.py, and what `diag(f) E`
+Statistics of the rows, the loss and its slope c as in _token_loss.py, and what `diag(f) E`
 needs to be the gradient of the logits: E_y and f. With an entropy gradient c goes out instead, to
 exp_entropy_grad.py.
 """
@@ -15,11 +15,11 @@ from torch import Tensor
 
 from ._exp_rows import load_rows, statistics, store_gradient
 from ._exp_tiles import on_device
-from ._token_loss import split_rule, token_loss
+from ._token_loss import split_params, token_loss
 from .exp_row_stats import NUMBERS, ROWS
 
 if TYPE_CHECKING:
-    from fastpo.backends.base import Rule
+    from fastpo.backends.base import ObjectiveParams
 
 _INPUTS = ["weight_ptr", "advantages_ptr", "old_logprobs_ptr", "ref_logprobs_ptr"]
 _OUTPUTS = ["loss_ptr", "logprobs_ptr", "entropy_ptr", "clipped_ptr", "logprob_grad_ptr"]
@@ -65,7 +65,7 @@ def _exp_row_policy_loss_kernel(
     V,
     e_stride,
     gain,
-    rule,
+    params,
     KIND: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     ROWS: tl.constexpr,
@@ -81,23 +81,23 @@ def _exp_row_policy_loss_kernel(
         _load(old_logprobs_ptr, row, present, logprob),
         tl.load(advantages_ptr + row, mask=present, other=0.0),
         _load(ref_logprobs_ptr, row, present, zero),
-        _load(clip_low_ptr, row, present, zero + rule.ratio_low),
-        _load(clip_high_ptr, row, present, zero + rule.ratio_high),
+        _load(clip_low_ptr, row, present, zero + params.ratio_low),
+        _load(clip_high_ptr, row, present, zero + params.ratio_high),
         _load(nll_weight_ptr, row, present, zero),
-        rule,
+        params,
         KIND,
         nll_weight_ptr is not None,
     )
-    # A dead row's advantages, old and reference log-probs may be NaN; 0 * NaN is NaN.
-    dead = (weight == 0) & (entropy_weight == 0)
+    # A masked row's advantages, old and reference log-probs may be NaN; 0 * NaN is NaN.
+    masked = (weight == 0) & (entropy_weight == 0)
     loss = weight * loss
     if entropy_weight_ptr is not None:  # 0 * NaN is NaN
         loss -= entropy_weight * entropy
-    c = tl.where(dead, 0.0, weight * slope)
-    tl.store(loss_ptr + row, tl.where(dead, 0.0, loss), mask=present)
-    tl.store(logprobs_ptr + row, tl.where(dead, 0.0, logprob), mask=present)
-    tl.store(entropy_ptr + row, tl.where(dead, 0.0, entropy), mask=present)
-    tl.store(clipped_ptr + row, tl.where(dead, 0, clipped).to(tl.uint8), mask=present)
+    c = tl.where(masked, 0.0, weight * slope)
+    tl.store(loss_ptr + row, tl.where(masked, 0.0, loss), mask=present)
+    tl.store(logprobs_ptr + row, tl.where(masked, 0.0, logprob), mask=present)
+    tl.store(entropy_ptr + row, tl.where(masked, 0.0, entropy), mask=present)
+    tl.store(clipped_ptr + row, tl.where(masked, 0, clipped).to(tl.uint8), mask=present)
     tl.store(logprob_grad_ptr + row, c, mask=present)
     if e_ptr is not None:
         store_gradient(
@@ -116,7 +116,7 @@ def exp_row_policy_loss(
     outputs: tuple[Tensor, ...],
     logprob_grad: Tensor,
     factors: Tensor,
-    rule: Rule,
+    params: ObjectiveParams,
     *,
     V: int,
     gain: float = 1.0,
@@ -124,14 +124,14 @@ def exp_row_policy_loss(
 ) -> None:
     """Fill `outputs`, loss, logprobs, entropy (n,) fp32 and clip bits uint8; c and f, (n,) fp32.
 
-    `inputs` are `fastpo.backends.base.RowInputs` and `rule` is its `Rule`. With `e`
+    `inputs` are `fastpo.backends.base.RowInputs` and `params` is its `ObjectiveParams`. With `e`
     (n, V), column tokens[i] is fixed as in `exp_row_grad`, and factors filled. Rows whose weight
     and entropy weight are 0 get zeros.
     """
     n = targets.shape[0]
     if n == 0:
         return
-    kind, numbers = split_rule(rule)
+    kind, numbers = split_params(params)
     with on_device(targets):
         _exp_row_policy_loss_kernel[(triton.cdiv(n, ROWS),)](
             e,

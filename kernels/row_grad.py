@@ -17,9 +17,7 @@ from ._rows import (
     load_tail,
     load_token_logit,
     row_offset,
-    write_body_gradient,
-    write_tail_gradient,
-    write_token_gradient,
+    write_gradient,
 )
 
 _PER_ROW = ["tokens_ptr", "row_max_ptr", "log_sum_ptr", "entropy_ptr", "temperatures_ptr"]
@@ -63,21 +61,13 @@ def _row_grad_kernel(
         stats = (tl.load(row_max_ptr + row), log_sum, log_sum - tl.load(entropy_ptr + row))
         tail = load_tail(row_ptr, body, V, LAYOUT)
         tl.debug_barrier()  # all threads have read the token's logit, and shared rows this block
-        write_tail_gradient(
+        write_gradient(
             tail,
-            out_row_ptr,
-            V,
-            body,
-            stats,
-            inverse_temperature,
-            c,
-            e,
-            HAS_ENTROPY_GRAD,
-            LAYOUT,
-        )
-        write_body_gradient(
             row_ptr,
             out_row_ptr,
+            token,
+            token_logit,
+            V,
             body,
             stats,
             inverse_temperature,
@@ -86,17 +76,6 @@ def _row_grad_kernel(
             HAS_ENTROPY_GRAD,
             SHARED_ROWS,
             LAYOUT,
-        )
-        write_token_gradient(
-            out_row_ptr,
-            token,
-            token_logit,
-            V,
-            stats,
-            inverse_temperature,
-            c,
-            e,
-            HAS_ENTROPY_GRAD,
         )
 
 

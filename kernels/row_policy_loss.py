@@ -24,14 +24,12 @@ from ._rows import (
     row_offset,
     sweep_row,
     token_logprob,
-    write_body_gradient,
-    write_tail_gradient,
-    write_token_gradient,
+    write_gradient,
 )
-from ._token_loss import split_rule, token_loss
+from ._token_loss import split_params, token_loss
 
 if TYPE_CHECKING:
-    from fastpo.backends.base import Rule
+    from fastpo.backends.base import ObjectiveParams
 
 _PER_ROW = ["tokens_ptr", "weight_ptr", "advantages_ptr", "old_logprobs_ptr", "ref_logprobs_ptr"]
 _OPTIONAL = ["entropy_weight_ptr", "clip_low_ptr", "clip_high_ptr", "nll_weight_ptr"]
@@ -62,7 +60,7 @@ def _row_policy_loss_kernel(
     V,
     body,
     temperature,
-    rule,
+    params,
     KIND: tl.constexpr,
     SHARED_ROWS: tl.constexpr,
     LAYOUT: tl.constexpr,
@@ -88,8 +86,8 @@ def _row_policy_loss_kernel(
         advantage = tl.load(advantages_ptr + row)
         old_logprob = 0.0 if old_logprobs_ptr is None else tl.load(old_logprobs_ptr + row)
         ref_logprob = 0.0 if ref_logprobs_ptr is None else tl.load(ref_logprobs_ptr + row)
-        low = rule.ratio_low if clip_low_ptr is None else tl.load(clip_low_ptr + row)
-        high = rule.ratio_high if clip_high_ptr is None else tl.load(clip_high_ptr + row)
+        low = params.ratio_low if clip_low_ptr is None else tl.load(clip_low_ptr + row)
+        high = params.ratio_high if clip_high_ptr is None else tl.load(clip_high_ptr + row)
         nll_weight = 0.0 if nll_weight_ptr is None else tl.load(nll_weight_ptr + row)
         row_max, log_sum, entropy, kept = sweep_row(row_ptr, V, body, inverse_temperature, LAYOUT)
         logprob = token_logprob(token_logit, inverse_temperature, row_max, log_sum)
@@ -101,7 +99,7 @@ def _row_policy_loss_kernel(
             low,
             high,
             nll_weight,
-            rule,
+            params,
             KIND,
             nll_weight_ptr is not None,
         )
@@ -121,21 +119,13 @@ def _row_policy_loss_kernel(
             if (c == 0) & (e == 0):
                 fill_row_with_zero(out_row_ptr, V, LAYOUT)
             else:
-                write_tail_gradient(
+                write_gradient(
                     kept,
-                    out_row_ptr,
-                    V,
-                    body,
-                    stats,
-                    inverse_temperature,
-                    c,
-                    e,
-                    HAS_ENTROPY_GRAD,
-                    LAYOUT,
-                )
-                write_body_gradient(
                     row_ptr,
                     out_row_ptr,
+                    token,
+                    token_logit,
+                    V,
                     body,
                     stats,
                     inverse_temperature,
@@ -144,17 +134,6 @@ def _row_policy_loss_kernel(
                     HAS_ENTROPY_GRAD,
                     SHARED_ROWS,
                     LAYOUT,
-                )
-                write_token_gradient(
-                    out_row_ptr,
-                    token,
-                    token_logit,
-                    V,
-                    stats,
-                    inverse_temperature,
-                    c,
-                    e,
-                    HAS_ENTROPY_GRAD,
                 )
 
 
@@ -165,7 +144,7 @@ def row_policy_loss(
     temperature: float,
     temperatures: Tensor | None,
     out: Tensor | None,
-    rule: Rule,
+    params: ObjectiveParams,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, logprobs, entropy) fp32 and clip bits uint8, each (N,); the gradient goes to `out`.
 
@@ -178,7 +157,7 @@ def row_policy_loss(
     loss, logprobs, entropy = (torch.empty(N, dtype=torch.float32, device=device) for _ in range(3))
     clipped = torch.empty(N, dtype=torch.uint8, device=device)
     layout, V = row_layout(logits), logits.shape[1]
-    kind, numbers = split_rule(rule)
+    kind, numbers = split_params(params)
     launch_rows(
         _row_policy_loss_kernel,
         logits,

@@ -140,19 +140,19 @@ def test_loops_of_a_listing():
 RECOMPILATION = """
 import json, torch
 from fastpo.kernels import row_grad, row_policy_loss, row_stats, scale
-from fastpo.backends.base import Rule
-from fastpo.kernels._token_loss import RuleNumbers
+from fastpo.backends.base import ObjectiveParams
+from fastpo.kernels._token_loss import ParamNumbers
 from fastpo.objective import Objective
 from triton_aot import recording_keys
 
 def launch_all(rows, vocab, dtype, temperature, number):
     logits = torch.empty(rows + 1, vocab, dtype=dtype)[1:]
     x, y = torch.zeros(rows + 3)[3:], torch.zeros(rows + 1, dtype=torch.int64)[1:]
-    rule = Rule.from_objective(Objective(kl_coef=0.1, old_kl_coef=0.1))
-    rule = rule._replace(**dict.fromkeys(RuleNumbers._fields, 1 + number))
+    params = ObjectiveParams.from_objective(Objective(kl_coef=0.1, old_kl_coef=0.1))
+    params = params._replace(**dict.fromkeys(ParamNumbers._fields, 1 + number))
     row_stats.row_stats(logits, y, temperature, None, None)
     row_grad.row_grad(logits, y, x, x, x, x, x, temperature, None, logits)
-    row_policy_loss.row_policy_loss(logits, y, [x] * 8, temperature, None, logits, rule)
+    row_policy_loss.row_policy_loss(logits, y, [x] * 8, temperature, None, logits, params)
     scale.scale_(logits, x[0])
 
 def keys(lengths, vocabularies, dtypes, temperatures):
