@@ -151,16 +151,18 @@ def _gate(
     advantage,
     low,
     high,
-    params,
+    objective,
     KIND: tl.constexpr,
 ):
     """The gate family: -sg(w) A logp, w = clip(r^k) inside the gate, keep times a bound outside."""
     positive = advantage > 0
     negative = advantage < 0
-    most = tl.where(positive, _min(params.ratio_max_pos, params.ratio_max), params.ratio_max)
+    most = tl.where(
+        positive, _min(objective.ratio_max_pos, objective.ratio_max), objective.ratio_max
+    )
     clamped = _max(_min(logprob - old_logprob, MAX_LOG_RATIO), -MAX_LOG_RATIO)
-    powered = tl.exp(tl.where(positive, params.power_pos, params.power_neg) * clamped)
-    weight = _min(_max(powered, params.ratio_min), most)
+    powered = tl.exp(tl.where(positive, objective.power_pos, objective.power_neg) * clamped)
+    weight = _min(_max(powered, objective.ratio_min), most)
     clipped = tl.where(powered > most, CLIPPED_MAX, 0)
     if KIND.gate != 0:
         divergence = _divergence(logprob, old_logprob, ratio, KIND.gate)
@@ -169,8 +171,8 @@ def _gate(
         if not KIND.two_sided:
             below &= negative
             above &= positive
-        weight = tl.where(above, params.keep_high * high, weight)
-        weight = tl.where(below, params.keep_low * low, weight)
+        weight = tl.where(above, objective.keep_high * high, weight)
+        weight = tl.where(below, objective.keep_low * low, weight)
         clipped = tl.where(below, CLIPPED_LOW, tl.where(above, CLIPPED_HIGH, clipped))
     slope = -weight * advantage
     return slope * logprob, slope, clipped
@@ -212,19 +214,19 @@ def surrogate_loss(
     advantage,
     low,
     high,
-    params,
+    objective,
     KIND: tl.constexpr,
 ):
     """(loss, slope, clip bits) of the surrogate, before weight and KL."""
     if KIND.surrogate == CLIP:
-        return _clip(ratio, slope, advantage, low, high, params.ratio_max)
+        return _clip(ratio, slope, advantage, low, high, objective.ratio_max)
     elif KIND.surrogate == CISPO:
         return _cispo(logprob, ratio, advantage, low, high)
     elif KIND.surrogate == SAPO:
-        loss, slope = _sapo(ratio, slope, advantage, params.tau_pos, params.tau_neg)
+        loss, slope = _sapo(ratio, slope, advantage, objective.tau_pos, objective.tau_neg)
         return loss, slope, tl.full((), 0, tl.int32)
     elif KIND.surrogate == GATE:
-        return _gate(logprob, old_logprob, ratio, advantage, low, high, params, KIND)
+        return _gate(logprob, old_logprob, ratio, advantage, low, high, objective, KIND)
     else:
         return -advantage * logprob, -advantage, tl.full((), 0, tl.int32)
 
@@ -238,30 +240,30 @@ def token_loss(
     low,
     high,
     nll_weight,
-    params,
+    objective,
     KIND: tl.constexpr,
     HAS_NLL: tl.constexpr,
 ):
     """(loss, slope, clip bits) of one token before its weight.
 
     Surrogate + kl_coef * kl [* r] + old_kl_coef * kl(logp, old) - nll_weight * logp. `low` and
-    `high` are the row's own bounds or the objective's; `params` and KIND are of `split_params`.
+    `high` are the row's own bounds or the objective's; `objective` and KIND are of `split_params`.
     """
     ratio, ratio_slope = importance_ratio(logprob, old_logprob)
     loss, slope, clipped = surrogate_loss(
-        logprob, old_logprob, ratio, ratio_slope, advantage, low, high, params, KIND
+        logprob, old_logprob, ratio, ratio_slope, advantage, low, high, objective, KIND
     )
     if KIND.kl != 0:
         kl, kl_slope = kl_penalty(logprob - ref_logprob, KIND.kl)
         if KIND.kl_ratio_weighted:
             kl_slope = kl_slope * ratio + kl * ratio_slope
             kl = kl * ratio
-        loss += params.kl_coef * kl
-        slope += params.kl_coef * kl_slope
+        loss += objective.kl_coef * kl
+        slope += objective.kl_coef * kl_slope
     if KIND.old_kl != 0:
         kl, kl_slope = kl_penalty(logprob - old_logprob, KIND.old_kl)
-        loss += params.old_kl_coef * kl
-        slope += params.old_kl_coef * kl_slope
+        loss += objective.old_kl_coef * kl
+        slope += objective.old_kl_coef * kl_slope
     if HAS_NLL:
         loss -= nll_weight * logprob
         slope -= nll_weight

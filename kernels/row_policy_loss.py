@@ -60,7 +60,7 @@ def _row_policy_loss_kernel(
     V,
     body,
     temperature,
-    params,
+    objective,  # not `params`: a name that Triton's own launcher uses
     KIND: tl.constexpr,
     SHARED_ROWS: tl.constexpr,
     LAYOUT: tl.constexpr,
@@ -86,8 +86,8 @@ def _row_policy_loss_kernel(
         advantage = tl.load(advantages_ptr + row)
         old_logprob = 0.0 if old_logprobs_ptr is None else tl.load(old_logprobs_ptr + row)
         ref_logprob = 0.0 if ref_logprobs_ptr is None else tl.load(ref_logprobs_ptr + row)
-        low = params.ratio_low if clip_low_ptr is None else tl.load(clip_low_ptr + row)
-        high = params.ratio_high if clip_high_ptr is None else tl.load(clip_high_ptr + row)
+        low = objective.ratio_low if clip_low_ptr is None else tl.load(clip_low_ptr + row)
+        high = objective.ratio_high if clip_high_ptr is None else tl.load(clip_high_ptr + row)
         nll_weight = 0.0 if nll_weight_ptr is None else tl.load(nll_weight_ptr + row)
         row_max, log_sum, entropy, kept = sweep_row(row_ptr, V, body, inverse_temperature, LAYOUT)
         logprob = token_logprob(token_logit, inverse_temperature, row_max, log_sum)
@@ -99,7 +99,7 @@ def _row_policy_loss_kernel(
             low,
             high,
             nll_weight,
-            params,
+            objective,
             KIND,
             nll_weight_ptr is not None,
         )

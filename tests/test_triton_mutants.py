@@ -40,11 +40,11 @@ def _no_policy_gradient(
     advantage,
     low,
     high,
-    params,
+    objective,
     KIND: tl.constexpr,
 ):
     loss, slope, clipped = surrogate_loss(
-        logprob, old_logprob, ratio, slope, advantage, low, high, params, KIND
+        logprob, old_logprob, ratio, slope, advantage, low, high, objective, KIND
     )
     return loss, slope * 0.0, clipped
 
