@@ -4,10 +4,23 @@ A *wave* is one load by every lane: LANES x WIDTH columns. A row is a *body*, wa
 STEP waves at a time, and a *kept* tail of KEPT waves. The tail, read last by the first sweep, stays
 in registers until the second sweep, which runs from the last column to the first: it is read once.
 
-Registers decide how much is kept, at 128 a thread, which is what 512 threads leave (figures from
-ahead-of-time compilation under two Tritons, tests/test_aot.py):
+Registers decide how much is kept: 512 threads leave 128 each, so one row's program fills an SM
+(figures from ahead-of-time compilation for five targets under two Tritons, `make aot-all`):
 
-TABLE
+    logits                  kept per thread     why
+    2 bytes, 16-byte loads  96, two a register  128 registers with every option; whole rows of 49,152
+    4 bytes, 16-byte loads  64                  128 registers; whole rows of 32,768
+    not aligned             24                  one register and one address each; 64 registers
+
+The first sweep adds a tail up in pieces of 16 columns a thread. In pieces of 32, as the body's
+blocks are, the exponentials beside the tail made these layouts spill 8 to 16 bytes: 48 of 4 bytes,
+8 waves (V = 16,384, sm_80 and sm_90); 64 of 2 bytes with a gate and every option (V = 32,000,
+sm_100); 24 not aligned, likewise (sm_90). Shorter rows take fewer threads, several rows to an SM;
+they may use 255 registers, so 64 columns of either width are kept.
+
+What one row touches between a first and a second read (fastpo/testing/traffic.py counts it), times
+132 SMs, must fit the 50 MB of L2 of an H100 for the second read to cost no DRAM traffic: in place
+in bf16 it is 39 MB at V = 151,936 and 68 MB at V = 262,144.
 """
 
 from __future__ import annotations
