@@ -281,14 +281,15 @@ def inspect_heads(
     """The same for kernels on a bf16 head (vocab, width); a launch may be of several kernels."""
     found = []
     for target, vocab in itertools.product(targets, vocabularies):
-        for label, launch in _chosen(launches(vocab, width), only).items():
-            with compiling_for(target) as compiled:
+        context = {"target": target, "dtype": "bf16", "vocab": vocab}
+        with compiling_for(target) as compiled:  # tiles depend on it
+            for label, launch in _chosen(launches(vocab, width), only).items():
+                compiled.clear()
                 launch()
-            context = {"target": target, "dtype": "bf16", "vocab": vocab}
-            for kernel in compiled:
-                own = kernel.metadata.name.strip("_").removesuffix("_kernel")
-                name = label if len(compiled) == 1 else own
-                found.append(read_resources(kernel, label=name, **context))
+                for kernel in compiled:
+                    own = kernel.metadata.name.strip("_").removesuffix("_kernel")
+                    name = label if len(compiled) == 1 else own
+                    found.append(read_resources(kernel, label=name, **context))
     return found
 
 
