@@ -315,7 +315,7 @@ def page(resources: list[Resources]) -> str:
 Compiled ahead of time, without a GPU, through the launchers themselves. Sweeps are instructions per
 logit in the kernel's loops: the first reads, the second reads and writes. The kept tail of a row is
 straight code and not in them. `row_*` and `scale` take logits; `kept_*` rows with the ids that they
-kept, of a head of width 4096; `exp_*` and `wild_rows` are those of the backend `triton-exp`.
+kept, of a bf16 head of width 4096.
 
 {table(resources)}
 
