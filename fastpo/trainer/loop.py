@@ -213,7 +213,7 @@ class Trainer:
 
     def run(self) -> None:
         """Warm up if asked to, evaluate, then train to the last step."""
-        self._say(self._headline())
+        self._say(console.headline(self.config, self.policy.model, self.device, self.dir))
         if self.learner is None:
             self._warm_up()
             self._make_learner()
@@ -235,15 +235,6 @@ class Trainer:
 
     def _say(self, text: str) -> None:
         self.out.print(text, markup=False, soft_wrap=True)
-
-    def _headline(self) -> str:
-        rollout, model = self.config.rollout, self.policy.model
-        size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-        return (
-            f"{type(model).__name__}, {size:.2f} M parameters, on {self.device}: "
-            f"{self.config.algorithm.preset}, {self.config.steps} steps of {rollout.prompts} x "
-            f"{rollout.group_size} completions. Everything goes to {self.dir}"
-        )
 
     def _advance(self) -> None:
         """One step and the evaluation that may be due; whatever fails, steps done are kept."""
