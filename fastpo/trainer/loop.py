@@ -10,20 +10,12 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from fastpo.trainer import distributed, selfcheck
+from fastpo.trainer import distributed, experience, selfcheck
 from fastpo.trainer.algorithm import resolve
 from fastpo.trainer.config import Config
 from fastpo.trainer.critic import Critic
 from fastpo.trainer.evaluation import evaluate_held_out
-from fastpo.trainer.experience import (
-    Batch,
-    Sample,
-    assign_advantages,
-    collect,
-    from_plain,
-    mute_truncated,
-    to_plain,
-)
+from fastpo.trainer.experience import Batch, Sample, assign_advantages, collect, mute_truncated
 from fastpo.trainer.metrics import rollout_metrics, speed_metrics, update_metrics
 from fastpo.trainer.policy import (
     Policy,
@@ -298,7 +290,7 @@ class Trainer:
             "learner": self.learner.state_dict(),
             "critic": self.critic and self.critic.state_dict(),
             "problems": self.problems.state(),
-            "surplus": to_plain(self.surplus),
+            "surplus": experience.to_plain(self.surplus),
             "generator": self.generator.get_state(),
             "order": self.order.get_state(),
         }
@@ -322,7 +314,7 @@ class Trainer:
             if self.critic and state["critic"]:
                 self.critic.load_state_dict(state["critic"])
             self.problems.load_state(state["problems"])
-            self.surplus = from_plain(state["surplus"])
+            self.surplus = experience.from_plain(state["surplus"])
             self.generator.set_state(state["generator"])
             self.order.set_state(state["order"])
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
