@@ -35,11 +35,12 @@ RECIPE = HERE.parent / "recipes" / "ablation.toml"
 RUNS = Path("runs/ablation")
 TABLE = HERE / "results" / "ablation.md"
 PICTURE = HERE.parent / "docs" / "ablation.png"
+CACHE = 5  # tokens of soft punishment, about a fifth of the longest answer
 RUNGS = {  # each with all those above it
     "GRPO": [],
     "+ overlong filtering": ["algorithm.overlong_filter=true"],
     "+ clip-higher": ["algorithm.objective.clip_high=0.28"],
-    "+ soft overlong punishment": ["algorithm.overlong_cache=5"],
+    "+ soft overlong punishment": [f"algorithm.overlong_cache={CACHE}"],
     "+ token-level loss": ["algorithm.objective.aggregation=token_mean"],
     "+ dynamic sampling = DAPO": ["algorithm.dynamic_sampling=true"],
 }
@@ -68,14 +69,18 @@ def run_dir(rung: int, seed: int) -> Path:
     return RUNS / f"rung{rung}-seed{seed}"
 
 
+def techniques(rung: int) -> list[str]:
+    """The settings of a rung."""
+    return [option for options in list(RUNGS.values())[: rung + 1] for option in options]
+
+
 def train_rung(rung: int, seed: int) -> None:
     """One run, if it is not complete."""
-    techniques = [option for options in list(RUNGS.values())[: rung + 1] for option in options]
     config = recipe.load(
         RECIPE,
         [
             *(f"seed={seed}", f"run_dir={run_dir(rung, seed)}", f"model.path={warmed_up(seed)}"),
-            *("warmup.max_steps=0", *techniques),
+            *("warmup.max_steps=0", *techniques(rung)),
         ],
     )
     if not report.completed(run_dir(rung, seed), config.steps):
