@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import gae_emulation
+import advantage_emulation
 import pytest
 import torch
 
@@ -18,9 +18,9 @@ B, T = len(LENGTHS), 9
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory):
     """The CUDA kernel, its threads being loops."""
-    if gae_emulation.COMPILER is None:
+    if advantage_emulation.COMPILER is None:
         pytest.skip("no C++ compiler")
-    return gae_emulation.EmulatedGae(tmp_path_factory.mktemp("gae"))
+    return advantage_emulation.EmulatedAdvantages(tmp_path_factory.mktemp("gae"))
 
 
 @pytest.fixture(params=["compiled", "emulated", "specified"], autouse=True)
@@ -32,7 +32,7 @@ def implementation(request, monkeypatch):
         pytest.skip(reason)
     elif request.param == "emulated":
         emulated = request.getfixturevalue("emulated")
-        monkeypatch.setattr(torch.ops.fastpo, "gae", emulated)
+        monkeypatch.setattr(torch.ops.fastpo, "gae", emulated.gae)
     return request.param
 
 
