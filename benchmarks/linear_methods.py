@@ -25,7 +25,7 @@ Result = tuple[Tensor, Tensor, Tensor]
 
 @dataclass
 class Problem:
-    """A batch of B sequences of T tokens, all live, off-policy. D wide, V columns."""
+    """A batch of B sequences of T tokens, all mask, off-policy. D wide, V columns."""
 
     hidden: Tensor  # [B, T, D], requires grad
     weight: Tensor  # (V, D), requires grad
@@ -135,12 +135,19 @@ def _compiled_logprobs() -> Callable:
     return _cache.setdefault("logprobs", torch.compile(_eager_logprobs))
 
 
-def torch_linear_cross_entropy(problem: Problem) -> Result:
-    """torch.nn.functional.linear_cross_entropy, where this torch has it."""
+def torch_linear_cross_entropy(problem: Problem, options: object | None = None) -> Result:
+    """torch.nn.functional.linear_cross_entropy as it comes, where this torch has it."""
+    more = {} if options is None else {"options": options}
+    tokens = problem.tokens.flatten()
     losses = F.linear_cross_entropy(
-        problem.flat_hidden, problem.weight, problem.tokens.flatten(), reduction="none"
+        problem.flat_hidden, problem.weight, tokens, reduction="none", **more
     )
     return problem.finish_logprobs(-losses)
+
+
+def torch_chunked_cross_entropy(problem: Problem) -> Result:
+    """The same in chunks, torch's own choice of them (torch 2.13 and newer)."""
+    return torch_linear_cross_entropy(problem, torch.nn.LinearCrossEntropyOptions())
 
 
 def trl(problem: Problem) -> Result:
@@ -189,6 +196,7 @@ METHODS: dict[str, Callable[[Problem], Result]] = {
     "eager": eager,
     "torch.compile": compiled,
     "torch linear_cross_entropy": torch_linear_cross_entropy,
+    "torch linear_cross_entropy, chunked": torch_chunked_cross_entropy,
     "TRL": trl,
     "Liger": liger,
     "cut-cross-entropy": cut_cross_entropy,
@@ -200,6 +208,8 @@ def unavailable(name: str, device: torch.device | str) -> str | None:
     packages = {"TRL": "trl", "Liger": "liger_kernel", "cut-cross-entropy": "cut_cross_entropy"}
     if name == "torch linear_cross_entropy" and not hasattr(F, "linear_cross_entropy"):
         return f"torch {torch.__version__} has none"
+    if name.endswith("chunked") and not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        return f"torch {torch.__version__} has no LinearCrossEntropyOptions"
     if name == "fastpo, exponentials":
         on_gpu = torch.device(device).type == "cuda"
         reason = backends.unavailable("triton-exp", device) if on_gpu else None

@@ -167,7 +167,7 @@ class RuleLoss:
     def from_batch(cls, batch: LossBatch) -> RuleLoss:
         """Weights per sequence become weights per token: a chunk knows no sequences."""
         if batch.sequence_weights is not None:
-            weights = batch.segments.spread(batch.sequence_weights)
+            weights = batch.segments.broadcast(batch.sequence_weights)
             batch = replace(batch, sequence_weights=None, importance_weights=weights)
         return cls(batch=batch)
 
@@ -194,7 +194,7 @@ class RuleLoss:
             call.tokens[chunk.rows],
             temperature,
             chunk.grad,
-            live=call.row_mask(chunk.rows),
+            mask=call.row_mask(chunk.rows),
             loss_of=checked_loss_of,
         )
 
