@@ -8,8 +8,10 @@ Registers decide how much is kept: 512 threads leave 128 each, so one row's prog
 (figures from ahead-of-time compilation for five targets under two Tritons, `make aot-all`):
 
     logits                  kept per thread     why
-    2 bytes, 16-byte loads  96, two a register  128 registers with every option; whole rows of 49,152
-    4 bytes, 16-byte loads  64                  128 registers; whole rows of 32,768
+    2 bytes, 16-byte loads  96, two a register  128 registers with every option; V <= 49,152 whole
+      on AMD                64                  215 of 256 with Triton 3.6, which spills 12 at 80
+    4 bytes, 16-byte loads  64                  128 registers; V <= 32,768 whole
+      on AMD                48                  64 leave 9 of 256
     not aligned             24                  one register and one address each; 64 registers
 
 The first sweep adds a tail up in pieces of 16 columns a thread. In pieces of 32, as the body's
@@ -31,6 +33,7 @@ from typing import NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 MAX_LANES = 512
@@ -61,13 +64,15 @@ class RowLayout(NamedTuple):
 
 
 @functools.cache
-def _layout(V: int, itemsize: int, aligned: bool) -> RowLayout:
+def _layout(V: int, itemsize: int, aligned: bool, amd: bool) -> RowLayout:
     packed = aligned and itemsize == 2
-    most = (96 if packed else 64) if aligned else 24
     whole = 64 if aligned else 24
     lanes = 128
     while lanes < MAX_LANES and lanes * whole < V:
         lanes *= 2
+    most = whole
+    if aligned and lanes == MAX_LANES:
+        most = (64 if amd else 96) if packed else (48 if amd else 64)
     width = 16 // itemsize if aligned else 4
     step = (32 if packed else 16) // width
     layout = RowLayout(LANES=lanes, WIDTH=width, ADJACENT=aligned, STEP=step, KEPT=1)
@@ -88,14 +93,23 @@ def row_layout(logits: Tensor) -> RowLayout:
     """
     V = logits.shape[1]
     aligned = V % 16 == 0 and row_stride(logits) % 16 == 0 and logits.data_ptr() % 16 == 0
-    return _layout(V, logits.element_size(), aligned)
+    target = _target()
+    return _layout(
+        V, logits.element_size(), aligned, target is not None and target.backend == "hip"
+    )
 
 
-def _warp_size(kernel) -> int:
+def _target():
+    """What Triton compiles for: `backend`, `warp_size`; None under its interpreter."""
+    if not isinstance(tl.sum, triton.JITFunction):
+        return None
+    return triton.runtime.driver.active.get_current_target()
+
+
+def _warp_size() -> int:
     """Threads of a warp: 64 on AMD's CDNA, 32 elsewhere; the interpreter has none."""
-    if not isinstance(kernel, triton.JITFunction):
-        return 32
-    return triton.runtime.driver.active.get_current_target().warp_size
+    target = _target()
+    return 32 if target is None else target.warp_size
 
 
 def launch_rows(
@@ -119,7 +133,7 @@ def launch_rows(
         kernel[(programs,)](
             *arguments,
             **constants,
-            num_warps=layout.LANES // _warp_size(kernel),
+            num_warps=layout.LANES // _warp_size(),
             enable_fp_fusion=False,
         )
 

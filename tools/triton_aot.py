@@ -261,13 +261,13 @@ def inspect_rows(
 
     found = []
     for target, dtype, vocab in itertools.product(targets, dtypes, vocabularies):
-        layout = row_layout(torch.empty(1, vocab, dtype=DTYPES[dtype]))
-        for label, launch in _chosen(row_launches(vocab, DTYPES[dtype]), only).items():
-            with compiling_for(target) as compiled:
-                launch()
-            context = {"target": target, "dtype": dtype, "vocab": vocab, "label": label}
+        with compiling_for(target) as compiled:
+            layout = row_layout(torch.empty(1, vocab, dtype=DTYPES[dtype]))
+            context = {"target": target, "dtype": dtype, "vocab": vocab}
             context["columns"] = layout.STEP * layout.WIDTH
-            found.append(read_resources(compiled[-1], **context))
+            for label, launch in _chosen(row_launches(vocab, DTYPES[dtype]), only).items():
+                launch()
+                found.append(read_resources(compiled[-1], label=label, **context))
     return found
 
 
