@@ -8,7 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fastpo.backends.base import RowDetails, RowInputs, RowLosses, RowStats, two_step
+from fastpo.backends.base import RowDetails, RowInputs, RowLosses, RowStats
+from fastpo.backends.two_step import two_step
 from fastpo.objective import Objective
 from fastpo.ops.autograd import first_order, row_grads, save, saved
 from fastpo.ops.batch import LossBatch, loss_of_rows, of_rows
@@ -56,7 +57,7 @@ class FusedLinearLoss(torch.autograd.Function):
         with_gradient, without = chunk_loss.chunks(call, head, gradient=any(needs))
         workspace = Workspace(call, head, with_gradient, without, weight_grad=needs[1])
 
-        scale = _scale_of(workspace)
+        scale = _scale_of(workspace) if any(needs) else None
         through = call if scale is None else replace(call, backend=scale)
 
         def losses_of(rows: ChunkRows, *, gradient: bool) -> RowLosses:
