@@ -39,12 +39,14 @@ from fastpo.ops.checks import LossInputs
 from fastpo.ops.from_logprobs import loss_of_batch
 from fastpo.ops.kept import Kept, check_kept
 from fastpo.ops.linear_autograd import (
+    ChunkLoss,
     FusedLinearLoss,
     LinearTokenLogprobs,
     RuleLoss,
     TokenLevelLoss,
 )
 from fastpo.ops.linear_checks import (
+    LinearOptions,
     autocasts,
     check_exponentials,
     check_linear_op,
@@ -159,60 +161,48 @@ def linear_policy_loss(
         ValueError, TypeError: see the message: what was got, what is expected, what to do.
         RuntimeError: on a second backward through a gradient that the forward pass made.
     """
-    options = {
-        "logit_scale": logit_scale,
-        "softcap": softcap,
-        "logits_dtype": logits_dtype,
-        "chunk_tokens": chunk_tokens,
-        "tp_group": tp_group,
-        "live_rows": live_rows,
-    }
+    options = LinearOptions(logit_scale, softcap, logits_dtype, chunk_tokens, tp_group, live_rows)
     objective = as_objective(objective)
-    given = LossInputs(
-        objective,
-        advantages,
-        mask,
-        old_logprobs,
-        ref_logprobs,
-        importance_weights,
-        cu_seqlens,
-        normalizer,
-        clip_bounds,
-        nll_weights,
-    )
-    check_linear_op(hidden, weight, bias, tokens, mask, temperature, **options)
+    per_token = (advantages, mask, old_logprobs, ref_logprobs, importance_weights)
+    given = LossInputs(objective, *per_token, cu_seqlens, normalizer, clip_bounds, nll_weights)
+    check_linear_op(hidden, weight, bias, tokens, mask, temperature, options)
     leading = hidden.shape[:-1]
     checks.check_loss(given, leading, hidden)
-    call = _linear_call(hidden, weight, tokens, mask, temperature, backend, **options)
+    call = _linear_call(hidden, weight, tokens, mask, temperature, backend, options)
     kept = _kept_sets(call, kept_tokens, kept_offsets, tokens, mask, weight.shape[0])
-    hidden, weight, bias = _operands(hidden, weight, bias)
+    operands = _operands(hidden, weight, bias)
     batch = LossBatch.from_inputs(given, leading, hidden)
-    if kept is not None:
-        logprobs, entropy = _logprobs(hidden, weight, bias, call, kept)
-        return loss_of_batch(batch, logprobs, entropy, leading=leading, backend=call.backend)
-    if objective.is_token_level:
-        chunk_loss = TokenLevelLoss(inputs=batch.row_inputs(), objective=objective)
-    elif isinstance(objective, RuleObjective) and not objective.couples_sequences:
-        chunk_loss = RuleLoss.from_batch(batch)
-    else:
-        chunk_loss = SequenceLevelLoss.from_batch(batch, call, weight)
+    chunk_loss = None if kept is not None else _chunk_loss(batch, call, weight)
     if chunk_loss is None:
-        logprobs, entropy = _logprobs(hidden, weight, bias, call, None)
+        logprobs, entropy = _logprobs(*operands, call, kept)
         return loss_of_batch(batch, logprobs, entropy, leading=leading, backend=call.backend)
-    needs = tuple(
-        torch.is_grad_enabled() and x is not None and x.requires_grad
-        for x in (hidden, weight, bias)
-    )
+    needs = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in operands)
     fused = FusedExpLoss if call.exponentials else FusedLinearLoss
-    loss, logprobs, entropy, clipped = fused.apply(hidden, weight, bias, call, chunk_loss, needs)
-    terms = {}
-    if isinstance(objective, Objective) and not objective.is_token_level:
-        with torch.no_grad():
-            whole = batch.token_loss(logprobs)
-        terms = {"ratio": whole.ratio, "ref_kl": whole.kl}
-    metrics = batch.metrics(logprobs, entropy, clipped, backend=call.backend, **terms)
+    loss, logprobs, entropy, clipped = fused.apply(*operands, call, chunk_loss, needs)
+    metrics = batch.metrics(
+        logprobs, entropy, clipped, backend=call.backend, **_sequence_terms(batch, logprobs)
+    )
     (loss,) = call.checked(loss)
     return PolicyLoss(loss, logprobs.view(leading), entropy.view(leading), metrics)
+
+
+def _chunk_loss(batch: LossBatch, call: LinearCall, weight: Tensor) -> ChunkLoss | None:
+    """What finishes the loss chunk by chunk, or None where that takes the log-probs of all."""
+    objective = batch.objective
+    if objective.is_token_level:
+        return TokenLevelLoss(inputs=batch.row_inputs(), objective=objective)
+    if isinstance(objective, RuleObjective) and not objective.couples_sequences:
+        return RuleLoss.from_batch(batch)
+    return SequenceLevelLoss.from_batch(batch, call, weight)
+
+
+def _sequence_terms(batch: LossBatch, logprobs: Tensor) -> dict[str, Tensor | None]:
+    """What the metrics of a sequence-level objective do not follow from a token's own numbers."""
+    if batch.objective.is_token_level or isinstance(batch.objective, RuleObjective):
+        return {}
+    with torch.no_grad():
+        whole = batch.token_loss(logprobs)
+    return {"ratio": whole.ratio, "ref_kl": whole.kl}
 
 
 @_untraced
@@ -247,17 +237,10 @@ def linear_token_logprobs(
     Raises:
         ValueError, TypeError: see the message: what was got, what is expected, what to do.
     """
-    options = {
-        "logit_scale": logit_scale,
-        "softcap": softcap,
-        "logits_dtype": logits_dtype,
-        "chunk_tokens": chunk_tokens,
-        "tp_group": tp_group,
-        "live_rows": live_rows,
-    }
-    check_linear_op(hidden, weight, bias, tokens, mask, temperature, **options)
+    options = LinearOptions(logit_scale, softcap, logits_dtype, chunk_tokens, tp_group, live_rows)
+    check_linear_op(hidden, weight, bias, tokens, mask, temperature, options)
     leading = hidden.shape[:-1]
-    call = _linear_call(hidden, weight, tokens, mask, temperature, backend, **options)
+    call = _linear_call(hidden, weight, tokens, mask, temperature, backend, options)
     kept = _kept_sets(call, kept_tokens, kept_offsets, tokens, mask, weight.shape[0])
     _check_statistics(statistics, call, kept)
     outputs = _logprobs(*_operands(hidden, weight, bias), call, kept, bool(statistics))
@@ -323,33 +306,27 @@ def _linear_call(
     mask: Tensor | None,
     temperature: float | Tensor,
     backend: str | None,
-    *,
-    logit_scale: float,
-    softcap: float | None,
-    logits_dtype: torch.dtype | None,
-    chunk_tokens: int | None,
-    tp_group: ProcessGroup | None,
-    live_rows: int | None,
+    options: LinearOptions,
 ) -> LinearCall:
     """What `check_linear_op` has checked, as rows."""
     exponentials = backend in backends.LINEAR_BACKENDS
     if exponentials:
-        check_exponentials(backend, operand_dtype(hidden), logits_dtype)
-    logits_dtype = logits_dtype or checks.wide_dtype(operand_dtype(hidden))
+        check_exponentials(backend, operand_dtype(hidden), options.logits_dtype)
+    logits_dtype = options.logits_dtype or checks.wide_dtype(operand_dtype(hidden))
     rows = backends.load(backends.resolve(backend, hidden.device, logits_dtype, linear=True))
-    if tp_group is not None:
+    if options.tp_group is not None:
         shard = ExpShard if exponentials else VocabularyShard
-        rows = shard.of_head(rows, tp_group, weight)
+        rows = shard.of_head(rows, options.tp_group, weight)
         checks.check_token_range(tokens, rows.vocabulary, mask)
     mask = flat_mask(mask)
-    index, wrong_count = _unmasked_rows(mask, live_rows)
+    index, wrong_count = _unmasked_rows(mask, options.live_rows)
     return LinearCall(
         tokens=flat_rows(tokens, torch.int64),
         temperature=flat_temperature(temperature, hidden),
-        logit_scale=float(logit_scale),
-        softcap=None if softcap is None else float(softcap),
+        logit_scale=float(options.logit_scale),
+        softcap=None if options.softcap is None else float(options.softcap),
         logits_dtype=logits_dtype,
-        chunk_tokens=chunk_tokens,
+        chunk_tokens=options.chunk_tokens,
         backend=rows,
         mask=mask,
         index=index,

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 from numbers import Integral
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from fastpo.ops import checks
 from fastpo.ops.tensor_parallel import check_tp_group
+
+
+class LinearOptions(NamedTuple):
+    """How a linear op makes its logits, as the user said; see `fastpo.linear_policy_loss`."""
+
+    logit_scale: float
+    softcap: float | None
+    logits_dtype: torch.dtype | None
+    chunk_tokens: int | None
+    tp_group: ProcessGroup | None
+    live_rows: int | None
 
 
 def check_linear_op(
@@ -18,32 +31,29 @@ def check_linear_op(
     tokens: object,
     mask: object,
     temperature: object,
-    *,
-    logit_scale: object,
-    softcap: object,
-    logits_dtype: object,
-    chunk_tokens: object,
-    tp_group: object,
-    live_rows: object,
+    options: LinearOptions,
 ) -> None:
     """What the linear ops share. Ids beyond this rank's shard of a head are for others to check."""
     _check_head(hidden, weight, bias)
     checks.check_rows(tokens, mask, temperature, hidden)
-    checks.check_positive("logit_scale", logit_scale)
-    if softcap is not None:
-        checks.check_positive("softcap", softcap)
-    _check_logits_dtype(logits_dtype, operand_dtype(hidden))
-    if chunk_tokens is not None:
-        if isinstance(chunk_tokens, bool) or not isinstance(chunk_tokens, Integral):
-            raise TypeError(
-                f"chunk_tokens is {type(chunk_tokens).__name__}, expected an int or None"
-            )
-        if chunk_tokens < 1:
-            raise ValueError(f"chunk_tokens is {chunk_tokens}, expected at least 1, or None")
-    check_tp_group(tp_group, "weight is")
-    if tp_group is None:
+    checks.check_positive("logit_scale", options.logit_scale)
+    if options.softcap is not None:
+        checks.check_positive("softcap", options.softcap)
+    _check_logits_dtype(options.logits_dtype, operand_dtype(hidden))
+    _check_chunk_tokens(options.chunk_tokens)
+    check_tp_group(options.tp_group, "weight is")
+    if options.tp_group is None:
         checks.check_token_range(tokens, weight.shape[0], mask)
-    _check_live_rows(live_rows, mask)
+    _check_live_rows(options.live_rows, mask)
+
+
+def _check_chunk_tokens(chunk_tokens: object) -> None:
+    if chunk_tokens is None:
+        return
+    if isinstance(chunk_tokens, bool) or not isinstance(chunk_tokens, Integral):
+        raise TypeError(f"chunk_tokens is {type(chunk_tokens).__name__}, expected an int or None")
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens is {chunk_tokens}, expected at least 1, or None")
 
 
 def _check_head(hidden: object, weight: object, bias: object) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastpo.backends.base import KeptGrads, KeptHead, RowStats
+from fastpo.backends.base import KeptGrads, KeptHead, KeptRows, RowStats
 from fastpo.ops.autograd import first_order, row_grads, save, saved
 from fastpo.ops.checks import wide_dtype
 from fastpo.ops.head import Head
@@ -22,12 +22,11 @@ class LinearKeptLogprobs(torch.autograd.Function):
     def forward(
         ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: LinearCall, kept: Kept
     ):
-        head, rows = call.head(weight, bias), hidden.detach()
-        arguments = (rows, _kept_head(head), call.tokens, kept.sets, _temperature(call, head))
-        stats, logits = call.backend.kept_stats(*arguments, call.mask)
+        head = call.head(weight, bias)
+        stats, logits = call.backend.kept_stats(_kept_rows(hidden, head, call, kept), call.mask)
         if kept.dense is not None:
             only = kept.dense if call.reads_values else None
-            over_all = statistics(call, head, rows, only)
+            over_all, _ = statistics(call, head, hidden.detach(), only)
             pairs = zip(over_all, stats, strict=True)
             stats = RowStats(*(torch.where(kept.dense, x, y) for x, y in pairs))
         ctx.set_materialize_grads(False)
@@ -54,30 +53,17 @@ class LinearKeptLogprobs(torch.autograd.Function):
             incoming = [None if x is None else torch.where(kept.dense, x, 0.0) for x in (c, e)]
             dense = chunk_grads(call, head, rows, stats, *incoming, ctx.needs_input_grad, wide=True)
             grads = KeptGrads(dense.hidden, dense.weight, dense.bias)
-        call.backend.kept_grad(
-            rows,
-            _kept_head(head),
-            call.tokens,
-            kept.sets,
-            _temperature(call, head),
-            stats,
-            logits,
-            c,
-            e,
-            grads,
-            add=dense is not None,
-        )
+        of_ids = _kept_rows(hidden, head, call, kept)
+        call.backend.kept_grad(of_ids, stats, logits, c, e, grads, add=dense is not None)
         if dense is not None:
             return *dense.scaled(None, call.backend), None, None
         return *(None if x is None else x.to(hidden.dtype) for x in grads), None, None
 
 
-def _kept_head(head: Head) -> KeptHead:
-    return KeptHead(head.weight, head.bias, head.gain, head.softcap is not None)
-
-
-def _temperature(call: LinearCall, head: Head) -> float | Tensor:
-    return call.row_temperature(slice(None), head)
+def _kept_rows(hidden: Tensor, head: Head, call: LinearCall, kept: Kept) -> KeptRows:
+    kept_head = KeptHead(head.weight, head.bias, head.gain, head.softcap is not None)
+    temperature = call.row_temperature(slice(None), head)
+    return KeptRows(hidden.detach(), kept_head, call.tokens, kept.sets, temperature)
 
 
 def _new_grads(head: Head, hidden: Tensor, needs: tuple[bool, ...]) -> KeptGrads:
