@@ -7,6 +7,7 @@ all of its completions (`SharedPrompts`).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -127,7 +128,7 @@ class MicroBatch:
     advantages: Tensor  # (B,), or (N,) by a critic
     sampled_logprobs: Tensor  # (N,) as the sampler computed them
     old_logprobs: Tensor  # (N,) of the policy that sampled
-    kept: dict[str, Tensor]  # what the tokens were drawn from, as the ops take it; {} = anything
+    kept: dict[str, Tensor | int]  # what the tokens were drawn from, as the ops take it; {} = any
 
     @classmethod
     def of(
@@ -151,7 +152,9 @@ class MicroBatch:
                 [p for s in samples for p in s.completion.logprobs], device=device
             ),
             old_logprobs=torch.tensor([p for s in samples for p in s.old_logprobs], device=device),
-            kept=_kept([s.completion for s in samples], device),
+            kept=_kept([s.completion for s in samples], device)
+            if any(s.completion.kept_offsets for s in samples)
+            else {},
         )
 
     def hidden(self, policy: Policy) -> Tensor:
@@ -168,7 +171,7 @@ class MicroBatch:
             advantages=self.advantages[:0],
             sampled_logprobs=self.sampled_logprobs[:0],
             old_logprobs=self.old_logprobs[:0],
-            kept={k: v[:1] if k == "kept_offsets" else v[:0] for k, v in self.kept.items()},
+            kept=_kept([], self.tokens.device) if self.kept else {},
         )
 
 
@@ -178,12 +181,12 @@ def _advantages(samples: list[Sample]) -> Tensor:
     return torch.tensor([s.advantage for s in samples])
 
 
-def _kept(completions: list[Completion], device: torch.device) -> dict[str, Tensor]:
-    if not any(c.kept_offsets for c in completions):
-        return {}
+def _kept(completions: list[Completion], device: torch.device) -> dict[str, Tensor | int]:
+    """With the number of tokens that were drawn from anything: a GPU would have to be asked."""
     offsets = [c.kept_offsets or [0] * (len(c.tokens) + 1) for c in completions]
     ids = [c.kept_tokens for c in completions]
-    return fastpo.kept_from_arrays(ids, offsets, device=device)._asdict()
+    dense = sum(a == b for each in offsets for a, b in itertools.pairwise(each))
+    return fastpo.kept_from_arrays(ids, offsets, device=device)._asdict() | {"dense_rows": dense}
 
 
 def layout_of(policy: Policy, config: OptimConfig) -> dict[str, bool]:
