@@ -10,7 +10,7 @@ from fastpo.trainer.algorithm import PRESETS, resolve
 from fastpo.trainer.config import AlgorithmConfig, ModelConfig, OptimConfig
 from fastpo.trainer.experience import Sample
 from fastpo.trainer.microbatch import MicroBatch, by_token_budget
-from fastpo.trainer.policy import make_policy
+from fastpo.trainer.models import make_policy
 from fastpo.trainer.rollout import Completion, Sampling, sample
 from fastpo.trainer.run.errors import TrainerError
 from fastpo.trainer.tasks import Problem
@@ -408,3 +408,13 @@ def test_samples_with_and_without_kept_sets_in_one_batch():
     batch = MicroBatch.of([*kept, *free], CPU)
     scored = learner._score(learner.policy, batch)
     torch.testing.assert_close(scored, batch.sampled_logprobs, atol=2e-5, rtol=0)
+    whole = sum(s.length for s in free)
+    assert batch.kept["dense_rows"] == whole  # what the host tells a GPU
+    for each in (*kept, *free):  # a correction masks every other token
+        each.weights, each.mask = [1.0] * each.length, [i % 2 == 0 for i in range(each.length)]
+        each.old_logprobs = each.completion.logprobs
+    batch = MicroBatch.of([*kept, *free], CPU)
+    options = batch.loss_options()
+    assert options["dense_rows"] == sum(sum(s.mask) for s in free) < whole
+    assert learner._loss(batch, 1, on_policy=False).loss.isfinite()
+    assert learner._loss(batch.idle(), 1, on_policy=False).loss == 0

@@ -91,7 +91,7 @@ class SharedPrompts:
 
     def hidden(self, policy: Policy) -> Tensor:
         """Hidden states (N, D) that predict completion tokens."""
-        with policy.precision():
+        with policy.forward_pass():
             return self._hidden(policy.model.base_model)[self.rows, self.columns]
 
     def _hidden(self, trunk: nn.Module) -> Tensor:
@@ -129,6 +129,7 @@ class MicroBatch:
     sampled_logprobs: Tensor  # (N,) as the sampler computed them
     old_logprobs: Tensor  # (N,) of the policy that sampled
     kept: dict[str, Tensor | int]  # what the tokens were drawn from, as the ops take it; {} = any
+    correction: dict[str, Tensor | int]  # of importance, with its mask; {} = none
 
     @classmethod
     def of(
@@ -147,19 +148,22 @@ class MicroBatch:
             else Rows.of(samples, device, packed=packed),
             tokens=torch.tensor([t for s in samples for t in s.completion.tokens], device=device),
             cu_seqlens=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int().to(device),
-            advantages=_advantages(samples).to(device),
+            advantages=advantages_of(samples).to(device),
             sampled_logprobs=torch.tensor(
                 [p for s in samples for p in s.completion.logprobs], device=device
             ),
             old_logprobs=torch.tensor([p for s in samples for p in s.old_logprobs], device=device),
-            kept=_kept([s.completion for s in samples], device)
-            if any(s.completion.kept_offsets for s in samples)
-            else {},
+            kept=_kept([s.completion for s in samples], device),
+            correction=_correction(samples, device),
         )
 
     def hidden(self, policy: Policy) -> Tensor:
         """Hidden states (N, D) that predict completion tokens: no other row meets the head."""
         return self.layout.hidden(policy).to(policy.dtype)
+
+    def loss_options(self) -> dict[str, Tensor | int]:
+        """Kept sets and correction as the loss takes them: counts are those under its mask."""
+        return self.kept | self.correction
 
     def idle(self) -> MicroBatch:
         """The same forward pass with no token to learn from."""
@@ -171,22 +175,55 @@ class MicroBatch:
             advantages=self.advantages[:0],
             sampled_logprobs=self.sampled_logprobs[:0],
             old_logprobs=self.old_logprobs[:0],
-            kept=_kept([], self.tokens.device) if self.kept else {},
+            kept=_no_rows(self.kept),
+            correction=_no_rows(self.correction),
         )
 
 
-def _advantages(samples: list[Sample]) -> Tensor:
+def advantages_of(samples: list[Sample]) -> Tensor:
+    """Of every sample (B,), or of every token (N,) by a critic."""
     if isinstance(samples[0].advantage, list):
         return torch.tensor([a for s in samples for a in s.advantage])
     return torch.tensor([s.advantage for s in samples])
 
 
+def _no_rows(options: dict[str, Tensor | int]) -> dict[str, Tensor | int]:
+    return {
+        name: 0 if isinstance(value, int) else value[: name == "kept_offsets"]
+        for name, value in options.items()
+    }
+
+
 def _kept(completions: list[Completion], device: torch.device) -> dict[str, Tensor | int]:
     """With the number of tokens that were drawn from anything: a GPU would have to be asked."""
+    if not any(c.kept_offsets for c in completions):
+        return {}
     offsets = [c.kept_offsets or [0] * (len(c.tokens) + 1) for c in completions]
-    ids = [c.kept_tokens for c in completions]
-    dense = sum(a == b for each in offsets for a, b in itertools.pairwise(each))
-    return fastpo.kept_from_arrays(ids, offsets, device=device)._asdict() | {"dense_rows": dense}
+    kept = fastpo.kept_from_arrays([c.kept_tokens for c in completions], offsets, device=device)
+    return kept._asdict() | {"dense_rows": sum(_draws_from_anything(completions))}
+
+
+def _draws_from_anything(completions: list[Completion]) -> list[bool]:
+    """Of every token."""
+    offsets = [c.kept_offsets or [0] * (len(c.tokens) + 1) for c in completions]
+    return [a == b for each in offsets for a, b in itertools.pairwise(each)]
+
+
+def _correction(samples: list[Sample], device: torch.device) -> dict[str, Tensor | int]:
+    """importance_weights and mask (N,), and what the host knows of the mask."""
+    if not any(s.weights for s in samples):
+        return {}
+    weights = [w for s in samples for w in s.weights or [1.0] * s.length]
+    mask = [m for s in samples for m in s.mask or [True] * s.length]
+    correction = {
+        "importance_weights": torch.tensor(weights, device=device),
+        "mask": torch.tensor(mask, device=device),
+        "live_rows": sum(mask),
+    }
+    if any(s.completion.kept_offsets for s in samples):
+        dense = _draws_from_anything([s.completion for s in samples])
+        correction["dense_rows"] = sum(a and b for a, b in zip(mask, dense, strict=True))
+    return correction
 
 
 def layout_of(policy: Policy, config: OptimConfig) -> dict[str, bool]:
