@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from fastpo.backends import triton as triton_rows
-from fastpo.backends.base import KeptGrads, KeptHead, KeptSets
+from fastpo.backends.base import KeptGrads, KeptHead, KeptRows, KeptSets
 from fastpo.testing.traffic import KernelTraffic, count_traffic
 
 pytestmark = [
@@ -23,7 +23,7 @@ pytestmark = [
 D, V, IDS, COLUMNS = 1024, 96, 8, 512  # the last two: what a program reads at a time
 KEPT = 24  # ids of a row, a multiple of IDS
 SIZES = [KEPT, 1, KEPT, 0, KEPT]  # of five rows, of which the last is masked
-LIVE = 2  # rows that are read
+READ = 2  # rows that are read
 ROW = 2 * D  # bytes of a hidden state, or of a row of the head
 
 
@@ -43,12 +43,13 @@ def counts(triton_backend) -> dict[str, KernelTraffic]:
     offsets = torch.tensor([0, *torch.tensor(SIZES).cumsum(0)])
     tokens = torch.tensor([int(ids[start]) if start < len(ids) else 0 for start in offsets[:-1]])
     mask = torch.tensor([True, True, True, True, False])
-    arguments = (KeptHead(weight, None, 1.0, False), tokens, KeptSets(ids, offsets), 1.0)
+    head = KeptHead(weight, None, 1.0, False)
+    rows = KeptRows(hidden, head, tokens, KeptSets(ids, offsets), 1.0)
     c = torch.ones(len(SIZES)) * mask
     grads = KeptGrads(bf16(len(SIZES), D), bf16(V, D), None)
     with count_traffic() as traffic:
-        stats, logits = triton_rows.kept_stats(hidden, *arguments, mask)
-        triton_rows.kept_grad(hidden, *arguments, stats, logits, c, None, grads)
+        stats, logits = triton_rows.kept_stats(rows, mask)
+        triton_rows.kept_grad(rows, stats, logits, c, None, grads)
     assert all(kernel.launches == 1 for kernel in traffic.kernels.values())
     return traffic.kernels
 
@@ -62,9 +63,9 @@ def check(kernel: KernelTraffic, floor: int, again: int, numbers: int) -> None:
 def test_statistics_read_a_row_and_what_it_kept(counts):
     """(k + k / 8) / (k + 1) of the floor; rows of one id and masked ones cost their numbers."""
     rows = 8 + 16 + 1 + 16  # token, two offsets, mask; four statistics
-    ids = LIVE * KEPT * 8 + 8 + 4 * sum(SIZES)  # int64 ids in, fp32 logits out
-    floor = LIVE * (1 + KEPT) * ROW
-    again = LIVE * (KEPT // IDS - 1) * ROW  # the hidden state, for the next 8 ids
+    ids = READ * KEPT * 8 + 8 + 4 * sum(SIZES)  # int64 ids in, fp32 logits out
+    floor = READ * (1 + KEPT) * ROW
+    again = READ * (KEPT // IDS - 1) * ROW  # the hidden state, for the next 8 ids
     check(counts["_kept_stats_kernel"], floor, again, len(SIZES) * rows + ids)
 
 
@@ -73,12 +74,12 @@ def test_the_gradient_of_hidden_states_reads_what_was_kept_once(counts):
     ids = (8 + 4 + 4) * sum(SIZES)  # ids and logits in, slopes out
     again = D // COLUMNS * (8 + 4) * sum(SIZES)  # ids and slopes, for every piece of columns
     written = sum(size > 0 for size in SIZES)
-    floor = LIVE * KEPT * ROW + written * ROW
+    floor = READ * KEPT * ROW + written * ROW
     check(counts["_kept_hidden_grad_kernel"], floor, 0, len(SIZES) * rows + ids + again)
 
 
 def test_the_gradient_of_the_head_writes_each_row_once(counts):
     """And reads a hidden state for every id that its row kept."""
     pairs = D // COLUMNS * (8 + 4 + 8) * sum(SIZES)  # its place, slope and row, for every piece
-    floor = LIVE * KEPT * ROW + V * ROW
+    floor = READ * KEPT * ROW + V * ROW
     check(counts["_kept_weight_grad_kernel"], floor, 0, V * 16 + pairs)
