@@ -128,6 +128,14 @@ class AlgorithmConfig:
     """Dynamic sampling gives up after so many rounds of sampling in one step."""
     estimator: str = "grpo"
     """Of the advantages: grpo, dr_grpo, rloo, opo, passk, reinforce_pp."""
+    carry_surplus: bool = False
+    """Groups that dynamic sampling drew and this step has no room for are used in the next one, at
+    the log-probs they were sampled at."""
+    correction: dict[str, Any] = field(default_factory=dict)
+    """Arguments of fastpo.rollout_correction, for a sampler that is not the policy which learns:
+    mode="truncate", high=2 (TIS), mode="mask" (MIS), ...; old log-probs are recomputed then."""
+    sync_reference_every: Index = 0
+    """Steps after which the reference of the KL penalty becomes the policy; 0 = never."""
 
 
 @section()
