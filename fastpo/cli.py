@@ -157,7 +157,9 @@ def _parser(arguments: list[str]) -> argparse.ArgumentParser:
 
 
 def _add_ranks(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--ranks", type=int, default=1, help="how many, of a plan or a dry run")
+    most = range(1, 2**20)
+    help_ = "how many, of a plan or a dry run"
+    parser.add_argument("--ranks", type=int, choices=most, default=1, metavar="N", help=help_)
 
 
 def _train(options: argparse.Namespace, command: str) -> int:
