@@ -17,14 +17,13 @@ from fastpo.trainer.critic import Critic
 from fastpo.trainer.evaluation import evaluate_held_out
 from fastpo.trainer.experience import Batch, Sample, assign_advantages, collect, mute_truncated
 from fastpo.trainer.metrics import rollout_metrics, speed_metrics, update_metrics
-from fastpo.trainer.policy import (
-    Policy,
-    Snapshot,
+from fastpo.trainer.models import (
     default_device,
     load_policy,
     make_policy,
     quiet_transformers,
 )
+from fastpo.trainer.policy import Policy, Snapshot
 from fastpo.trainer.rollout import Sampling
 from fastpo.trainer.run import checkpoint, console, directory, recipe, report
 from fastpo.trainer.run.errors import Interrupted, RecipeError, TrainerError
@@ -356,6 +355,8 @@ class Trainer:
         kl_coef = self.algorithm.objective.kl_coef
         if kl_coef == 0:
             return None
+        if self.config.model.lora.rank:
+            return self.policy.without_adapters()
         directory = self.dir / REFERENCE
         if self.step == 0:
             self.policy.save(directory)

@@ -90,7 +90,7 @@ class SharedPrompts:
 
     def hidden(self, policy: Policy) -> Tensor:
         """Hidden states (N, D) that predict completion tokens."""
-        with policy.precision():
+        with policy.forward_pass():
             return self._hidden(policy.model.base_model)[self.rows, self.columns]
 
     def _hidden(self, trunk: nn.Module) -> Tensor:
