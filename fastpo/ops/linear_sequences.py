@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fastpo.backends.base import RowLosses, two_step
+from fastpo.backends.base import RowLosses
+from fastpo.backends.two_step import two_step
 from fastpo.ops.batch import PER_TOKEN, LossBatch
 from fastpo.ops.head import Head
 from fastpo.ops.linear_chunks import ChunkRows, LinearCall
