@@ -124,7 +124,7 @@ def test_fused_equals_two_steps(objective, backend):
 
 
 def test_the_host_may_know_how_many_rows_are_dense(monkeypatch):
-    """On a GPU every row enters the GEMMs unless `dense_rows` says how many there are."""
+    """REGRESSIONS 51: on a GPU every row enters the GEMMs unless `dense_rows` says how many are."""
     batch, none = Mixed(), Mixed(dense=False)
     options = {"live_rows": int(batch.mask.sum()), "mask": batch.mask}
     as_on_gpu(monkeypatch)
