@@ -179,7 +179,7 @@ class FusedExpLoss(FusedLinearLoss):
         if grads is not None:
             grads.finish(call.backend)
         losses = _gather_rows(call, hidden, chunks, parts)
-        ctx.grads, ctx.backend = grads, call.backend
+        ctx.grads, ctx.backend, ctx.add_to = grads, call.backend, None
         ctx.mark_non_differentiable(losses.logprobs, losses.entropy, losses.clipped)
         return losses.loss.sum(), losses.logprobs, losses.entropy, losses.clipped
 
