@@ -186,6 +186,17 @@ def test_openrlhfs_policy_loss_with_every_setting(settings, counts):
             assert float(mine) == pytest.approx(float(other), rel=1e-6)
 
 
+def test_openrlhfs_own_loss_types_only():
+    """REGRESSIONS 38: OpenRLHF raises for another policy_loss_type when it computes."""
+    data = Data()
+    with peer_wheels.wheel("openrlhf", "deepspeed"):
+        from openrlhf.models import loss
+
+        made = openrlhf.policy_loss_class(loss)(policy_loss_type="cispo")
+        with pytest.raises(ValueError, match="policy_loss_type is 'cispo', expected one of ppo"):
+            made(data.logprobs, data.old, data.advantages)
+
+
 REJECTIONS = {
     "none": None,
     "mask": {"level": "token", "action": "mask", "metric": "ratio"},

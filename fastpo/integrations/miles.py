@@ -2,45 +2,27 @@
 
     --custom-megatron-init-path fastpo.integrations.miles.install
 
-Miles is a fork of slime whose losses have moved and changed (NaN scrubbing, its own bookkeeping of
-mismatch): slime's adapter does not fit it. Nor is a custom loss needed: its `policy_loss_function`
-takes the two functions below from its modules, so that TIS, OPSM, GSPO, KL, reducers and metrics
-stay Miles' own and every argument of them is honoured. `true_on_policy_mode` scores as SGLang does,
-bit for bit, and stays Miles' own.
+Miles is a fork of slime whose losses have moved and take other arguments: slime's adapter does not
+fit it as it is. As there, its `policy_loss_function` takes two functions from fastpo, and all else
+is Miles' own: every argument is honoured, and no custom loss is needed. `true_on_policy_mode`
+scores as SGLang does, bit for bit, and stays Miles' own.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from fastpo import presets
 from fastpo.integrations import slime
-from fastpo.integrations._tokens import is_clipped, token_terms
 
 
 def install(args: Any = None) -> None:
     """Put both functions where Miles' losses look them up; twice changes nothing."""
     from miles.backends.training_utils.loss_hub import logit_processors, losses
 
-    losses.compute_policy_loss = compute_policy_loss
+    losses.compute_policy_loss = slime.compute_policy_loss
     logit_processors.calculate_log_probs_and_entropy = calculate_log_probs_and_entropy
-
-
-def compute_policy_loss(
-    ppo_kl: Tensor,
-    advantages: Tensor,
-    eps_clip: float,
-    eps_clip_high: float,
-    eps_clip_c: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Loss and 0 or 1 for what was clipped, per token [N]; `ppo_kl` is old - new log-probs."""
-    clips = {"clip_low": eps_clip, "clip_high": eps_clip_high, "ratio_max": eps_clip_c}
-    old = torch.zeros_like(ppo_kl)
-    terms = token_terms(presets.ppo(**clips), -ppo_kl, advantages, old_logprobs=old)
-    return terms.loss, is_clipped(terms).float()
 
 
 def calculate_log_probs_and_entropy(
