@@ -25,7 +25,7 @@ Result = tuple[Tensor, Tensor, Tensor]
 
 @dataclass
 class Problem:
-    """A batch of B sequences of T tokens, all live, off-policy. D wide, V columns."""
+    """A batch of B sequences of T tokens, all mask, off-policy. D wide, V columns."""
 
     hidden: Tensor  # [B, T, D], requires grad
     weight: Tensor  # (V, D), requires grad

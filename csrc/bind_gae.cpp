@@ -17,16 +17,16 @@ constexpr int64_t kSequencesPerTask = 8;
 struct Rows {
   const double* rewards;
   const double* values;
-  const bool* live;  // null: all
+  const bool* mask;  // null: all
   double* advantages;
 };
 
-// A_t = delta_t + gamma * lam * A_next over rows [begin, end), next the next live row. A decay of 0 ends the
+// A_t = delta_t + gamma * lam * A_next over rows [begin, end), next the next unmasked row. A decay of 0 ends the
 // recurrence: what follows, NaN included, is not looked at.
 void scan(const Rows& rows, int64_t begin, int64_t end, double gamma, double decay) {
   double next_value = 0, advantage = 0;
   for (int64_t t = end - 1; t >= begin; --t) {
-    if (rows.live && !rows.live[t]) {
+    if (rows.mask && !rows.mask[t]) {
       rows.advantages[t] = 0;
       continue;
     }
@@ -44,14 +44,14 @@ T* data(const Tensor& x, ScalarType type, int64_t count, const char* name) {
   return static_cast<T*>(x.data_ptr());
 }
 
-// rewards, values (N,) fp64, live (N,) bool, offsets (B + 1,) int64; (N,) fp64.
-Tensor gae(const Tensor& rewards, const Tensor& values, const std::optional<Tensor>& live,
+// rewards, values (N,) fp64, mask (N,) bool, offsets (B + 1,) int64; (N,) fp64.
+Tensor gae(const Tensor& rewards, const Tensor& values, const std::optional<Tensor>& mask,
            const Tensor& offsets, double gamma, double lam) {
   const int64_t count = rewards.numel(), sequences = offsets.numel() - 1;
   Tensor advantages = torch::stable::new_empty(rewards, {count}, ScalarType::Double);
   const Rows rows = {data<const double>(rewards, ScalarType::Double, count, "rewards"),
                      data<const double>(values, ScalarType::Double, count, "values"),
-                     live ? data<const bool>(*live, ScalarType::Bool, count, "live") : nullptr,
+                     mask ? data<const bool>(*mask, ScalarType::Bool, count, "mask") : nullptr,
                      data<double>(advantages, ScalarType::Double, count, "advantages")};
   const int64_t* starts = data<const int64_t>(offsets, ScalarType::Long, sequences + 1, "offsets");
   STD_TORCH_CHECK(sequences >= 0 && starts[0] == 0 && starts[sequences] == count,
@@ -68,7 +68,7 @@ Tensor gae(const Tensor& rewards, const Tensor& values, const std::optional<Tens
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastpo, m) {
   m.def(
-      "cpp_gae(Tensor rewards, Tensor values, Tensor? live, Tensor offsets, float gamma, float lam) -> "
+      "cpp_gae(Tensor rewards, Tensor values, Tensor? mask, Tensor offsets, float gamma, float lam) -> "
       "Tensor");
 }
 

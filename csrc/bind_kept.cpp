@@ -51,11 +51,11 @@ int64_t rows_per_task(const fastpo::KeptIn& in, int64_t rows, int64_t kept) {
 
 Five kept_stats(const Tensor& hidden, const Tensor& weight, const MaybeTensor& bias, const Tensor& tokens,
                 const Tensor& ids, const Tensor& offsets, double temperature, const MaybeTensor& temperatures,
-                double gain, bool capped, const MaybeTensor& live) {
+                double gain, bool capped, const MaybeTensor& mask) {
   const int64_t rows = hidden.size(0), kept = ids.numel();
   fastpo::KeptStatsParams p;
   p.in = kept_in(hidden, weight, bias, tokens, ids, offsets, temperature, temperatures, gain, capped);
-  p.live = live ? vector<const bool>(*live, ScalarType::Bool, rows, "live") : nullptr;
+  p.mask = mask ? vector<const bool>(*mask, ScalarType::Bool, rows, "mask") : nullptr;
   Tensor logits = torch::stable::new_empty(hidden, {kept}, ScalarType::Float);
   Tensor logprobs = new_vector(hidden, ScalarType::Float), entropy = new_vector(hidden, ScalarType::Float);
   Tensor row_max = new_vector(hidden, ScalarType::Float), log_sum = new_vector(hidden, ScalarType::Float);
@@ -165,7 +165,7 @@ void kept_grad(const Tensor& hidden, const Tensor& weight, const Tensor& tokens,
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastpo, m) {
   m.def("cpp_kept_stats(Tensor hidden, Tensor weight, Tensor? bias, " FASTPO_KEPT_ROWS
-        "float gain, bool capped, Tensor? live) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+        "float gain, bool capped, Tensor? mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("cpp_kept_grad(Tensor hidden, Tensor weight, " FASTPO_KEPT_ROWS
         "float gain, bool capped, Tensor logits, Tensor logprobs, Tensor entropy, Tensor row_max, "
         "Tensor log_sum, Tensor logprob_grad, Tensor? entropy_grad, Tensor(a!)? hidden_grad, "

@@ -80,9 +80,9 @@ fastpo::Matrix gradient(const Tensor& out, const Tensor& logits, const Place& pl
 }
 
 template <class Run>
-Four fill_stats(const Run& run, fastpo::StatsParams& p, const Tensor& logits, const MaybeTensor& live) {
+Four fill_stats(const Run& run, fastpo::StatsParams& p, const Tensor& logits, const MaybeTensor& mask) {
   const int64_t rows = logits.size(0);
-  p.live = live ? vector<const bool>(*live, ScalarType::Bool, rows, "live", run.place) : nullptr;
+  p.mask = mask ? vector<const bool>(*mask, ScalarType::Bool, rows, "mask", run.place) : nullptr;
   Tensor logprobs = new_vector(logits, ScalarType::Float), entropy = new_vector(logits, ScalarType::Float);
   Tensor row_max = new_vector(logits, ScalarType::Float), log_sum = new_vector(logits, ScalarType::Float);
   p.logprobs = floats(logprobs, rows, "logprobs", run.place);
@@ -95,15 +95,15 @@ Four fill_stats(const Run& run, fastpo::StatsParams& p, const Tensor& logits, co
 
 template <class Run>
 Four row_stats(const Tensor& logits, const Tensor& tokens, double temperature,
-               const MaybeTensor& temperatures, const MaybeTensor& live) {
+               const MaybeTensor& temperatures, const MaybeTensor& mask) {
   const Run run(logits);
   fastpo::StatsParams p;
   p.in = rows_in(logits, tokens, temperature, temperatures, run.place);
-  return fill_stats(run, p, logits, live);
+  return fill_stats(run, p, logits, mask);
 }
 
 Seven row_details(const Tensor& logits, const Tensor& tokens, double temperature,
-                  const MaybeTensor& temperatures, const MaybeTensor& live) {
+                  const MaybeTensor& temperatures, const MaybeTensor& mask) {
   const int64_t rows = logits.size(0);
   const OnCpu run(logits);
   fastpo::StatsParams p;
@@ -113,7 +113,7 @@ Seven row_details(const Tensor& logits, const Tensor& tokens, double temperature
   p.log_sum_sq_probs = floats(squares, rows, "log_sum_sq_probs");
   p.mean_logits = floats(mean, rows, "mean_logits");
   p.is_top1 = vector<bool>(top1, ScalarType::Bool, rows, "is_top1");
-  return std::tuple_cat(fill_stats(run, p, logits, live), std::make_tuple(squares, mean, top1));
+  return std::tuple_cat(fill_stats(run, p, logits, mask), std::make_tuple(squares, mean, top1));
 }
 
 template <class Run>
@@ -140,8 +140,8 @@ Four row_policy_loss(const Tensor& logits, const Tensor& tokens, const Tensor& w
                      const Tensor& advantages, const MaybeTensor& old_logprobs,
                      const MaybeTensor& ref_logprobs, const MaybeTensor& entropy_weight,
                      const MaybeTensor& clip_low, const MaybeTensor& clip_high, const MaybeTensor& nll_weight,
-                     const std::vector<double>& rule, double temperature, const MaybeTensor& temperatures,
-                     const MaybeTensor& out) {
+                     const std::vector<double>& objective, double temperature,
+                     const MaybeTensor& temperatures, const MaybeTensor& out) {
   const int64_t rows = logits.size(0);
   const Run run(logits);
   fastpo::LossParams p;
@@ -155,10 +155,10 @@ Four row_policy_loss(const Tensor& logits, const Tensor& tokens, const Tensor& w
   p.clip_low = floats(clip_low, rows, "clip_low", run.place);
   p.clip_high = floats(clip_high, rows, "clip_high", run.place);
   p.nll_weight = floats(nll_weight, rows, "nll_weight", run.place);
-  STD_TORCH_CHECK(rule.size() == fastpo::kRuleFields, "rule must hold the ", fastpo::kRuleFields,
-                  " fields of Rule, got ", rule.size());
-  p.rule = fastpo::rule_of(rule.data());
-  STD_TORCH_CHECK(p.rule.kl == fastpo::Kl::kNone || ref_logprobs, "a KL penalty needs ref_logprobs");
+  STD_TORCH_CHECK(objective.size() == fastpo::kObjectiveFields, "objective must hold the ",
+                  fastpo::kObjectiveFields, " fields of ObjectiveParams, got ", objective.size());
+  p.objective = fastpo::objective_params(objective.data());
+  STD_TORCH_CHECK(p.objective.kl == fastpo::Kl::kNone || ref_logprobs, "a KL penalty needs ref_logprobs");
   Tensor loss = new_vector(logits, ScalarType::Float), logprobs = new_vector(logits, ScalarType::Float);
   Tensor entropy = new_vector(logits, ScalarType::Float), clipped = new_vector(logits, ScalarType::Byte);
   p.loss = floats(loss, rows, "loss", run.place);
@@ -182,20 +182,20 @@ void scale_(const Tensor& grad, const Tensor& factor) {
 #define FASTPO_LOSS_ARGS                                                                \
   "Tensor tokens, Tensor weight, Tensor advantages, Tensor? old_logprobs, "             \
   "Tensor? ref_logprobs, Tensor? entropy_weight, Tensor? clip_low, Tensor? clip_high, " \
-  "Tensor? nll_weight, float[] rule, " FASTPO_TEMPERATURE
+  "Tensor? nll_weight, float[] objective, " FASTPO_TEMPERATURE
 #define FASTPO_TEMPERATURE "float temperature, Tensor? temperatures"
 #define FASTPO_FOUR ") -> (Tensor, Tensor, Tensor, Tensor)"
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastpo, m) {
-  m.def("cpp_row_stats(Tensor logits, Tensor tokens, " FASTPO_TEMPERATURE ", Tensor? live" FASTPO_FOUR);
+  m.def("cpp_row_stats(Tensor logits, Tensor tokens, " FASTPO_TEMPERATURE ", Tensor? mask" FASTPO_FOUR);
   m.def("cpp_row_details(Tensor logits, Tensor tokens, " FASTPO_TEMPERATURE
-        ", Tensor? live) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+        ", Tensor? mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("cpp_row_grad(Tensor logits, " FASTPO_GRAD_ARGS ", Tensor(a!) out) -> ()");
   m.def("cpp_row_policy_loss(Tensor logits, " FASTPO_LOSS_ARGS ", Tensor(a!)? out" FASTPO_FOUR);
   m.def("cpp_scale_(Tensor(a!) grad, Tensor factor) -> ()");
-  m.def("cuda_row_stats(Tensor logits, Tensor tokens, " FASTPO_TEMPERATURE ", Tensor? live" FASTPO_FOUR);
+  m.def("cuda_row_stats(Tensor logits, Tensor tokens, " FASTPO_TEMPERATURE ", Tensor? mask" FASTPO_FOUR);
   m.def("cuda_row_grad(Tensor logits, " FASTPO_GRAD_ARGS ", Tensor(a!) out) -> ()");
   m.def("cuda_row_policy_loss(Tensor logits, " FASTPO_LOSS_ARGS ", Tensor(a!)? out" FASTPO_FOUR);
   m.def("cuda_scale_(Tensor(a!) grad, Tensor factor) -> ()");

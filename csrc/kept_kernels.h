@@ -124,7 +124,7 @@ struct KeptKernels {
     const int64_t begin = in.offsets[i], end = in.offsets[i + 1];
     p.logprobs[i] = p.entropy[i] = p.row_max[i] = p.log_sum[i] = 0;
     for (int64_t j = begin; j < end; ++j) p.logits[j] = 0;
-    if ((p.live && !p.live[i]) || begin == end) return;
+    if ((p.mask && !p.mask[i]) || begin == end) return;
     if (end - begin == 1) {
       if (in.ids[begin] != in.tokens[i]) p.logprobs[i] = NAN;
       return;

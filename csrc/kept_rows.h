@@ -28,7 +28,7 @@ struct KeptIn {
 
 struct KeptStatsParams {
   KeptIn in;
-  const bool* live = nullptr;  // (N,)
+  const bool* mask = nullptr;  // (N,)
   float* logits = nullptr;     // (M,), z, out, as all below; 0 where no gradient comes of it
   float* logprobs = nullptr;   // (N,)
   float* entropy = nullptr;

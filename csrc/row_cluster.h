@@ -125,7 +125,7 @@ FASTPO_DEVICE float gradient_at(float z, const Exponential& exp, const Slopes& s
   const float d = exp.shift(z), e = exp(d);
   if (!kEntropy) return product_flushed(e, slopes.scale);
   const float x = exp.floored(d) * exp.to_x;
-  return product_flushed(e, fmaf(slopes.mean_shift - x, slopes.spread, slopes.scale));
+  return product_flushed(e, fmaf(slopes.mean_shift - x, slopes.entropy_scale, slopes.scale));
 }
 
 template <bool kEntropy, class T, class O>
@@ -172,7 +172,7 @@ template <class T, class Machine, class O>
 FASTPO_DEVICE void write_gradient(Machine& machine, const Exponential& exp, const Slopes& slopes,
                                   int64_t token, O* row) {
   machine.each([&](const Slice& slice, int thread) {
-    if (slopes.spread == 0)
+    if (slopes.entropy_scale == 0)
       write_slice<false, T>(slice, thread, exp, slopes, row);
     else
       write_slice<true, T>(slice, thread, exp, slopes, row);
@@ -230,7 +230,7 @@ FASTPO_DEVICE Swept sweep(Machine& machine, const RowsIn& in, int64_t i) {
 template <class T, class Machine>
 FASTPO_DEVICE void stats_row(Machine& machine, const StatsParams& p, int64_t i) {
   Summary row = {};
-  if (!p.live || p.live[i]) {
+  if (!p.mask || p.mask[i]) {
     const Swept swept = sweep<T>(machine, p.in, i);
     if (machine.first()) row = swept.summary();
   }
@@ -252,7 +252,7 @@ FASTPO_DEVICE void grad_row(Machine& machine, const GradParams& p, int64_t i) {
 template <class T, class O, class Machine>
 FASTPO_DEVICE void policy_loss_row(Machine& machine, const LossParams& p, int64_t i) {
   O* out = p.out.data ? static_cast<O*>(p.out.row(i)) : nullptr;
-  if (!is_live(p, i)) {
+  if (!mask_of(p, i)) {
     if (machine.first()) store_losses(p, i, {}, {});
     if (out) fill_zero<T>(machine, out);
     return;
@@ -267,7 +267,7 @@ FASTPO_DEVICE void policy_loss_row(Machine& machine, const LossParams& p, int64_
     return slopes_of(loss.slope, e, 1.0f / row.exp_sum, row);
   });
   if (!out) return;
-  if (slopes.scale == 0 && slopes.spread == 0 && slopes.token_grad == 0)
+  if (slopes.scale == 0 && slopes.entropy_scale == 0 && slopes.token_grad == 0)
     fill_zero<T>(machine, out);
   else
     write_gradient<T>(machine, swept.exponential(), slopes, p.in.tokens[i], out);

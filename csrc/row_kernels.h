@@ -233,13 +233,13 @@ struct RowKernels {
       // From the block's reference to the row's maximum.
       const double rise = double(row.row_max) - kept.references[start / kBlock];
       const float rebase = float(::exp(-rise / temperature));
-      const Vec scale = S::all(slopes.scale * rebase), spread = S::all(slopes.spread * rebase);
+      const Vec scale = S::all(slopes.scale * rebase), entropy_scale = S::all(slopes.entropy_scale * rebase);
       backward(block_size(in, start), [&](int64_t k, auto lanes) FASTPO_LAMBDA {
         const int64_t j = start + k;
         Vec factor = scale;
         if (kEntropy) {
           const Vec d = exp.floored(S::sub(S::load(z + j, lanes), row_max));
-          factor = S::mul_add(S::sub(mean_shift, S::mul(d, inverse_t)), spread, scale);
+          factor = S::mul_add(S::sub(mean_shift, S::mul(d, inverse_t)), entropy_scale, scale);
         }
         S::store(out + j, S::mul(S::load(kept.exps + j, lanes), factor), lanes);
       });
@@ -254,11 +254,11 @@ struct RowKernels {
     const T* z = static_cast<const T*>(in.logits.row(i));
     const ScaledExp<S> exp(1);
     const Vec inverse_t = S::all(in.temperature.inverse(i)), minus_m = S::all(-m);
-    const Vec scale = S::all(slopes.scale), spread = S::all(slopes.spread);
+    const Vec scale = S::all(slopes.scale), entropy_scale = S::all(slopes.entropy_scale);
     const Vec mean_shift = S::all(slopes.mean_shift);
     rewrite<T, O>(in.columns, [&](int64_t j, auto lanes) FASTPO_LAMBDA {
       const Vec x = exp.floored(S::mul_add_exact(S::load(z + j, lanes), inverse_t, minus_m));
-      const Vec factor = kEntropy ? S::mul_add(S::sub(mean_shift, x), spread, scale) : scale;
+      const Vec factor = kEntropy ? S::mul_add(S::sub(mean_shift, x), entropy_scale, scale) : scale;
       S::store(out + j, S::mul(exp(x), factor), lanes);
     });
     write_token(in, i, slopes, out);

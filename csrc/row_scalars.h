@@ -11,22 +11,23 @@
 
 namespace fastpo {
 
-constexpr int kRuleFields = 19;
+constexpr int kObjectiveFields = 19;
 
-// From the fields of fastpo.backends.base.Rule in order.
-static inline Rule rule_of(const double* fields) {
-  Rule rule;
-  rule.surrogate = Surrogate(int(*fields++));
-  rule.kl = Kl(int(*fields++));
-  rule.kl_ratio_weighted = *fields++ != 0;
-  rule.old_kl = Kl(int(*fields++));
-  rule.gate = Gate(int(*fields++));
-  rule.two_sided = *fields++ != 0;
-  for (float* field : {&rule.ratio_low, &rule.ratio_high, &rule.ratio_max, &rule.ratio_min,
-                       &rule.ratio_max_pos, &rule.power_pos, &rule.power_neg, &rule.keep_low, &rule.keep_high,
-                       &rule.kl_coef, &rule.old_kl_coef, &rule.tau_pos, &rule.tau_neg})
+// From the fields of fastpo.backends.base.ObjectiveParams in order.
+static inline ObjectiveParams objective_params(const double* fields) {
+  ObjectiveParams params;
+  params.surrogate = Surrogate(int(*fields++));
+  params.kl = Kl(int(*fields++));
+  params.kl_ratio_weighted = *fields++ != 0;
+  params.old_kl = Kl(int(*fields++));
+  params.gate = Gate(int(*fields++));
+  params.two_sided = *fields++ != 0;
+  for (float* field :
+       {&params.ratio_low, &params.ratio_high, &params.ratio_max, &params.ratio_min, &params.ratio_max_pos,
+        &params.power_pos, &params.power_neg, &params.keep_low, &params.keep_high, &params.kl_coef,
+        &params.old_kl_coef, &params.tau_pos, &params.tau_neg})
     *field = float(*fields++);
-  return rule;
+  return params;
 }
 
 // What the first sweep leaves. With m = max u, x_j = u_j - m.
@@ -40,12 +41,12 @@ struct Summary {
   float entropy;
 };
 
-// dz_j = exp(x_j) * (scale + spread * (mean_shift - x_j)) for every column but the token's.
+// dz_j = exp(x_j) * (scale + entropy_scale * (mean_shift - x_j)) for every column but the token's.
 struct Slopes {
-  float scale;       // -c / (s T)
-  float spread;      // e / (s T)
-  float mean_shift;  // E_p[x]
-  float token_grad;  // dz_y
+  float scale;          // -c / (s T)
+  float entropy_scale;  // e / (s T)
+  float mean_shift;     // E_p[x]
+  float token_grad;     // dz_y
 };
 
 // What a token-level objective makes of a row.
@@ -75,7 +76,7 @@ FASTPO_SCALAR Slopes grad_slopes(const GradParams& p, int64_t i, float inverse_t
   return slopes_of(p.logprob_grad[i], p.entropy_grad ? p.entropy_grad[i] : 0.0f, expf(-row.log_sum), row);
 }
 
-FASTPO_SCALAR bool is_live(const LossParams& p, int64_t i) {
+FASTPO_SCALAR bool mask_of(const LossParams& p, int64_t i) {
   return p.weight[i] != 0 || (p.entropy_weight && p.entropy_weight[i] != 0);
 }
 
@@ -91,7 +92,7 @@ FASTPO_SCALAR RowLoss row_loss(const LossParams& p, int64_t i, const Summary& ro
   in.clip_low = at_row(p.clip_low, i);
   in.clip_high = at_row(p.clip_high, i);
   in.nll_weight = at_row(p.nll_weight, i);
-  const TokenLoss token = token_loss(p.rule, in);
+  const TokenLoss token = token_loss(p.objective, in);
   float value = weight * token.loss.value;
   if (entropy_weight != 0) value -= entropy_weight * row.entropy;
   return {value, weight * token.loss.slope, token.clipped};

@@ -1,4 +1,4 @@
-// The primitives over a range of rows: what is dead, which types meet, and the table of entry points.
+// The primitives over a range of rows: what is masked, which types meet, and the table of entry points.
 //
 // No gradient below 2^-126 is written: peaked logits make most of a row such, and later products in fp32
 // would take 12 to 15 times as long over subnormals on some CPUs. All primitives compute so, and agree.
@@ -63,11 +63,11 @@ struct RowTable {
  private:
   template <class T>
   static void stats_row(const StatsParams& p, int64_t i) {
-    const bool live = !p.live || p.live[i];
+    const bool mask = !p.mask || p.mask[i];
     typename Kernels::Details details = {};
     Summary row = {};
-    if (live && p.is_top1) row = Kernels::template summarize<T>(p.in, i, details);
-    if (live && !p.is_top1) row = Kernels::template summarize<false, T>(p.in, i, {});
+    if (mask && p.is_top1) row = Kernels::template summarize<T>(p.in, i, details);
+    if (mask && !p.is_top1) row = Kernels::template summarize<false, T>(p.in, i, {});
     if (p.is_top1) {
       p.log_sum_sq_probs[i] = details.log_sum_sq_probs;
       p.mean_logits[i] = details.mean_logit;
@@ -91,7 +91,7 @@ struct RowTable {
   template <class T, class O>
   static void loss_row(const LossParams& p, int64_t i, float* scratch) {
     O* out = p.out.data ? static_cast<O*>(p.out.row(i)) : nullptr;
-    if (!is_live(p, i)) {
+    if (!mask_of(p, i)) {
       store_losses(p, i, {}, {});
       if (out) Kernels::fill_zero(out, p.in.columns);
       return;

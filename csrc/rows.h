@@ -62,7 +62,7 @@ struct RowsIn {
 
 struct StatsParams {
   RowsIn in;
-  const bool* live = nullptr;  // (N,)
+  const bool* mask = nullptr;  // (N,)
   float* logprobs = nullptr;   // (N,), out, as all below
   float* entropy = nullptr;
   float* row_max = nullptr;
@@ -93,7 +93,7 @@ struct LossParams {
   const float* clip_low = nullptr;
   const float* clip_high = nullptr;
   const float* nll_weight = nullptr;
-  Rule rule;
+  ObjectiveParams objective;
   Matrix out;             // gradient (N, V), may lie in the logits' own rows; data null: not wanted
   float* loss = nullptr;  // (N,), out, as all below
   float* logprobs = nullptr;

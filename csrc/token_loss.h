@@ -25,7 +25,7 @@ constexpr uint8_t kClippedLow = 1, kClippedHigh = 2, kClippedMax = 4;
 constexpr float kMaxLogRatio = 20.0f;
 constexpr float kBinaryKlEps = 1e-8f;
 
-struct Rule {
+struct ObjectiveParams {
   Surrogate surrogate = Surrogate::kClip;
   Kl kl = Kl::kNone;
   bool kl_ratio_weighted = false;
@@ -53,7 +53,7 @@ struct TokenInputs {
   float advantage = 0;
   const float* old_logprob = nullptr;  // null: on-policy
   const float* ref_logprob = nullptr;
-  const float* clip_low = nullptr;  // in place of the rule's ratio_low and ratio_high
+  const float* clip_low = nullptr;  // in place of the objective's ratio_low and ratio_high
   const float* clip_high = nullptr;
   const float* nll_weight = nullptr;  // of an SFT term, -nll_weight * logprob
 };
@@ -82,25 +82,26 @@ FASTPO_SCALAR Dual importance_ratio(float log_ratio) {
 }
 
 // -min(min(r, ratio_max) A, clip(r, low, high) A), slope -A r' unless a bound holds.
-FASTPO_SCALAR TokenLoss clip_loss(const Rule& rule, Dual ratio, float advantage) {
+FASTPO_SCALAR TokenLoss clip_loss(const ObjectiveParams& objective, Dual ratio, float advantage) {
   float r = ratio.value;
-  float bounded = min_or_nan(r, rule.ratio_max);
-  float clipped_ratio = min_or_nan(max_or_nan(r, rule.ratio_low), rule.ratio_high);
+  float bounded = min_or_nan(r, objective.ratio_max);
+  float clipped_ratio = min_or_nan(max_or_nan(r, objective.ratio_low), objective.ratio_high);
   uint8_t flags = 0;
-  if (advantage < 0 && r < rule.ratio_low) flags |= kClippedLow;
-  if (advantage > 0 && r > rule.ratio_high) flags |= kClippedHigh;
-  if (advantage < 0 && r > rule.ratio_max) flags |= kClippedMax;
+  if (advantage < 0 && r < objective.ratio_low) flags |= kClippedLow;
+  if (advantage > 0 && r > objective.ratio_high) flags |= kClippedHigh;
+  if (advantage < 0 && r > objective.ratio_max) flags |= kClippedMax;
   float loss = -min_or_nan(bounded * advantage, clipped_ratio * advantage);
   return {{loss, flags ? 0.0f : -advantage * ratio.slope}, flags};
 }
 
 // -sg(clip(r, low, high)) A logp.
-FASTPO_SCALAR TokenLoss cispo_loss(const Rule& rule, Dual ratio, float advantage, float logprob) {
+FASTPO_SCALAR TokenLoss cispo_loss(const ObjectiveParams& objective, Dual ratio, float advantage,
+                                   float logprob) {
   float r = ratio.value;
-  float slope = -min_or_nan(max_or_nan(r, rule.ratio_low), rule.ratio_high) * advantage;
+  float slope = -min_or_nan(max_or_nan(r, objective.ratio_low), objective.ratio_high) * advantage;
   uint8_t flags = 0;
-  if (advantage < 0 && r < rule.ratio_low) flags |= kClippedLow;
-  if (advantage > 0 && r > rule.ratio_high) flags |= kClippedMax;
+  if (advantage < 0 && r < objective.ratio_low) flags |= kClippedLow;
+  if (advantage > 0 && r > objective.ratio_high) flags |= kClippedMax;
   return {{slope * logprob, slope}, flags};
 }
 
@@ -118,18 +119,18 @@ FASTPO_SCALAR float gate_divergence(Gate gate, float ratio, float logprob, float
 }
 
 // -sg(w) A logp; w = clip(r^k, ratio_min, ratio_max) inside the gate, keep times the bound outside.
-FASTPO_SCALAR TokenLoss gate_loss(const Rule& rule, Dual ratio, float log_ratio, const TokenInputs& in,
-                                  float old_logprob) {
+FASTPO_SCALAR TokenLoss gate_loss(const ObjectiveParams& objective, Dual ratio, float log_ratio,
+                                  const TokenInputs& in, float old_logprob) {
   bool positive = in.advantage > 0, negative = in.advantage < 0;
-  float most = positive ? min_or_nan(rule.ratio_max_pos, rule.ratio_max) : rule.ratio_max;
+  float most = positive ? min_or_nan(objective.ratio_max_pos, objective.ratio_max) : objective.ratio_max;
   float clamped = max_or_nan(min_or_nan(log_ratio, kMaxLogRatio), -kMaxLogRatio);
-  float powered = expf((positive ? rule.power_pos : rule.power_neg) * clamped);
-  float weight = min_or_nan(max_or_nan(powered, rule.ratio_min), most);
-  float divergence = gate_divergence(rule.gate, ratio.value, in.logprob, old_logprob);
-  bool below = divergence < rule.ratio_low && (negative || rule.two_sided);
-  bool above = divergence > rule.ratio_high && (positive || rule.two_sided);
-  if (below) weight = rule.keep_low * rule.ratio_low;
-  if (above) weight = rule.keep_high * rule.ratio_high;
+  float powered = expf((positive ? objective.power_pos : objective.power_neg) * clamped);
+  float weight = min_or_nan(max_or_nan(powered, objective.ratio_min), most);
+  float divergence = gate_divergence(objective.gate, ratio.value, in.logprob, old_logprob);
+  bool below = divergence < objective.ratio_low && (negative || objective.two_sided);
+  bool above = divergence > objective.ratio_high && (positive || objective.two_sided);
+  if (below) weight = objective.keep_low * objective.ratio_low;
+  if (above) weight = objective.keep_high * objective.ratio_high;
   uint8_t flags = (below ? kClippedLow : 0) | (above ? kClippedHigh : 0);
   if (powered > most && !flags) flags = kClippedMax;
   float slope = -weight * in.advantage;
@@ -137,24 +138,24 @@ FASTPO_SCALAR TokenLoss gate_loss(const Rule& rule, Dual ratio, float log_ratio,
 }
 
 // -A (4 / tau) g with g = sigmoid(tau (r - 1)), slope -4 A g (1 - g) r'.
-FASTPO_SCALAR TokenLoss sapo_loss(const Rule& rule, Dual ratio, float advantage) {
-  float tau = advantage > 0 ? rule.tau_pos : rule.tau_neg;
+FASTPO_SCALAR TokenLoss sapo_loss(const ObjectiveParams& objective, Dual ratio, float advantage) {
+  float tau = advantage > 0 ? objective.tau_pos : objective.tau_neg;
   float gate = 1.0f / (1.0f + expf(-tau * (ratio.value - 1.0f)));
   float slope = -4.0f * advantage * gate * (1.0f - gate) * ratio.slope;
   return {{-advantage * (4.0f / tau) * gate, slope}, 0};
 }
 
-FASTPO_SCALAR TokenLoss surrogate_loss(const Rule& rule, Dual ratio, float log_ratio, const TokenInputs& in,
-                                       float old_logprob) {
-  switch (rule.surrogate) {
+FASTPO_SCALAR TokenLoss surrogate_loss(const ObjectiveParams& objective, Dual ratio, float log_ratio,
+                                       const TokenInputs& in, float old_logprob) {
+  switch (objective.surrogate) {
     case Surrogate::kClip:
-      return clip_loss(rule, ratio, in.advantage);
+      return clip_loss(objective, ratio, in.advantage);
     case Surrogate::kCispo:
-      return cispo_loss(rule, ratio, in.advantage, in.logprob);
+      return cispo_loss(objective, ratio, in.advantage, in.logprob);
     case Surrogate::kSapo:
-      return sapo_loss(rule, ratio, in.advantage);
+      return sapo_loss(objective, ratio, in.advantage);
     case Surrogate::kGate:
-      return gate_loss(rule, ratio, log_ratio, in, old_logprob);
+      return gate_loss(objective, ratio, log_ratio, in, old_logprob);
     default:  // kReinforce: -A logp
       return {{-in.advantage * in.logprob, -in.advantage}, 0};
   }
@@ -182,25 +183,25 @@ FASTPO_SCALAR Dual kl_estimate(Kl kl, float k) {
 }
 
 // Surrogate + kl_coef * KL [* r] + old_kl_coef * KL to the behaviour policy - nll_weight * logprob.
-FASTPO_SCALAR TokenLoss token_loss(const Rule& shared_rule, const TokenInputs& in) {
-  Rule rule = shared_rule;
-  if (in.clip_low) rule.ratio_low = *in.clip_low;
-  if (in.clip_high) rule.ratio_high = *in.clip_high;
+FASTPO_SCALAR TokenLoss token_loss(const ObjectiveParams& shared, const TokenInputs& in) {
+  ObjectiveParams objective = shared;
+  if (in.clip_low) objective.ratio_low = *in.clip_low;
+  if (in.clip_high) objective.ratio_high = *in.clip_high;
   float old_logprob = in.old_logprob ? *in.old_logprob : in.logprob;
   float log_ratio = in.logprob - old_logprob;
   Dual ratio = importance_ratio(log_ratio);
-  TokenLoss token = surrogate_loss(rule, ratio, log_ratio, in, old_logprob);
-  if (rule.kl != Kl::kNone && in.ref_logprob) {
-    Dual kl = kl_estimate(rule.kl, in.logprob - *in.ref_logprob);
-    if (rule.kl_ratio_weighted)
+  TokenLoss token = surrogate_loss(objective, ratio, log_ratio, in, old_logprob);
+  if (objective.kl != Kl::kNone && in.ref_logprob) {
+    Dual kl = kl_estimate(objective.kl, in.logprob - *in.ref_logprob);
+    if (objective.kl_ratio_weighted)
       kl = {kl.value * ratio.value, kl.slope * ratio.value + kl.value * ratio.slope};
-    token.loss.value += rule.kl_coef * kl.value;
-    token.loss.slope += rule.kl_coef * kl.slope;
+    token.loss.value += objective.kl_coef * kl.value;
+    token.loss.slope += objective.kl_coef * kl.slope;
   }
-  if (rule.old_kl != Kl::kNone) {
-    Dual kl = kl_estimate(rule.old_kl, log_ratio);
-    token.loss.value += rule.old_kl_coef * kl.value;
-    token.loss.slope += rule.old_kl_coef * kl.slope;
+  if (objective.old_kl != Kl::kNone) {
+    Dual kl = kl_estimate(objective.old_kl, log_ratio);
+    token.loss.value += objective.old_kl_coef * kl.value;
+    token.loss.slope += objective.old_kl_coef * kl.slope;
   }
   if (in.nll_weight) {
     token.loss.value -= *in.nll_weight * in.logprob;

@@ -173,10 +173,10 @@ def _specified(
     # Sums are of the differences to the group's first reward: exactly 0 for equal rewards.
     offsets = groups.from_first(rewards)
     best, worst = groups.reduce(offsets, "max"), groups.reduce(offsets, "min")
-    centered = offsets - groups.spread(groups.mean(offsets))
-    informative = groups.counted & (groups.spread(best) > groups.spread(worst))
+    centered = offsets - groups.broadcast(groups.mean(offsets))
+    informative = groups.counted & (groups.broadcast(best) > groups.broadcast(worst))
     if estimator in ("grpo", "passk"):
-        std = groups.spread(
+        std = groups.broadcast(
             (groups.sum(centered.square()) / (groups.count - 1).clamp(min=1)).sqrt()
         )
     if estimator == "grpo":
@@ -184,22 +184,22 @@ def _specified(
     elif estimator == "dr_grpo":
         advantages = centered
     elif estimator == "rloo":
-        count = groups.spread(groups.count).to(wide)
+        count = groups.broadcast(groups.count).to(wide)
         advantages = centered * count / (count - 1).clamp(min=1)
     elif estimator == "opo":
         weights = torch.ones_like(offsets) if lengths is None else lengths.to(wide)
-        weights = weights.where(groups.spread(groups.sum(weights)) > 0, 1)  # all empty: alike
+        weights = weights.where(groups.broadcast(groups.sum(weights)) > 0, 1)  # all empty: alike
         baseline = groups.sum(weights * offsets) / groups.sum(weights)
-        advantages = offsets - groups.spread(baseline)
+        advantages = offsets - groups.broadcast(baseline)
     elif estimator == "passk":
-        is_best = groups.counted & (offsets == groups.spread(best))
-        alone = groups.spread(groups.sum(is_best.to(wide))) == 1  # two best ones are 0 apart
+        is_best = groups.counted & (offsets == groups.broadcast(best))
+        alone = groups.broadcast(groups.sum(is_best.to(wide))) == 1  # two best ones are 0 apart
         others = groups.counted & ~is_best
         second = groups.reduce(offsets.masked_fill(~others, -torch.inf), "max")
-        advantages = ((offsets - groups.spread(second)) / (std + eps)).where(is_best & alone, 0)
+        advantages = ((offsets - groups.broadcast(second)) / (std + eps)).where(is_best & alone, 0)
     elif estimator == "maxrl":
         mean = rewards[groups.first] + groups.mean(offsets)
-        advantages = centered / (groups.spread(mean) + eps)
+        advantages = centered / (groups.broadcast(mean) + eps)
     else:
         deviation, std = _over_the_batch(centered, groups.counted, lengths)
         advantages = deviation / (std + eps)
@@ -247,7 +247,7 @@ class _Groups:
         """values - that of the group's first counted sample; 0 for samples that do not count."""
         return (values - values[self.first][self.of_sample]).where(self.counted, 0)
 
-    def spread(self, values: Tensor) -> Tensor:
+    def broadcast(self, values: Tensor) -> Tensor:
         """Give every sample the value of its group."""
         return values[self.of_sample]
 

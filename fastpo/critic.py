@@ -26,10 +26,10 @@ class Gae(NamedTuple):
 
 
 class ValueLoss(NamedTuple):
-    """What `value_loss` returns; the metrics are sums over live tokens."""
+    """What `value_loss` returns; the metrics are sums over unmasked tokens."""
 
     loss: Tensor  # 0-d, differentiable in `values`
-    metrics: dict[str, Tensor]  # 0-d sums over live tokens on the device; divide by "tokens"
+    metrics: dict[str, Tensor]  # 0-d sums over unmasked tokens on the device; divide by "tokens"
 
 
 def gae(
@@ -47,9 +47,9 @@ def gae(
         delta_t = reward_t + gamma * value_{t+1} - value_t
         A_t     = delta_t + gamma * lam * A_{t+1},        return_t = A_t + value_t
 
-    where t + 1 is the next *live* token of the sequence: tokens under a False mask (padding, the
-    text of a tool) are stepped over. Past a sequence's last live token value and advantage are 0:
-    to bootstrap a truncated sequence, add gamma * V of what follows to its last reward.
+    where t + 1 is the next unmasked token of the sequence: tokens under a False mask (padding, the
+    text of a tool) are stepped over. Past a sequence's last unmasked token value and advantage are
+    0: to bootstrap a truncated sequence, add gamma * V of what follows to its last reward.
 
     With `values` 0 and lam 1 the advantages are the discounted returns; whitened, REINFORCE++'s
     (arXiv 2501.03262). As verl 0.9 `compute_gae_advantage_return`, which whitens always
@@ -64,8 +64,8 @@ def gae(
         lam: the trade of bias (0) for variance (1), in [0, 1].
         mask: [...] bool or 0/1 integers; what stands in masked slots is never used.
         cu_seqlens: (B + 1,) int32 offsets of the sequences of a packed [N] batch; required there.
-        whiten: advantages become (A - mean) / sqrt(var + 1e-8) over the live tokens of the batch,
-            with the unbiased variance; the returns stay.
+        whiten: advantages become (A - mean) / sqrt(var + 1e-8) over the unmasked tokens of the
+            batch, with the unbiased variance; the returns stay.
 
     Raises:
         ValueError, TypeError: see the message: what was got, what is expected, what to do.
@@ -80,14 +80,14 @@ def gae(
     checks.check_sequences(rewards.shape, cu_seqlens, rewards)
     segments = Segments.from_batch(rewards.shape, cu_seqlens, rewards.device)
     dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
-    live = flat_mask(mask)
-    flat_values = _wide(values, live)
-    advantages = _advantages(_wide(rewards, live), flat_values, live, segments, gamma, lam)
+    mask = flat_mask(mask)
+    flat_values = _wide(values, mask)
+    advantages = _advantages(_wide(rewards, mask), flat_values, mask, segments, gamma, lam)
     returns = advantages + flat_values
     if whiten:
-        advantages = _whitened(advantages, live)
-    if live is not None:
-        advantages, returns = (x.masked_fill(~live, 0) for x in (advantages, returns))
+        advantages = _whitened(advantages, mask)
+    if mask is not None:
+        advantages, returns = (x.masked_fill(~mask, 0) for x in (advantages, returns))
     return Gae(*(x.to(dtype).view(rewards.shape) for x in (advantages, returns)))
 
 
@@ -113,11 +113,11 @@ def value_loss(
         old_values: [...] the critic's values when the batch was sampled; required with `clip`.
         clip: how far V may move from V_old, > 0; None = no clipping.
         mask: [...] bool or 0/1 integers, the tokens that count.
-        normalizer: global count of live tokens, as in `policy_loss`; None = this batch's own.
+        normalizer: global count of unmasked tokens, as in `policy_loss`; None = this batch's own.
 
     Returns:
-        The loss, and detached sums over live tokens: `tokens`, `clipped` (the clipped error is the
-        larger one), `value`, `return`, `squared_error` ((V - R)^2) and `squared_return`.
+        The loss, and detached sums over unmasked tokens: `tokens`, `clipped` (the clipped error is
+        the larger one), `value`, `return`, `squared_error` ((V - R)^2) and `squared_return`.
 
     Raises:
         ValueError, TypeError: see the message: what was got, what is expected, what to do.
@@ -128,7 +128,7 @@ def value_loss(
     checks.check_normalizer(normalizer)
     _check_clip(clip, old_values, values)
     dtype = torch.promote_types(values.dtype, torch.float32)
-    live = torch.ones_like(values, dtype=dtype) if mask is None else mask.to(dtype)
+    counted = torch.ones_like(values, dtype=dtype) if mask is None else mask.to(dtype)
 
     def numbers(x: Tensor) -> Tensor:
         return x.to(dtype) if mask is None else x.to(dtype).masked_fill(~mask, 0)
@@ -142,8 +142,8 @@ def value_loss(
         clipped_error = (near - returns).square()
         loss = torch.maximum(error, clipped_error)
         clipped = clipped_error > error
-    total = live.sum()
-    weight = live / count_or_one(total if normalizer is None else normalizer, live)
+    total = counted.sum()
+    weight = counted / count_or_one(total if normalizer is None else normalizer, counted)
     sums = {
         "tokens": total,
         "clipped": clipped.to(dtype).sum(),
@@ -158,7 +158,7 @@ def value_loss(
 def _advantages(
     rewards: Tensor,
     values: Tensor,
-    live: Tensor | None,
+    mask: Tensor | None,
     segments: Segments,
     gamma: float,
     lam: float,
@@ -168,25 +168,25 @@ def _advantages(
         offsets = segments.offsets
         if offsets is None:
             offsets = torch.arange(segments.count + 1) * segments.width
-        arguments = (rewards, values, live, offsets.contiguous())
+        arguments = (rewards, values, mask, offsets.contiguous())
         return torch.ops.fastpo.cpp_gae(*arguments, float(gamma), float(lam))
-    return _specified(rewards, values, live, segments, gamma, lam)
+    return _specified(rewards, values, mask, segments, gamma, lam)
 
 
 def _specified(
     rewards: Tensor,
     values: Tensor,
-    live: Tensor | None,
+    mask: Tensor | None,
     segments: Segments,
     gamma: float,
     lam: float,
 ) -> Tensor:
     """The recurrence in plain torch; a masked slot holds what it carries on, not 0."""
     inside = (~segments.is_last).to(values.dtype)  # 0 where a sequence ends
-    alive = torch.ones_like(values) if live is None else live.to(values.dtype)
-    next_value = _times(inside, _shift(_reverse_scan((1 - alive) * inside, values)))
-    delta = (rewards + gamma * next_value - values).where(alive != 0, 0)
-    return _reverse_scan((1 - alive + gamma * lam * alive) * inside, delta)
+    counted = torch.ones_like(values) if mask is None else mask.to(values.dtype)
+    next_value = _times(inside, _shift(_reverse_scan((1 - counted) * inside, values)))
+    delta = (rewards + gamma * next_value - values).where(counted != 0, 0)
+    return _reverse_scan((1 - counted + gamma * lam * counted) * inside, delta)
 
 
 def _reverse_scan(decay: Tensor, increment: Tensor) -> Tensor:
@@ -212,20 +212,20 @@ def _shift(values: Tensor, by: int = 1) -> Tensor:
     return torch.nn.functional.pad(values[by:], (0, min(by, values.numel())))
 
 
-def _whitened(values: Tensor, live: Tensor | None) -> Tensor:
-    """(x - mean) / sqrt(unbiased variance + 1e-8) over the live slots; 0 for fewer than two."""
-    weight = torch.ones_like(values) if live is None else live.to(values.dtype)
+def _whitened(values: Tensor, mask: Tensor | None) -> Tensor:
+    """(x - mean) / sqrt(unbiased variance + 1e-8) over the unmasked slots; 0 for fewer than two."""
+    weight = torch.ones_like(values) if mask is None else mask.to(values.dtype)
     count = weight.sum()
     centered = values - (values * weight).sum() / count.clamp(min=1)
     variance = (centered.square() * weight).sum() / (count - 1).clamp(min=1)
     return centered * (variance + WHITEN_EPS).rsqrt()
 
 
-def _wide(values: Tensor, live: Tensor | None) -> Tensor:
+def _wide(values: Tensor, mask: Tensor | None) -> Tensor:
     """(N,) fp64, detached, 0 in masked slots whatever stands there."""
     wide = torch.float32 if values.device.type == "mps" else torch.float64  # MPS has no float64
     flat = values.detach().reshape(-1).to(wide)
-    return flat if live is None else flat.masked_fill(~live, 0)
+    return flat if mask is None else flat.masked_fill(~mask, 0)
 
 
 def _check_pair(name: str, first: object, other: str, second: object) -> None:

@@ -86,15 +86,15 @@ def kept_from_mask(keep: Tensor, *, mask: Tensor | None = None) -> KeptTokens:
         raise ValueError(f"keep has shape {list(keep.shape)}, expected [N, V] or [B, T, V]")
     checks.check_mask(mask, keep.shape[:-1], keep)
     keep = keep.flatten(0, -2)  # (N, V)
-    live = None if mask is None else mask.flatten().bool()
+    mask = None if mask is None else mask.flatten().bool()
     sizes = keep.sum(1)
-    nothing = sizes == 0 if live is None else (sizes == 0) & live
+    nothing = sizes == 0 if mask is None else (sizes == 0) & mask
     if nothing.any():
         raise ValueError(
             f"row {int(nothing.nonzero()[0])} keeps no id, expected at least that of its token: "
             "pass mask where rows do not count; NaN logits keep none either"
         )
-    narrow = sizes < keep.shape[1] if live is None else (sizes < keep.shape[1]) & live
+    narrow = sizes < keep.shape[1] if mask is None else (sizes < keep.shape[1]) & mask
     return KeptTokens((keep & narrow[:, None]).nonzero()[:, 1], _offsets(sizes.where(narrow, 0)))
 
 
@@ -126,10 +126,10 @@ def kept_from_logits(
     checks.check_temperature(temperature, logits.shape[:-1], mask, logits)
     rows = logits.detach().flatten(0, -2)
     scales = torch.as_tensor(temperature, device=rows.device).flatten().expand(len(rows))
-    live = rows.new_ones(len(rows), dtype=torch.bool) if mask is None else mask.flatten()
+    mask = rows.new_ones(len(rows), dtype=torch.bool) if mask is None else mask.flatten()
     block = max(1, _BLOCK // rows.shape[1])
     parts = []
-    for z, scale, own in zip(*(x.split(block) for x in (rows, scales, live)), strict=True):
+    for z, scale, own in zip(*(x.split(block) for x in (rows, scales, mask)), strict=True):
         probs = (z.to(checks.wide_dtype(z.dtype)) / scale[:, None]).softmax(-1)
         keep = sampling_mask(probs, top_k=top_k, top_p=top_p, min_p=min_p)
         parts.append(kept_from_mask(keep, mask=own))

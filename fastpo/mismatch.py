@@ -32,7 +32,7 @@ class RolloutCorrection(NamedTuple):
 
     weights: Tensor  # [...] fp32 (fp64 for fp64), 0 under a False mask: `importance_weights`
     mask: Tensor  # [...] bool: the tokens that count and were not rejected
-    metrics: dict[str, Tensor]  # 0-d, on the device: means, shares and extrema over live tokens
+    metrics: dict[str, Tensor]  # 0-d, on the device: means, shares and extrema over unmasked tokens
 
 
 def rollout_correction(
@@ -82,7 +82,7 @@ def rollout_correction(
         rollout_logprobs: [...] as the sampler returned them.
         low, high: bounds on the ratio, > 0; None = none on that side.
         advantages: [...] per token or [B] per sequence; with `off_policy_threshold` only.
-        normalize: divide the weights by their mean over live tokens (sequences, for the other
+        normalize: divide the weights by their mean over unmasked tokens (sequences, for the other
             levels), of this batch.
         mask: [...] bool, the tokens that count; what stands elsewhere is never used.
         cu_seqlens: (B + 1,) int32 offsets of the sequences of a packed [N] batch; required there
@@ -92,7 +92,8 @@ def rollout_correction(
         Weights, mask and metrics: `ratio_min`, `ratio_max`, `ratio_mean` (before bounds),
         `weight_mean`, `ess` (effective sample size, share of the tokens: 1 is none lost), `cut`
         (share of tokens bounded, zeroed or rejected), `kl_k1` and `kl_k3` (estimates of
-        KL(rollout || old)), `difference_mean` and `difference_max` (|d|). NaN without live tokens.
+        KL(rollout || old)), `difference_mean` and `difference_max` (|d|). NaN without unmasked
+        tokens.
 
     Raises:
         ValueError, TypeError: see the message: what was got, what is expected, what to do.
@@ -109,23 +110,23 @@ def rollout_correction(
 
     leading, dtype = old_logprobs.shape, checks.wide_dtype(old_logprobs.dtype)
     segments = Segments.from_batch(leading, cu_seqlens, old_logprobs.device)
-    live = flat_mask(torch.ones_like(old_logprobs) if mask is None else mask)
+    mask = flat_mask(torch.ones_like(old_logprobs) if mask is None else mask)
     log_ratio = (old_logprobs.detach().to(dtype) - rollout_logprobs.detach().to(dtype)).reshape(-1)
-    log_ratio = log_ratio.masked_fill(~live, 0)
+    log_ratio = log_ratio.masked_fill(~mask, 0)
 
-    ratio = _clamped(_at_level(log_ratio, level, live, segments)).exp()
+    ratio = _clamped(_at_level(log_ratio, level, mask, segments)).exp()
     weights, inside = _bounded(ratio, mode, low, high)
-    kept = live & inside if mode == "reject" else live
+    kept = mask & inside if mode == "reject" else mask
     for name, bound in reject.items():
-        kept = kept & _passes(name, bound, log_ratio, live, segments)
+        kept = kept & _passes(name, bound, log_ratio, mask, segments)
     if off_policy_threshold is not None:
-        near = segments.spread(segments.mean(-log_ratio, live)) <= off_policy_threshold
-        kept = kept & (near | (_spread(advantages, leading, segments) >= 0))
+        near = segments.broadcast(segments.mean(-log_ratio, mask)) <= off_policy_threshold
+        kept = kept & (near | (_per_token(advantages, leading, segments) >= 0))
     if normalize:
-        weights = weights / _mean_weight(weights, level, live, segments)
-    weights = weights.masked_fill(~live, 0)
-    cut = live & ~(inside & kept) if mode != "none" else live & ~kept
-    metrics = _metrics(log_ratio, ratio, weights, cut, live)
+        weights = weights / _mean_weight(weights, level, mask, segments)
+    weights = weights.masked_fill(~mask, 0)
+    cut = mask & ~(inside & kept) if mode != "none" else mask & ~kept
+    metrics = _metrics(log_ratio, ratio, weights, cut, mask)
     return RolloutCorrection(weights.view(leading), kept.view(leading), metrics)
 
 
@@ -133,12 +134,12 @@ def _clamped(log_ratio: Tensor) -> Tensor:
     return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
-def _at_level(log_ratio: Tensor, level: str, live: Tensor, segments: Segments) -> Tensor:
+def _at_level(log_ratio: Tensor, level: str, mask: Tensor, segments: Segments) -> Tensor:
     """The log of the ratio that a level looks at, (N,)."""
     if level == "token":
         return log_ratio
     reduce = segments.sum if level == "sequence" else segments.mean
-    return segments.spread(reduce(log_ratio, live))
+    return segments.broadcast(reduce(log_ratio, mask))
 
 
 def _bounded(
@@ -158,7 +159,7 @@ def _passes(
     name: str,
     bound: float | tuple[float, float],
     log_ratio: Tensor,
-    live: Tensor,
+    mask: Tensor,
     segments: Segments,
 ) -> Tensor:
     """(N,) bool: tokens that one rejection test keeps."""
@@ -169,40 +170,40 @@ def _passes(
         reduce = {"seq_sum": segments.sum, "seq_mean": segments.mean, "seq_max": segments.max}[
             scope
         ]
-        statistic = segments.spread(reduce(statistic, live))
+        statistic = segments.broadcast(reduce(statistic, mask))
     if kind != "k1":
         return statistic <= bound
     return (statistic >= math.log(bound[0])) & (statistic <= math.log(bound[1]))
 
 
-def _mean_weight(weights: Tensor, level: str, live: Tensor, segments: Segments) -> Tensor:
-    """Mean over live tokens, or over sequences with a live token; 1 where it is 0."""
-    counted = live
+def _mean_weight(weights: Tensor, level: str, mask: Tensor, segments: Segments) -> Tensor:
+    """Mean over unmasked tokens, or over sequences with an unmasked token; 1 where it is 0."""
+    counted = mask
     if level != "token":
-        weights = segments.mean(weights, live)
-        counted = segments.sum(live.to(weights.dtype)) > 0
+        weights = segments.mean(weights, mask)
+        counted = segments.sum(mask.to(weights.dtype)) > 0
     mean = weights.where(counted, 0).sum() / counted.sum().clamp(min=1)
     return torch.where(mean > 1e-8, mean, 1)
 
 
-def _spread(values: Tensor, leading: torch.Size, segments: Segments) -> Tensor:
+def _per_token(values: Tensor, leading: torch.Size, segments: Segments) -> Tensor:
     """[...] or [B] -> (N,)."""
     values = values.detach()
-    return values.reshape(-1) if values.shape == leading else segments.spread(values.reshape(-1))
+    return values.reshape(-1) if values.shape == leading else segments.broadcast(values.reshape(-1))
 
 
 def _metrics(
-    log_ratio: Tensor, ratio: Tensor, weights: Tensor, cut: Tensor, live: Tensor
+    log_ratio: Tensor, ratio: Tensor, weights: Tensor, cut: Tensor, mask: Tensor
 ) -> dict[str, Tensor]:
-    """0-d numbers over the live tokens of (N,) rows; NaN without any."""
-    tokens = live.sum()
+    """0-d numbers over the unmasked tokens of (N,) rows; NaN without any."""
+    tokens = mask.sum()
     d, distance = _clamped(log_ratio), log_ratio.abs()
 
     def mean(values: Tensor) -> Tensor:
-        return values.to(ratio.dtype).where(live, 0).sum() / tokens
+        return values.to(ratio.dtype).where(mask, 0).sum() / tokens
 
     def extremum(values: Tensor, reduce, neutral: float) -> Tensor:
-        padded = torch.cat([values.masked_fill(~live, neutral), values.new_full((1,), neutral)])
+        padded = torch.cat([values.masked_fill(~mask, neutral), values.new_full((1,), neutral)])
         return torch.where(tokens > 0, reduce(padded), torch.nan)
 
     return {

@@ -273,8 +273,9 @@ def token_loss(
     """Per-token loss of `objective`, in the dtype of `logprobs`, differentiable in them alone.
 
     All tensors are (N,), `mask` is bool, `sequence_weights` is (B,). What stands in masked slots
-    (or in a sequence without a live token) is never used, NaN and inf included; NaN in a live slot
-    shows in the loss. `old_logprobs=None` means strictly on-policy: r is 1 and keeps its gradient.
+    (or in a sequence without an unmasked token) is never used, NaN and inf included; NaN in an
+    unmasked slot shows in the loss. `old_logprobs=None` means strictly on-policy: r is 1 and keeps
+    its gradient.
 
     Two corrections for rollout mismatch, each optional: `importance_weights` holds one number per
     token and `sequence_weights` one per sequence. Both multiply the advantage, except that gmpo
@@ -310,7 +311,7 @@ def token_loss(
         log_ratio=logprobs - old_logprobs,
         advantages=_constant(advantages, mask, 0),
         importance_weights=_constant(importance_weights, mask, 1),
-        sequence_weights=_live_sequence_weights(sequence_weights, mask, segments),
+        sequence_weights=_constant_sequence_weights(sequence_weights, mask, segments),
         bounds=clip_bounds or objective.bounds,
         mask=mask,
         segments=segments,
@@ -363,7 +364,7 @@ class _Tokens(NamedTuple):
         if self.importance_weights is not None:
             advantages = advantages * self.importance_weights
         if self.sequence_weights is not None:
-            advantages = advantages * self.segments.spread(self.sequence_weights)
+            advantages = advantages * self.segments.broadcast(self.sequence_weights)
         return advantages
 
 
@@ -374,11 +375,11 @@ def _constant(values: Tensor | None, mask: Tensor | None, fill: float) -> Tensor
     return values.detach() if mask is None else values.detach().masked_fill(~mask, fill)
 
 
-def _live_sequence_weights(
+def _constant_sequence_weights(
     weights: Tensor | None, mask: Tensor | None, segments: Segments | None
 ) -> Tensor | None:
-    live = None if mask is None or weights is None else segments.sum(mask.to(weights.dtype)) > 0
-    return _constant(weights, live, 1)
+    mask = None if mask is None or weights is None else segments.sum(mask.to(weights.dtype)) > 0
+    return _constant(weights, mask, 1)
 
 
 def clamp(x: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
@@ -399,7 +400,7 @@ def _exp(log_ratio: Tensor) -> Tensor:
 def _ratio(objective: Objective, tokens: _Tokens) -> Tensor:
     if objective.ratio_level == "token":
         return _exp(tokens.log_ratio)
-    log_ratio = tokens.segments.spread(tokens.segments.mean(tokens.log_ratio, tokens.mask))
+    log_ratio = tokens.segments.broadcast(tokens.segments.mean(tokens.log_ratio, tokens.mask))
     if objective.ratio_level == "sequence_token":
         log_ratio = log_ratio.detach() + (tokens.logprobs - tokens.logprobs.detach())
     return _exp(log_ratio)
@@ -509,12 +510,12 @@ def _gmpo(objective: Objective, tokens: _Tokens) -> tuple[Tensor, Tensor, Tensor
         advantage = advantage * tokens.sequence_weights
     clipped = _flags((advantages < 0) & (log_ratio < low), CLIPPED_LOW)
     clipped |= _flags((advantages > 0) & (log_ratio > high), CLIPPED_HIGH)
-    return segments.spread(-advantage * ratio), segments.spread(ratio), clipped
+    return segments.broadcast(-advantage * ratio), segments.broadcast(ratio), clipped
 
 
 def _vespo(objective: Objective, tokens: _Tokens) -> tuple[Tensor, Tensor, Tensor]:
     """VESPO: -sg(phi(W)) A logp, W = exp(sum_t d_t), phi(W) = e^lambda W^k e^(-lambda W)."""
-    log_weight = tokens.segments.spread(_vespo_log_weight(tokens))
+    log_weight = tokens.segments.broadcast(_vespo_log_weight(tokens))
     positive = tokens.advantages >= 0
     k = _choose(positive, objective.vespo_k_pos, objective.vespo_k_neg, log_weight)
     rate = _choose(positive, objective.vespo_lambda_pos, objective.vespo_lambda_neg, log_weight)
@@ -593,26 +594,26 @@ def token_weights(
 ) -> Tensor:
     """The weight w_t of every token, (N,): 0 under a False mask, else by `objective.aggregation`.
 
-        token_mean      1 / tokens             mean over the live tokens of the batch
+        token_mean      1 / tokens             mean over the unmasked tokens of the batch
         sequence_mean   1 / (B * len_b)        mean over sequences of the mean over their tokens
         sequence_sum    1 / B                  mean over sequences of the sum over their tokens
         constant        1 / (B * max_length)   Dr. GRPO's length-free normalization
 
-    `normalizer` replaces the count of live tokens (token_mean) or of sequences B (the others): the
-    global count makes gradient accumulation and data parallelism exact. B counts every sequence of
-    the batch, a fully masked one included, as TRL does (verl leaves those out: pass its count as
+    `normalizer` replaces the count of unmasked tokens (token_mean) or of sequences B (the others):
+    the global count makes gradient accumulation and data parallelism exact. B counts every sequence
+    of the batch, a fully masked one included, as TRL does (verl leaves those out: pass its count as
     `normalizer`).
     """
-    live = _live(mask, segments).to(dtype)
+    mask = _full_mask(mask, segments).to(dtype)
     if objective.aggregation == "token_mean":
-        total = live.sum().clamp(min=1) if normalizer is None else count_or_one(normalizer, live)
-        return live / total
-    sequences = count_or_one(segments.count if normalizer is None else normalizer, live)
+        total = mask.sum().clamp(min=1) if normalizer is None else count_or_one(normalizer, mask)
+        return mask / total
+    sequences = count_or_one(segments.count if normalizer is None else normalizer, mask)
     if objective.aggregation == "sequence_mean":
-        return live / (segments.spread(segments.sum(live).clamp(min=1)) * sequences)
+        return mask / (segments.broadcast(segments.sum(mask).clamp(min=1)) * sequences)
     if objective.aggregation == "sequence_sum":
-        return live / sequences
-    return live / (sequences * _max_length(objective, segments))
+        return mask / sequences
+    return mask / (sequences * _max_length(objective, segments))
 
 
 def entropy_weights(
@@ -637,12 +638,12 @@ def entropy_weights(
             f"entropy_coef is a token mean, but normalizer counts sequences under "
             f"aggregation={objective.aggregation!r}: use aggregation='token_mean', or no normalizer"
         )
-    live = _live(mask, segments).to(dtype)
-    total = live.sum().clamp(min=1) if normalizer is None else count_or_one(normalizer, live)
-    return live * objective.entropy_coef / total
+    mask = _full_mask(mask, segments).to(dtype)
+    total = mask.sum().clamp(min=1) if normalizer is None else count_or_one(normalizer, mask)
+    return mask * objective.entropy_coef / total
 
 
-def _live(mask: Tensor | None, segments: Segments) -> Tensor:
+def _full_mask(mask: Tensor | None, segments: Segments) -> Tensor:
     return torch.ones(segments.rows, device=segments.device) if mask is None else mask
 
 

@@ -28,7 +28,7 @@ _EXP_PAD = 8  # columns that rows of exponentials are padded to
 _EXP_TILE = 128  # columns of the narrowest tile of their GEMM: two partial sums each
 _TRL_TEMPORARIES = 7
 _FP32 = 4
-_PER_TOKEN = 32  # loss, log-probs, entropy, flags; weights, advantages, indices of live rows
+_PER_TOKEN = 32  # loss, log-probs, entropy, flags; weights, advantages, indices of unmasked rows
 
 
 @dataclass(frozen=True, kw_only=True)

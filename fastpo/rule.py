@@ -57,7 +57,7 @@ class TokenInputs(NamedTuple):
         return self.importance_weights
 
 
-Rule = Callable[[Tensor, Tensor, TokenInputs], Tensor]
+LossRule = Callable[[Tensor, Tensor, TokenInputs], Tensor]
 
 
 def loss_rule(
@@ -65,7 +65,7 @@ def loss_rule(
     aggregation: str = "token_mean",
     couples_sequences: bool = False,
     max_length: int | None = None,
-) -> Callable[[Rule], Rule]:
+) -> Callable[[LossRule], LossRule]:
     """Decorates `rule(logprobs, entropy, tokens) -> loss`, each (n,), for `objective=`.
 
     A callable without it is a token mean of losses that depend on their own token alone.
@@ -93,7 +93,7 @@ def loss_rule(
         if max_length <= 0:
             raise ValueError(f"max_length is {max_length}, expected a positive number of tokens")
 
-    def decorate(rule: Rule) -> Rule:
+    def decorate(rule: LossRule) -> LossRule:
         if inspect.ismethod(rule):
             raise TypeError(
                 f"loss_rule on the method {rule.__name__} of an object, which holds no settings, "
@@ -111,7 +111,7 @@ def loss_rule(
 class RuleObjective:
     """A rule where an `Objective` is expected: what the ops ask of one."""
 
-    rule: Rule
+    rule: LossRule
     name: str
     aggregation: str
     couples_sequences: bool
@@ -123,7 +123,7 @@ class RuleObjective:
     is_token_level: bool = False  # no kernel knows it
 
     @classmethod
-    def from_callable(cls, rule: Rule) -> RuleObjective:
+    def from_callable(cls, rule: LossRule) -> RuleObjective:
         """With what `loss_rule` left on it."""
         return cls(
             rule=rule,

@@ -81,12 +81,12 @@ class Segments:
         return _PackedSum.apply(values, self.offsets, self.ids)
 
     def mean(self, values: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(N,) -> (B,) means over each sequence's live rows; 0 for a sequence without any."""
-        live = torch.ones_like(values) if mask is None else mask.to(values.dtype)
-        return self.sum(values, mask) / self.sum(live.detach()).clamp(min=1)
+        """(N,) -> (B,) means over each sequence's unmasked rows; 0 for a sequence without any."""
+        counted = torch.ones_like(values) if mask is None else mask.to(values.dtype)
+        return self.sum(values, mask) / self.sum(counted.detach()).clamp(min=1)
 
     def max(self, values: Tensor, mask: Tensor) -> Tensor:
-        """(N,) -> (B,) maxima of numbers >= 0 over each sequence's live rows; 0 without any."""
+        """(N,) -> (B,) maxima of numbers >= 0 over each sequence's unmasked rows; 0 without any."""
         values = values.detach().masked_fill(~mask, 0)
         if values.numel() == 0:
             return values.new_zeros(self.count)
@@ -94,11 +94,11 @@ class Segments:
             return values.view(self.count, self.width).amax(1)
         return torch.segment_reduce(values, "max", offsets=self.offsets, unsafe=True, initial=0)
 
-    def spread(self, values: Tensor) -> Tensor:
+    def broadcast(self, values: Tensor) -> Tensor:
         """(B,) -> (N,) give every row its sequence's value."""
         if self.offsets is None:
             return values.unsqueeze(1).expand(self.count, self.width).reshape(-1)
-        return _PackedSpread.apply(values, self.offsets, self.ids)
+        return _PackedBroadcast.apply(values, self.offsets, self.ids)
 
 
 class _PackedSum(torch.autograd.Function):
@@ -113,10 +113,10 @@ class _PackedSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return _PackedSpread.apply(grad, *ctx.saved_tensors), None, None
+        return _PackedBroadcast.apply(grad, *ctx.saved_tensors), None, None
 
 
-class _PackedSpread(torch.autograd.Function):
+class _PackedBroadcast(torch.autograd.Function):
     """A gather by segment; its gradient is the segment sum, where torch's own adds with atomics."""
 
     @staticmethod

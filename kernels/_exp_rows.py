@@ -8,7 +8,7 @@ and an offset o per row, GEMM1 leaves E and, in fp32,
 
 Logarithms are to base 2 throughout, so that an exponential is one fma and one exp2: a row has
 slope = log2(e) gain / T and shift = o log2(e). The fp32 shift *is* the offset: o is chosen, so the
-rounding of u_y in it is no error. shift = +inf marks a dead row: its E is 0.
+rounding of u_y in it is no error. shift = +inf marks a masked row: its E is 0.
 """
 
 import triton
@@ -48,14 +48,14 @@ def load_rows(pointers, n, ROWS: tl.constexpr):
 
 
 @triton.jit
-def is_dead(numbers):
+def is_masked(numbers):
     """Rows that no gradient and no number may come from."""
     return numbers[4] == float("inf")
 
 
 @triton.jit
 def statistics(numbers):
-    """log p_y and H in nats, 0 on dead rows. S, the sampled token's term included, is at least 1
+    """log p_y and H in nats, 0 on masked rows. S, the sampled token's term included, is at least 1
     where o = u_y: log p_y <= 0 but for redone rows, whose rounding is cut off."""
     total, moment, target, slope, shift = numbers
     log_total = tl.log(total)
@@ -64,8 +64,8 @@ def statistics(numbers):
     logprob = tl.minimum(logprob, 0.0, propagate_nan=tl.PropagateNan.ALL)
     entropy = log_total - moment / total * _LN_2
     entropy = tl.maximum(entropy, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    dead = is_dead(numbers)
-    return tl.where(dead, 0.0, logprob), tl.where(dead, 0.0, entropy)
+    masked = is_masked(numbers)
+    return tl.where(masked, 0.0, logprob), tl.where(masked, 0.0, entropy)
 
 
 @triton.jit
@@ -88,13 +88,13 @@ def store_gradient(
     (p_y - 1) S = exp(u_y - o) - S, to the same rounding that S itself has.
     """
     total, _, target, slope, shift = numbers
-    dead = is_dead(numbers)
+    masked = is_masked(numbers)
     factor = -c * (slope * _LN_2) * gain / total
-    tl.store(factors_ptr + row, tl.where(dead, 0.0, factor), mask=present)
+    tl.store(factors_ptr + row, tl.where(masked, 0.0, factor), mask=present)
     column = tl.exp2(tl.fma(target, slope, -shift)) - total
     if HAS_SOFTCAP:
         column *= 1.0 - target * target
     token = tl.load(tokens_ptr + row, mask=present, other=-1).to(tl.int64)
-    inside = present & (token >= 0) & (token < V) & (dead == 0)
+    inside = present & (token >= 0) & (token < V) & (masked == 0)
     at = e_ptr + row.to(tl.int64) * e_stride + token
     tl.store(at, column.to(tl.bfloat16), mask=inside)

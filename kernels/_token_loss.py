@@ -106,12 +106,12 @@ def _gate(
     advantage,
     low,
     high,
-    weight_rule,
+    weight_params,
     GATE_BY: tl.constexpr,
     TWO_SIDED: tl.constexpr,
 ):
     """The gate family: -sg(w) A logp, w = clip(r^k) inside the gate, keep times a bound outside."""
-    ratio_max, ratio_min, ratio_max_pos, power_pos, power_neg, keep_low, keep_high = weight_rule
+    ratio_max, ratio_min, ratio_max_pos, power_pos, power_neg, keep_low, keep_high = weight_params
     positive = advantage > 0
     negative = advantage < 0
     most = tl.where(positive, _min(ratio_max_pos, ratio_max), ratio_max)
@@ -168,7 +168,7 @@ def surrogate_loss(
     advantage,
     low,
     high,
-    weight_rule,
+    weight_params,
     tau_pos,
     tau_neg,
     SURROGATE: tl.constexpr,
@@ -177,7 +177,7 @@ def surrogate_loss(
 ):
     """(loss, slope, clip bits) of the surrogate, before weight and KL."""
     if SURROGATE == CLIP:
-        return _clip(ratio, slope, advantage, low, high, weight_rule[0])
+        return _clip(ratio, slope, advantage, low, high, weight_params[0])
     elif SURROGATE == CISPO:
         return _cispo(logprob, ratio, advantage, low, high)
     elif SURROGATE == SAPO:
@@ -185,7 +185,7 @@ def surrogate_loss(
         return loss, slope, tl.full((), 0, tl.int32)
     elif SURROGATE == GATE:
         return _gate(
-            logprob, old_logprob, ratio, advantage, low, high, weight_rule, GATE_BY, TWO_SIDED
+            logprob, old_logprob, ratio, advantage, low, high, weight_params, GATE_BY, TWO_SIDED
         )
     else:
         return -advantage * logprob, -advantage, tl.full((), 0, tl.int32)
@@ -200,8 +200,8 @@ def token_loss(
     low,
     high,
     nll_weight,
-    weight_rule,
-    penalty_rule,
+    weight_params,
+    penalty_params,
     SURROGATE: tl.constexpr,
     KL: tl.constexpr,
     KL_RATIO_WEIGHTED: tl.constexpr,
@@ -213,11 +213,11 @@ def token_loss(
     """(loss, slope, clip bits) of one token before its weight.
 
     Surrogate + kl_coef * kl [* r] + old_kl_coef * kl(logp, old) - nll_weight * logp. `low` and
-    `high` are the row's own bounds or the rule's; `weight_rule` is (ratio_max, ratio_min,
-    ratio_max_pos, power_pos, power_neg, keep_low, keep_high) and `penalty_rule` (kl_coef,
+    `high` are the row's own bounds or the objective's; `weight_params` is (ratio_max, ratio_min,
+    ratio_max_pos, power_pos, power_neg, keep_low, keep_high) and `penalty_params` (kl_coef,
     old_kl_coef, tau_pos, tau_neg), all fp32.
     """
-    kl_coef, old_kl_coef, tau_pos, tau_neg = penalty_rule
+    kl_coef, old_kl_coef, tau_pos, tau_neg = penalty_params
     ratio, ratio_slope = importance_ratio(logprob, old_logprob)
     loss, slope, clipped = surrogate_loss(
         logprob,
@@ -227,7 +227,7 @@ def token_loss(
         advantage,
         low,
         high,
-        weight_rule,
+        weight_params,
         tau_pos,
         tau_neg,
         SURROGATE,

@@ -50,7 +50,7 @@ def _exp_entropy_grad_kernel(
 ):
     row = tl.program_id(0)
     shift = tl.load(shifts_ptr + row)
-    if shift == float("inf"):  # dead: E is 0
+    if shift == float("inf"):  # masked: E is 0
         tl.store(factors_ptr + row, 0.0)
     else:
         total, slope = tl.load(totals_ptr + row), tl.load(slopes_ptr + row)

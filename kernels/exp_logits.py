@@ -161,7 +161,7 @@ def exp_logits(
     rows[: count[0]], a number that only the device knows.
 
     hidden (n, D), weight (V, D), bias (V,) and out (n, V) are bf16 with unit stride in rows (out:
-    rows of 16 bytes if tile.TMA); slopes and shifts (n,) fp32, shift = +inf on dead rows, whose
+    rows of 16 bytes if tile.TMA); slopes and shifts (n,) fp32, shift = +inf on masked rows, whose
     hidden states must be finite. inner = 2 log2(e) gain, used with a softcap alone.
     """
     (n, D), V = hidden.shape, weight.shape[0]

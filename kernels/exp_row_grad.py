@@ -52,7 +52,7 @@ def exp_row_grad(
     gain: float = 1.0,
     softcap: bool = False,
 ) -> None:
-    """Fix column tokens[i] of every live row of `e` (n, V), and fill factors (n,) fp32 with f.
+    """Fix column tokens[i] of every unmasked row of `e` (n, V), and fill factors (n,) fp32 with f.
 
     logprob_grad (n,) fp32 is c; totals (2, n) and the other (n,) as `exp_logits` left or had them.
     `gain` is du/dz over slope ln 2: 1, or with a softcap logit_scale / softcap.

@@ -1,6 +1,6 @@
 """All that lies between the GEMMs of a token-level objective, one launch over n numbers.
 
-Statistics of the rows, the loss and its slope c by the rule of _token_loss.py, and what `diag(f) E`
+Statistics of the rows, the loss and its slope c as in _token_loss.py, and what `diag(f) E`
 needs to be the gradient of the logits: E_y and f. With an entropy gradient c goes out instead, to
 exp_entropy_grad.py.
 """
@@ -89,7 +89,7 @@ def _exp_row_policy_loss_kernel(
     zero = tl.zeros((ROWS,), tl.float32)
     weight = tl.load(weight_ptr + row, mask=present, other=0.0)
     entropy_weight = _load(entropy_weight_ptr, row, present, zero)
-    weight_rule = (
+    weight_params = (
         as_fp32(ratio_max),
         as_fp32(ratio_min),
         as_fp32(ratio_max_pos),
@@ -98,7 +98,7 @@ def _exp_row_policy_loss_kernel(
         as_fp32(keep_low),
         as_fp32(keep_high),
     )
-    penalty_rule = (as_fp32(kl_coef), as_fp32(old_kl_coef), as_fp32(tau_pos), as_fp32(tau_neg))
+    penalty_params = (as_fp32(kl_coef), as_fp32(old_kl_coef), as_fp32(tau_pos), as_fp32(tau_neg))
     loss, slope, clipped = token_loss(
         logprob,
         _load(old_logprobs_ptr, row, present, logprob),
@@ -107,8 +107,8 @@ def _exp_row_policy_loss_kernel(
         _load(clip_low_ptr, row, present, zero + as_fp32(ratio_low)),
         _load(clip_high_ptr, row, present, zero + as_fp32(ratio_high)),
         _load(nll_weight_ptr, row, present, zero),
-        weight_rule,
-        penalty_rule,
+        weight_params,
+        penalty_params,
         SURROGATE,
         KL,
         KL_RATIO_WEIGHTED,
@@ -117,16 +117,16 @@ def _exp_row_policy_loss_kernel(
         TWO_SIDED,
         nll_weight_ptr is not None,
     )
-    # A dead row's advantages, old and reference log-probs may be NaN; 0 * NaN is NaN.
-    dead = (weight == 0) & (entropy_weight == 0)
+    # A masked row's advantages, old and reference log-probs may be NaN; 0 * NaN is NaN.
+    masked = (weight == 0) & (entropy_weight == 0)
     loss = weight * loss
     if entropy_weight_ptr is not None:  # 0 * NaN is NaN
         loss -= entropy_weight * entropy
-    c = tl.where(dead, 0.0, weight * slope)
-    tl.store(loss_ptr + row, tl.where(dead, 0.0, loss), mask=present)
-    tl.store(logprobs_ptr + row, tl.where(dead, 0.0, logprob), mask=present)
-    tl.store(entropy_ptr + row, tl.where(dead, 0.0, entropy), mask=present)
-    tl.store(clipped_ptr + row, tl.where(dead, 0, clipped).to(tl.uint8), mask=present)
+    c = tl.where(masked, 0.0, weight * slope)
+    tl.store(loss_ptr + row, tl.where(masked, 0.0, loss), mask=present)
+    tl.store(logprobs_ptr + row, tl.where(masked, 0.0, logprob), mask=present)
+    tl.store(entropy_ptr + row, tl.where(masked, 0.0, entropy), mask=present)
+    tl.store(clipped_ptr + row, tl.where(masked, 0, clipped).to(tl.uint8), mask=present)
     tl.store(logprob_grad_ptr + row, c, mask=present)
     if e_ptr is not None:
         store_gradient(
@@ -174,7 +174,7 @@ def exp_row_policy_loss(
     `inputs` are the fields of `fastpo.backends.base.RowInputs`, each (n,) fp32 or None. With `e`
     (n, V), column tokens[i] is fixed as in `exp_row_grad`, and factors filled. Rows whose weight
     and entropy weight are 0 get zeros. The keywords from `surrogate` on are the fields of
-    `fastpo.backends.base.Rule`.
+    `fastpo.backends.base.ObjectiveParams`.
     """
     n = targets.shape[0]
     if n == 0:

@@ -42,7 +42,7 @@ def exp_row_stats(
     logprobs: Tensor,
     entropy: Tensor,
 ) -> None:
-    """Fill logprobs and entropy (n,) fp32, 0 on dead rows, from totals (2, n) and (n,) fp32."""
+    """Fill logprobs and entropy (n,) fp32, 0 on masked rows, from totals (2, n) and (n,) fp32."""
     n = targets.shape[0]
     if n == 0:
         return

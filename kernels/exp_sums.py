@@ -80,7 +80,7 @@ def _wild_rows_kernel(
 
 
 def wild_rows(totals: Tensor, shifts: Tensor, wild: Tensor, rows: Tensor, count: Tensor) -> None:
-    """List the live rows whose S is beyond e^60 or that hold inf or NaN, without a host sync.
+    """List the unmasked rows whose S is beyond e^60 or that hold inf or NaN, without a host sync.
 
     totals (2, n) and shifts (n,) fp32; fills wild (n,) bool, the first count[0] of rows (n,) int32,
     and count (1,) int32, which must be 0.

@@ -5,7 +5,7 @@
     dh = sum_j slope_j w_j      dw_j = sum over the rows that kept j, in order, of slope_j h
 
 One program per row, and one per row of dW, which it writes whatever stands there: every sum has one
-owner and one order. A row with one id, a dead one, and a slope of 0 read neither h nor w.
+owner and one order. A row with one id, a masked one, and a slope of 0 read neither h nor w.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ def _span(offsets_ptr, kept):
 
 
 @triton.jit
-def _load_rows(matrix_ptr, stride, rows, live, columns, D):
-    """A tile (rows, columns) in fp32, 0 where it is not live or beyond D."""
+def _load_rows(matrix_ptr, stride, rows, valid, columns, D):
+    """A tile (rows, columns) in fp32, 0 in rows that are not valid and beyond D."""
     places = matrix_ptr + rows[:, None] * stride + columns[None, :]
-    return tl.load(places, mask=live[:, None] & (columns < D)[None, :], other=0.0).to(tl.float32)
+    return tl.load(places, mask=valid[:, None] & (columns < D)[None, :], other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -56,7 +56,7 @@ def _kept_stats_kernel(
     ids_ptr,  # (M,)
     offsets_ptr,  # (N + 1,)
     temperatures_ptr,  # (N,) or None
-    live_ptr,  # (N,) or None
+    mask_ptr,  # (N,) or None
     logits_ptr,  # (M,), out
     stats_ptr,  # (4, N), out
     hidden_stride,
@@ -73,9 +73,9 @@ def _kept_stats_kernel(
     row, rows = tl.program_id(0), tl.num_programs(0)
     begin, end = _span(offsets_ptr, kept)
     token = tl.load(tokens_ptr + row)
-    live = True if live_ptr is None else tl.load(live_ptr + row) != 0
+    mask = True if mask_ptr is None else tl.load(mask_ptr + row) != 0
     logprob, entropy, top, log_sum = 0.0, 0.0, 0.0, 0.0
-    if live & (end - begin > 1):
+    if mask & (end - begin > 1):
         inverse_t = load_inverse_temperature(temperature, temperatures_ptr)
         hidden_row = hidden_ptr + row_offset(hidden_stride)
         top, total, moment, target, found = -float("inf"), 0.0, 0.0, -float("inf"), 0
@@ -116,7 +116,7 @@ def _kept_stats_kernel(
         for start in range(begin, end, IDS):
             at = start + tl.arange(0, IDS)
             tl.store(logits_ptr + at, tl.zeros((IDS,), tl.float32), mask=at < end)
-        if live & (end - begin == 1):
+        if mask & (end - begin == 1):
             logprob = tl.where(tl.load(ids_ptr + begin) == token, 0.0, float("nan"))
     tl.store(stats_ptr + row, logprob)
     tl.store(stats_ptr + rows + row, entropy)
@@ -185,8 +185,8 @@ def _kept_hidden_grad_kernel(
                     at = start + tl.arange(0, IDS)
                     ids = tl.load(ids_ptr + at, mask=at < end, other=-1)
                     slope = tl.load(slopes_ptr + at, mask=at < end, other=0.0)
-                    live = (slope != 0) & (ids >= 0) & (ids < V)
-                    w = _load_rows(weight_ptr, weight_stride, ids, live, columns, D)
+                    valid = (slope != 0) & (ids >= 0) & (ids < V)
+                    w = _load_rows(weight_ptr, weight_stride, ids, valid, columns, D)
                     total += tl.sum(slope[:, None] * w, 0)
                 total = without_subnormals(total).to(grad_ptr.dtype.element_ty)
                 tl.store(grad_ptr + row_offset(grad_stride) + columns, total, mask=columns < D)
@@ -251,12 +251,12 @@ def kept_stats(
     temperatures: Tensor | None,
     gain: float,
     capped: bool,
-    live: Tensor | None,
+    mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """(logprobs, entropy, row_max, log_sum) as (4, N) fp32, and z of every id, (M,) fp32."""
     stats = torch.empty(4, len(tokens), dtype=torch.float32, device=hidden.device)
     logits = torch.empty(len(ids), dtype=torch.float32, device=hidden.device)
-    vectors = (bias, tokens, ids, offsets, temperatures, live)
+    vectors = (bias, tokens, ids, offsets, temperatures, mask)
     numbers = (len(ids), *weight.shape, temperature, gain)
     launch_rows(
         _kept_stats_kernel,

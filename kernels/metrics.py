@@ -128,7 +128,7 @@ def metric_sums(
 
     Inputs (n,) fp32, clipped uint8 bits, mask bool; sums of what is not given are undefined.
     `ratio` and `ref_kl` replace those that follow from the log-probs. `kl` is the number of the
-    estimator of ref_kl, as `fastpo.backends.base.Rule.kl`, one without "+".
+    estimator of ref_kl, as `fastpo.backends.base.ObjectiveParams.kl`, one without "+".
     """
     n = logprobs.shape[0]
     if n == 0:

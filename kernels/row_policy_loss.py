@@ -114,7 +114,7 @@ def _row_policy_loss_kernel(
         low = as_fp32(ratio_low) if clip_low_ptr is None else tl.load(clip_low_ptr + row)
         high = as_fp32(ratio_high) if clip_high_ptr is None else tl.load(clip_high_ptr + row)
         nll_weight = 0.0 if nll_weight_ptr is None else tl.load(nll_weight_ptr + row)
-        weight_rule = (
+        weight_params = (
             as_fp32(ratio_max),
             as_fp32(ratio_min),
             as_fp32(ratio_max_pos),
@@ -123,7 +123,7 @@ def _row_policy_loss_kernel(
             as_fp32(keep_low),
             as_fp32(keep_high),
         )
-        penalty_rule = (
+        penalty_params = (
             as_fp32(kl_coef),
             as_fp32(old_kl_coef),
             as_fp32(tau_pos),
@@ -137,8 +137,8 @@ def _row_policy_loss_kernel(
             low,
             high,
             nll_weight,
-            weight_rule,
-            penalty_rule,
+            weight_params,
+            penalty_params,
             SURROGATE,
             KL,
             KL_RATIO_WEIGHTED,
@@ -246,7 +246,7 @@ def row_policy_loss(
     The loss stays per row: summing it is a second stage in a fixed order (`Tensor.sum`), so that no
     float atomics are needed. Rows whose weight and entropy weight are 0 are not read: their outputs
     and gradients are 0. `out` is None, (N, V) of its own, `logits`, or narrower and in the upper
-    half of each logits row. The keywords are the fields of `fastpo.backends.base.Rule`.
+    half of each logits row. The keywords are the fields of `fastpo.backends.base.ObjectiveParams`.
     """
     device, N = logits.device, logits.shape[0]
     loss, logprobs, entropy = (torch.empty(N, dtype=torch.float32, device=device) for _ in range(3))

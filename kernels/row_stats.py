@@ -17,7 +17,7 @@ from ._rows import (
     wave_columns,
 )
 
-_PER_ROW = ["tokens_ptr", "live_ptr", "temperatures_ptr"]
+_PER_ROW = ["tokens_ptr", "mask_ptr", "temperatures_ptr"]
 _OUTPUTS = ["logprobs_ptr", "entropy_ptr", "row_max_ptr", "log_sum_ptr"]
 _DETAILS = ["log_sum_sq_probs_ptr", "mean_logits_ptr", "is_top1_ptr"]
 
@@ -63,7 +63,7 @@ def _row_details(
 def _row_stats_kernel(
     logits_ptr,  # (N, V)
     tokens_ptr,  # (N,)
-    live_ptr,  # (N,) or None
+    mask_ptr,  # (N,) or None
     temperatures_ptr,  # (N,) or None
     logprobs_ptr,  # (N,)
     entropy_ptr,  # (N,)
@@ -90,8 +90,8 @@ def _row_stats_kernel(
     log_sum_sq_probs = 0.0
     mean_logit = 0.0
     is_top1 = False
-    live = True if live_ptr is None else tl.load(live_ptr + row) != 0
-    if live:
+    mask = True if mask_ptr is None else tl.load(mask_ptr + row) != 0
+    if mask:
         row_ptr = logits_ptr + row_offset(logits_stride)
         inverse_temperature = load_inverse_temperature(temperature, temperatures_ptr)
         token = tl.load(tokens_ptr + row)
@@ -129,7 +129,7 @@ def row_stats(
     tokens: Tensor,
     temperature: float,
     temperatures: Tensor | None,
-    live: Tensor | None,
+    mask: Tensor | None,
     details: bool = False,
 ) -> tuple[Tensor, ...]:
     """(logprobs, entropy, row_max, log_sum), each (N,) fp32, of (N, V) logits of unit stride in V.
@@ -137,7 +137,7 @@ def row_stats(
     With `details` also log_sum_sq_probs and mean_logits, (N,) fp32, and is_top1, (N,) bool, from a
     second sweep of the same launch, over a row that L2 holds.
     `tokens` (N,) int32 or int64; `temperatures` (N,) fp32 takes the place of `temperature`; rows
-    where `live` (N,) bool is False are not read and give 0.
+    where `mask` (N,) bool is False are not read and give 0.
     """
     dtypes = [torch.float32] * 4 + ([torch.float32] * 2 + [torch.bool]) * details
     outputs = tuple(torch.empty(logits.shape[0], dtype=d, device=logits.device) for d in dtypes)
@@ -148,7 +148,7 @@ def row_stats(
         layout,
         logits,
         tokens,
-        live,
+        mask,
         temperatures,
         *outputs,
         *([] if details else [None] * 3),

@@ -140,19 +140,19 @@ def test_loops_of_a_listing():
 RECOMPILATION = """
 import json, torch
 from fastpo.kernels import row_grad, row_policy_loss, row_stats, scale
-from fastpo.backends.base import Rule
+from fastpo.backends.base import ObjectiveParams
 from fastpo.objective import Objective
 from triton_aot import recording_keys
 
 def launch_all(rows, vocab, dtype, temperature, number):
     logits = torch.empty(rows + 1, vocab, dtype=dtype)[1:]
     x, y = torch.zeros(rows + 3)[3:], torch.zeros(rows + 1, dtype=torch.int64)[1:]
-    rule = Rule.from_objective(Objective(kl_coef=0.1, old_kl_coef=0.1))._asdict()
+    params = ObjectiveParams.from_objective(Objective(kl_coef=0.1, old_kl_coef=0.1))._asdict()
     whole = ("surrogate", "kl", "kl_ratio_weighted", "old_kl", "gate", "two_sided")
-    rule |= {field: 1 + number for field in rule if field not in whole}
+    params |= {field: 1 + number for field in params if field not in whole}
     row_stats.row_stats(logits, y, temperature, None, None)
     row_grad.row_grad(logits, y, x, x, x, x, x, temperature, None, logits)
-    row_policy_loss.row_policy_loss(logits, y, *[x] * 8, temperature, None, logits, **rule)
+    row_policy_loss.row_policy_loss(logits, y, *[x] * 8, temperature, None, logits, **params)
     scale.scale_(logits, x[0])
 
 def keys(lengths, vocabularies, dtypes, temperatures):

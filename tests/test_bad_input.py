@@ -121,13 +121,13 @@ BAD = {
     "infinite temperature of a token": (
         {"temperature": torch.tensor([[1.0, 1.0, torch.inf]] * B)},
         ValueError,
-        r"not finite and positive on a live row",
+        r"not finite and positive on an unmasked row",
     ),
     "temperature is a string": ({"temperature": "hot"}, TypeError, r"temperature is str"),
     "negative temperature of a token": (
         {"temperature": torch.tensor([[1.0, 1.0, -1.0]] * B)},
         ValueError,
-        r"not finite and positive on a live row",
+        r"not finite and positive on an unmasked row",
     ),
     "temperature per sequence": (
         {"temperature": torch.ones(B)},

@@ -265,7 +265,7 @@ def test_dead_rows_of_row_grad_are_never_read():
 
 @pytest.mark.parametrize("field", ["logits", "old_logprobs", "ref_logprobs", "advantages"])
 @pytest.mark.parametrize("name", SURROGATES)
-def test_nan_of_a_live_row_stays_visible(name, field):
+def test_nan_of_an_unmasked_row_stays_visible(name, field):
     """min and max instructions drop NaN by the order of their operands (REGRESSIONS row 18)."""
     objective = dataclasses.replace(SURROGATES[name], kl_coef=0.1)
     case = RowCase.random(3, 90, objective)
@@ -495,7 +495,7 @@ def test_compiles_into_one_graph():
 def test_operators_pass_opcheck():
     case = RowCase.random(4, 33, EVERYTHING)
     ops, t = torch.ops.fastpo, torch.full((4,), 0.8)
-    rule = [float(x) for x in cpp_rows.Rule.from_objective(EVERYTHING)]
+    rule = [float(x) for x in cpp_rows.ObjectiveParams.from_objective(EVERYTHING)]
     stats = ops.cpp_row_stats(case.logits, case.tokens, 1.0, t, None)
     grad = (case.tokens, *stats, t, t, 1.0, t)
     loss = (case.tokens, *case.inputs, rule, 1.0, t)

@@ -70,10 +70,10 @@ class KeptCase:
             e=torch.randn(rows),
         )
 
-    def run(self, backend, *, live=None, grad_dtype=None, add_to: KeptGrads | None = None):
+    def run(self, backend, *, mask=None, grad_dtype=None, add_to: KeptGrads | None = None):
         """(statistics, logits, gradients); a gradient of 9 stands where none is due."""
         rows = (self.hidden, self.head, self.tokens, self.kept, self.temperature)
-        stats, logits = backend.kept_stats(*rows, live)
+        stats, logits = backend.kept_stats(*rows, mask)
         dtype = grad_dtype or self.hidden.dtype
         bias = self.head.bias
         grads = add_to or KeptGrads(
@@ -81,7 +81,7 @@ class KeptCase:
             torch.empty_like(self.head.weight, dtype=dtype),
             None if bias is None else torch.empty_like(bias, dtype=dtype),
         )
-        c, e = ((x if live is None or x is None else x * live) for x in (self.c, self.e))
+        c, e = ((x if mask is None or x is None else x * mask) for x in (self.c, self.e))
         backend.kept_grad(*rows, stats, logits, c, e, grads, add=add_to is not None)
         return stats, logits, grads
 
@@ -176,11 +176,11 @@ def test_one_id_is_certain_and_reads_nothing(backend):
 def test_nan_elsewhere_changes_nothing(backend):
     """REGRESSIONS 17: rows without ids, dead rows and weight rows that nobody kept are not read."""
     case = KeptCase.random(SIZES, 16, 100)
-    live = torch.ones(len(SIZES), dtype=torch.bool)
-    live[[3, 9]] = False
-    clean = case.run(backend, live=live)
+    mask = torch.ones(len(SIZES), dtype=torch.bool)
+    mask[[3, 9]] = False
+    clean = case.run(backend, mask=mask)
     sizes = case.kept.offsets.diff()
-    read = live & (sizes > 1)
+    read = mask & (sizes > 1)
     ids = case.kept.ids[read.repeat_interleave(sizes)]
     unread = torch.ones(100, dtype=torch.bool)
     unread[ids] = False
@@ -189,11 +189,11 @@ def test_nan_elsewhere_changes_nothing(backend):
         bias=case.head.bias.masked_fill(unread, math.inf),
     )
     hidden = case.hidden.masked_fill(~read[:, None], math.nan)
-    again = replace(case, hidden=hidden, head=head).run(backend, live=live)
+    again = replace(case, hidden=hidden, head=head).run(backend, mask=mask)
     for x, y in zip((*clean[0], *clean[2]), (*again[0], *again[2]), strict=True):
         assert torch.equal(x, y) and x.isfinite().all()
-    assert all((x[~live] == 0).all() for x in clean[0])
-    assert (clean[2].hidden[~live] == 0).all() and (clean[2].weight[unread] == 0).all()
+    assert all((x[~mask] == 0).all() for x in clean[0])
+    assert (clean[2].hidden[~mask] == 0).all() and (clean[2].weight[unread] == 0).all()
 
 
 def test_nan_of_a_kept_row_stays_visible(backend):

@@ -25,7 +25,7 @@ def implementation(request, monkeypatch):
 
 
 def batch(seed=0, dtype=FP64) -> dict[str, torch.Tensor]:
-    """[B, T] numbers with holes in the mask; sequence 2 has no live token."""
+    """[B, T] numbers with holes in the mask; sequence 2 has no unmasked token."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal():
@@ -83,14 +83,14 @@ def test_gae_by_hand(layout, gamma, lam):
 
 
 def test_whitened_by_hand():
-    """Mean 0 and unbiased variance 1 over the live tokens of the batch; the returns stay."""
+    """Mean 0 and unbiased variance 1 over the unmasked tokens of the batch; the returns stay."""
     t = batch()
     options = {"mask": t["mask"], "gamma": 0.9, "lam": 0.7}
     plain = fastpo.gae(t["rewards"], t["values"], **options)
     got = fastpo.gae(t["rewards"], t["values"], whiten=True, **options)
-    live = plain.advantages[t["mask"]]
+    raw = plain.advantages[t["mask"]]
     expected = torch.zeros(B, T, dtype=FP64)
-    expected[t["mask"]] = (live - live.mean()) / (live.var() + 1e-8).sqrt()
+    expected[t["mask"]] = (raw - raw.mean()) / (raw.var() + 1e-8).sqrt()
     torch.testing.assert_close(got.advantages, expected, rtol=1e-12, atol=1e-12)
     assert torch.equal(got.returns, plain.returns)
 
@@ -151,13 +151,13 @@ def test_empty(shape):
 def test_gae_as_verl(verl, gamma, lam):
     core, _ = verl
     t = batch()
-    live = t["mask"].double()
+    mask = t["mask"].double()
     advantages, returns = core.compute_gae_advantage_return(
-        t["rewards"], t["values"], live, gamma, lam
+        t["rewards"], t["values"], mask, gamma, lam
     )
     got = fastpo.gae(t["rewards"], t["values"], mask=t["mask"], gamma=gamma, lam=lam, whiten=True)
-    torch.testing.assert_close(got.advantages, advantages * live, rtol=1e-7, atol=1e-8)
-    torch.testing.assert_close(got.returns, returns * live, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(got.advantages, advantages * mask, rtol=1e-7, atol=1e-8)
+    torch.testing.assert_close(got.returns, returns * mask, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.peer
@@ -165,13 +165,13 @@ def test_reinforce_plus_plus_as_verl(verl):
     """Values 0 and lam 1: whitened discounted returns."""
     core, _ = verl
     t = batch()
-    live = t["mask"].double()
+    mask = t["mask"].double()
 
     class Config:
         gamma = 0.97
 
     expected, _ = core.compute_reinforce_plus_plus_outcome_advantage(
-        t["rewards"], live, config=Config
+        t["rewards"], mask, config=Config
     )
     zero = torch.zeros_like(t["values"])
     got = fastpo.gae(t["rewards"], zero, mask=t["mask"], gamma=0.97, lam=1.0, whiten=True)
@@ -180,11 +180,11 @@ def test_reinforce_plus_plus_as_verl(verl):
 
 def value_loss_by_hand(t: dict, clip: float | None, count: float) -> float:
     total = 0.0
-    for v, r, old, live in zip(
+    for v, r, old, mask in zip(
         *(t[k].flatten().tolist() for k in ("values", "returns", "old", "mask")),
         strict=True,
     ):
-        if live:
+        if mask:
             near = v if clip is None else min(max(v, old - clip), old + clip)
             total += 0.5 * max((v - r) ** 2, (near - r) ** 2)
     return total / count
@@ -220,7 +220,7 @@ def test_value_loss_by_hand(clip, normalizer):
 
 
 def test_value_metrics_by_hand():
-    """Sums over live tokens; clipped is where the clipped error is the larger one."""
+    """Sums over unmasked tokens; clipped is where the clipped error is the larger one."""
     t = batch()
     v, r, old = (t[key][t["mask"]] for key in ("values", "returns", "old"))
     near = v.clamp(old - 0.2, old + 0.2)

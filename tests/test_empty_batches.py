@@ -1,4 +1,4 @@
-"""A micro-batch without tokens, or without a live one: zeros, and a gradient for every input."""
+"""A micro-batch without tokens, or all masked: zeros, and a gradient for every input."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ PROGRAM = """
 import json, sys, torch
 from dataclasses import asdict
 import fastpo
-from fastpo.backends.base import Rule
+from fastpo.backends.base import ObjectiveParams
 from fastpo.kernels import _exp_tiles, exp_entropy_grad, exp_logits, exp_row_grad
 from fastpo.kernels import exp_row_policy_loss, exp_row_stats, exp_sums, exp_targets
 from triton_aot import compiling_for, read_resources
@@ -35,7 +35,7 @@ e, x, totals = meta(n, V + -V % 8, dtype=low)[:, :V], meta(n), meta(2, n)
 tokens, rows = meta(n, dtype=torch.int64), meta(n, dtype=torch.int32)
 count = meta(1, dtype=torch.int32)
 wild, clipped = meta(n, dtype=torch.bool), meta(n, dtype=torch.uint8)
-rule = Rule.from_objective(fastpo.dapo(kl_coef=0.1, kl_ratio_weighted=True))._asdict()
+params = ObjectiveParams.from_objective(fastpo.dapo(kl_coef=0.1, kl_ratio_weighted=True))._asdict()
 
 def gemms(name, bias, softcap):
     tile = _exp_tiles.exp_tile(hidden, weight, bias, softcap)
@@ -56,7 +56,7 @@ small = {
     "row stats": lambda: exp_row_stats.exp_row_stats(*numbers, x, x),
     "row grad": lambda: exp_row_grad.exp_row_grad(e, tokens, *numbers, x, x, softcap=True),
     "row loss": lambda: exp_row_policy_loss.exp_row_policy_loss(
-        e, tokens, *numbers, (x,) * 8, (x, x, x, clipped), x, x, V=V, softcap=True, **rule),
+        e, tokens, *numbers, (x,) * 8, (x, x, x, clipped), x, x, V=V, softcap=True, **params),
     "entropy": lambda: exp_entropy_grad.exp_entropy_grad(
         e, tokens, *numbers, x, x, x, softcap=True),
 }

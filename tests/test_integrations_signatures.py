@@ -409,10 +409,10 @@ def test_torchtitans_loss_takes_hidden_states(titan):
     grads = torch.autograd.grad(loss, [hidden, head.weight])
 
     logprobs = head(hidden).log_softmax(-1).gather(-1, labels[:, None])[:, 0]
-    live = arguments["loss_mask"].clone()
-    live[dropped] = False
-    old, advantages = arguments["generator_logprobs"][live], arguments["advantages"][live]
-    ratio = (logprobs[live] - old).exp()
+    mask = arguments["loss_mask"].clone()
+    mask[dropped] = False
+    old, advantages = arguments["generator_logprobs"][mask], arguments["advantages"][mask]
+    ratio = (logprobs[mask] - old).exp()
     expected = -torch.min(ratio * advantages, ratio.clamp(0.8, 1.3) * advantages).sum() / 40
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
     truth = torch.autograd.grad(expected, [hidden, head.weight])

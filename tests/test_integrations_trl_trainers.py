@@ -103,8 +103,8 @@ class Mismatch:
         out["tool_mask"] = (torch.rand(mask.shape, generator=gen) > 0.3).long()
         out["tool_mask"][:, 0] = 1
         ratio = 0.5 + torch.rand(mask.shape, generator=gen)
-        live = mask * out["tool_mask"] > 0
-        out["importance_sampling_ratio"] = torch.where(live, ratio, 1.0)  # as TRL's difference 0
+        mask = mask * out["tool_mask"] > 0
+        out["importance_sampling_ratio"] = torch.where(mask, ratio, 1.0)  # as TRL's difference 0
         if self.args.vllm_importance_sampling_mode.startswith("sequence"):
             out["importance_sampling_ratio"] = ratio[:, :1]
         if self.args.loss_type == "dapo":

@@ -246,15 +246,15 @@ def test_areals_actor_loss_with_every_setting(rejection, level, c_clip, packed):
     (ours, (statistics,)), (theirs, (expected,)) = results
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
     assert statistics.keys() == expected.keys()
-    live = tensors["loss_mask"]
+    mask = tensors["loss_mask"]
     for name, value in expected.items():
         if name == "filtered_fraction":
             assert statistics[name] == pytest.approx(value)
         elif name == "loss":  # a token that was rejected shows in neither mean
-            kept = statistics.get("behave_mask", live) if "mask" in rejection else live
+            kept = statistics.get("behave_mask", mask) if "mask" in rejection else mask
             torch.testing.assert_close(statistics[name][kept], value[kept], rtol=1e-6, atol=1e-9)
         else:
-            torch.testing.assert_close(statistics[name][live], value[live], rtol=1e-6, atol=1e-9)
+            torch.testing.assert_close(statistics[name][mask], value[mask], rtol=1e-6, atol=1e-9)
 
 
 def test_install_puts_the_functions_where_the_actors_look():

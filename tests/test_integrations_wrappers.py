@@ -192,11 +192,11 @@ def test_accelerate_casts_as_it_does_without_us():
     accelerator.backward(result.loss)
     assert result.loss.dtype == torch.float32
     own = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
-    live = request["completion_mask"][:, 1:]
+    mask = request["completion_mask"][:, 1:]
     rounding = torch.finfo(torch.bfloat16).eps * logits.abs().max()  # stock rounds its logits
-    assert (result.logprobs - own)[live].abs().max() <= rounding
+    assert (result.logprobs - own)[mask].abs().max() <= rounding
     exact = one_process()[0]
-    assert (result.logprobs - exact.logprobs)[live].abs().max() > 1e-4  # autocast was on
+    assert (result.logprobs - exact.logprobs)[mask].abs().max() > 1e-4  # autocast was on
     with pytest.raises(TypeError, match="prepared by accelerate, expected a bare"):
         causal_lm_policy_loss(model, ids, **request)
     with pytest.raises(ValueError, match="forward has been replaced since attach"):

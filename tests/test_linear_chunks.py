@@ -146,15 +146,15 @@ def test_no_chunk_is_larger_than_asked(preset, chunk_tokens, monkeypatch):
     monkeypatch.setattr(Workspace, "load", counting)
     case = LinearCase.random(shape=(5, 21))
     case = replace(case, advantages=torch.ones(5, 21))
-    live = int(case.mask.sum())
+    unmasked = int(case.mask.sum())
     case.fused(
         {"dapo": fastpo.dapo(), "gspo": fastpo.gspo(clip_high=9.0)}[preset],
         chunk_tokens=chunk_tokens,
     )
     assert max(size for _, size in sizes) <= chunk_tokens
-    assert sum(size for gradient, size in sizes if gradient) == live
+    assert sum(size for gradient, size in sizes if gradient) == unmasked
     if chunk_tokens == 50:
-        assert len(sizes) == -(-live // 50) if preset == "dapo" else len(sizes) <= 3
+        assert len(sizes) == -(-unmasked // 50) if preset == "dapo" else len(sizes) <= 3
 
 
 @pytest.mark.parametrize("preset", ["dapo", "gspo"])

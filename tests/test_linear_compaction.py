@@ -145,7 +145,7 @@ def test_what_stands_in_masked_rows_changes_nothing(preset, field, value):
     assert all(torch.equal(a, b) for a, b in zip(grads, clean_grads, strict=True))
 
 
-def test_nan_in_a_live_row_shows():
+def test_nan_in_an_unmasked_row_shows():
     """REGRESSIONS 18: compaction by A = 0 must not hide it either."""
     case = LinearCase.random()
     advantages = torch.zeros_like(case.advantages)
@@ -157,7 +157,7 @@ def test_nan_in_a_live_row_shows():
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("shape", [(3, 21), (0, 21), (3, 0)])
-def test_nothing_live_is_a_differentiable_zero(preset, shape):
+def test_nothing_unmasked_is_a_differentiable_zero(preset, shape):
     """REGRESSIONS 8, 15: a rank whose micro-batch is empty still takes part in the backward."""
     case = LinearCase.random(shape=shape)
     case = replace(case, mask=torch.zeros(shape, dtype=torch.bool))

@@ -16,7 +16,7 @@ B, T = len(LENGTHS), 6
 
 
 def batch(spread=0.7, seed=0) -> dict[str, torch.Tensor]:
-    """[B, T]; sequence 2 has no live token, sequence 3 a hole."""
+    """[B, T]; sequence 2 has no unmasked token, sequence 3 a hole."""
     generator = torch.Generator().manual_seed(seed)
     old = -torch.randn(B, T, dtype=FP64, generator=generator).exp()
     mask = torch.arange(T) < torch.tensor(LENGTHS)[:, None]
@@ -196,7 +196,7 @@ def test_nan_under_the_mask_stays_visible():
         assert got.weights[0, 1].isnan() and got.metrics["kl_k1"].isnan()
 
 
-def test_nothing_live_and_nothing_at_all():
+def test_nothing_unmasked_and_nothing_at_all():
     """REGRESSIONS 15, 43."""
     t = batch()
     dead = fastpo.rollout_correction(

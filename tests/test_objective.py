@@ -13,7 +13,7 @@ from torch.autograd import gradcheck
 
 from fastpo import objective as spec
 from fastpo import presets
-from fastpo.backends.base import Rule
+from fastpo.backends.base import ObjectiveParams
 from fastpo.objective import (
     AGGREGATIONS,
     CLIPPED_HIGH,
@@ -41,37 +41,39 @@ def sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x)) if x > -700 else 0.0
 
 
-def surrogate_by_rule(rule: Rule, logp: float, d: float, a: float) -> tuple[float, float]:
-    """Loss and c of one token, from the table in `fastpo.backends.base.Rule`."""
+def surrogate_by_table(
+    params: ObjectiveParams, logp: float, d: float, a: float
+) -> tuple[float, float]:
+    """Loss and c of one token, from the table in `fastpo.backends.base.ObjectiveParams`."""
     r = math.exp(min(max(d, -20), 20))
     dr = r if abs(d) <= 20 else 0.0
-    if rule.surrogate == 0:
+    if params.surrogate == 0:
         stopped = (
-            (a > 0 and r > rule.ratio_high)
-            or (a < 0 and r < rule.ratio_low)
-            or (a < 0 and r > rule.ratio_max)
+            (a > 0 and r > params.ratio_high)
+            or (a < 0 and r < params.ratio_low)
+            or (a < 0 and r > params.ratio_max)
         )
-        clip = min(max(r, rule.ratio_low), rule.ratio_high)
-        return -min(min(r, rule.ratio_max) * a, clip * a), 0.0 if stopped else -a * dr
-    if rule.surrogate == 1:
-        weight = a * min(max(r, rule.ratio_low), rule.ratio_high)
+        clip = min(max(r, params.ratio_low), params.ratio_high)
+        return -min(min(r, params.ratio_max) * a, clip * a), 0.0 if stopped else -a * dr
+    if params.surrogate == 1:
+        weight = a * min(max(r, params.ratio_low), params.ratio_high)
         return -weight * logp, -weight
-    if rule.surrogate == 2:
-        tau = rule.tau_pos if a > 0 else rule.tau_neg
+    if params.surrogate == 2:
+        tau = params.tau_pos if a > 0 else params.tau_neg
         gate = sigmoid(tau * (r - 1))
         return -4 / tau * a * gate, -4 * a * gate * (1 - gate) * dr
     return -a * logp, -a
 
 
-def kl_by_rule(rule: Rule, k: float, d: float) -> tuple[float, float]:
+def kl_by_table(params: ObjectiveParams, k: float, d: float) -> tuple[float, float]:
     """KL value and derivative of one token, from the same table."""
     bounded = min(-k, 20)
     q = math.exp(bounded)
     k3 = (q - bounded - 1, 1 - q if -k <= 20 else 0.0)
     sign = math.copysign(1, k) if k else 0.0
     values = [(k, 1.0), (k * k / 2, k), k3, (abs(k), sign), (k, k), (k3[0], k)]
-    value, derivative = values[rule.kl - 1]
-    if rule.kl_ratio_weighted:
+    value, derivative = values[params.kl - 1]
+    if params.kl_ratio_weighted:
         r = math.exp(min(max(d, -20), 20))
         dr = r if abs(d) <= 20 else 0.0
         return value * r, derivative * r + value * dr
@@ -93,22 +95,22 @@ def token_grid() -> tuple[list[tuple[float, float, float]], dict[str, torch.Tens
 
 
 def check_closed_form(objective: Objective) -> None:
-    """token_loss and its gradient equal the table of `Rule` on the whole grid."""
+    """token_loss and its gradient equal the table of `ObjectiveParams` on the whole grid."""
     _, t = token_grid()
-    rule = Rule.from_objective(objective)
+    params = ObjectiveParams.from_objective(objective)
     logp = t["logp"].clone().requires_grad_()
     ref = t["ref"] if objective.kl_coef else None
     terms = token_loss(objective, logp, t["a"], old_logprobs=t["old"], ref_logprobs=ref)
     (grad,) = torch.autograd.grad(terms.loss.sum(), logp)
     columns = (x.tolist() for x in (t["logp"], t["logp"] - t["old"], t["a"], t["logp"] - t["ref"]))
     for i, (x, d, a, k) in enumerate(zip(*columns, strict=True)):
-        loss, slope = surrogate_by_rule(rule, x, d, a)
-        kl, kl_slope = kl_by_rule(rule, k, d) if rule.kl else (0.0, 0.0)
+        loss, slope = surrogate_by_table(params, x, d, a)
+        kl, kl_slope = kl_by_table(params, k, d) if params.kl else (0.0, 0.0)
         # Terms as large as e^40 cancel, so errors are judged by the largest term of the token.
-        allowed = 1e-13 * (1 + abs(loss) + abs(slope) + rule.kl_coef * (abs(kl) + abs(kl_slope)))
+        allowed = 1e-13 * (1 + abs(loss) + abs(slope) + params.kl_coef * (abs(kl) + abs(kl_slope)))
         at = f"d={d} A={a} k={k}"
-        assert abs(terms.loss[i].item() - loss - rule.kl_coef * kl) <= allowed, at
-        assert abs(grad[i].item() - slope - rule.kl_coef * kl_slope) <= allowed, at
+        assert abs(terms.loss[i].item() - loss - params.kl_coef * kl) <= allowed, at
+        assert abs(grad[i].item() - slope - params.kl_coef * kl_slope) <= allowed, at
 
 
 TOKEN_OPTIONS = [
@@ -190,10 +192,10 @@ def by_hand(objective, d, logp, a, w, iw, sw):
         s = math.exp(min(max(mean, -20), 20))
         ds = s / n if abs(mean) <= 20 else 0.0
         own = objective.ratio_level == "sequence_token"
-        rule = Rule.from_objective(objective)
+        params = ObjectiveParams.from_objective(objective)
         losses, slopes = [], []
         for t in range(n):
-            loss, c = surrogate_by_rule(rule, 0.0, math.log(s), a[t] * iw[t] * sw)
+            loss, c = surrogate_by_table(params, 0.0, math.log(s), a[t] * iw[t] * sw)
             losses.append(loss)
             slopes.append(w[t] * c / s * ds)
         return losses, [n * x for x in slopes] if own else [math.fsum(slopes)] * n
@@ -420,7 +422,7 @@ WEIGHTS_BY_HAND = {
 
 
 def check_token_weights() -> None:
-    """Sequences of 3, 0, 4 and 1 tokens, with 2, 0, 3 and 0 of them live."""
+    """Sequences of 3, 0, 4 and 1 tokens, with 2, 0, 3 and 0 of them mask."""
     mask = torch.tensor([1, 0, 1, 0, 1, 1, 1, 0], dtype=torch.bool)
     segments = packed([3, 0, 4, 1])
     for aggregation, expected in WEIGHTS_BY_HAND.items():
@@ -508,6 +510,6 @@ def test_a_mutant_of_the_clip_is_caught(monkeypatch, mutant):
 
 
 def test_a_mutant_of_the_weights_is_caught(monkeypatch):
-    monkeypatch.setattr(Segments, "spread", lambda self, x: torch.ones(self.rows, dtype=x.dtype))
+    monkeypatch.setattr(Segments, "broadcast", lambda self, x: torch.ones(self.rows, dtype=x.dtype))
     with pytest.raises(AssertionError):
         check_token_weights()

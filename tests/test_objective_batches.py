@@ -228,7 +228,7 @@ def test_a_clipped_token_far_off_policy_has_gradient_zero(d):
         for key in ("logp", "a", "iw", "ref", *(["old"] * (preset().surrogate != "reinforce")))
     ],
 )
-def test_nan_in_a_live_token_stays_visible(name, key):
+def test_nan_in_an_unmasked_token_stays_visible(name, key):
     """REGRESSIONS row 18, the other half: no clamp, minimum or nan_to_num may hide it."""
     t = inputs([3, 2])
     t[key][1] = torch.nan
@@ -266,7 +266,7 @@ def test_surrogates_are_positively_homogeneous_in_the_advantage(name):
         for weights in (None, t["sw"])
     )
     torch.testing.assert_close(
-        weighted.loss, plain.loss * segments.spread(t["sw"]), rtol=1e-12, atol=1e-14
+        weighted.loss, plain.loss * segments.broadcast(t["sw"]), rtol=1e-12, atol=1e-14
     )
     assert torch.equal(weighted.clipped, plain.clipped)
 
@@ -289,7 +289,7 @@ def test_sequence_weights_are_one_token_weight_spread_except_in_vespo():
             token_loss(preset(), t["logp"], t["a"], old_logprobs=t["old"], segments=segments, **kw)
             for kw in (
                 {"sequence_weights": t["sw"]},
-                {"importance_weights": segments.spread(t["sw"])},
+                {"importance_weights": segments.broadcast(t["sw"])},
             )
         )
         same = torch.allclose(once.loss, spread.loss, rtol=1e-12, atol=1e-14)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastpo import presets
-from fastpo.backends.base import Rule
+from fastpo.backends.base import ObjectiveParams
 from fastpo.objective import (
     CLIPPED_HIGH,
     CLIPPED_LOW,
@@ -40,7 +40,7 @@ def dppo_kl(p, q, a):
 
 
 def ipo(p, q, a):
-    return 0.0 if abs(p - q) > 0.2 else p / q
+    return 0.0 if abs(p - q) > 0.1 else p / q
 
 
 def icepop(p, q, a):
@@ -55,7 +55,7 @@ def aspo(p, q, a):
     r = p / q
     if a > 0:
         return 0.0 if r > 1.2 else min(1 / r, 3.0)
-    return 0.0 if a < 0 and r < 0.8 else r
+    return 0.0 if a < 0 and r < 0.8 else min(r, 3.0)
 
 
 def ce_gppo(p, q, a):
@@ -108,26 +108,26 @@ def test_presets_have_the_gradient_of_their_paper(name):
     assert len({round(x, 6) for x in expected.tolist()}) > 5
 
 
-def by_rule(rule: Rule, logp: float, old: float, a: float) -> tuple[float, int]:
-    """(w, flags) from the table in `fastpo.backends.base.Rule`."""
+def by_table(params: ObjectiveParams, logp: float, old: float, a: float) -> tuple[float, int]:
+    """(w, flags) from the table in `fastpo.backends.base.ObjectiveParams`."""
     p, q, d = math.exp(logp), math.exp(old), min(max(logp - old, -20), 20)
     k, most = (
-        (rule.power_pos, min(rule.ratio_max, rule.ratio_max_pos))
+        (params.power_pos, min(params.ratio_max, params.ratio_max_pos))
         if a > 0
-        else (rule.power_neg, rule.ratio_max)
+        else (params.power_neg, params.ratio_max)
     )
     divergence = [
         0.0,
         math.exp(d),
         p - q,
         math.copysign(1, p - q) * binary_kl(p, q) if p != q else 0.0,
-    ][rule.gate]
-    if rule.gate and divergence < rule.ratio_low and (a < 0 or rule.two_sided):
-        return rule.keep_low * rule.ratio_low, CLIPPED_LOW
-    if rule.gate and divergence > rule.ratio_high and (a > 0 or rule.two_sided):
-        return rule.keep_high * rule.ratio_high, CLIPPED_HIGH
+    ][params.gate]
+    if params.gate and divergence < params.ratio_low and (a < 0 or params.two_sided):
+        return params.keep_low * params.ratio_low, CLIPPED_LOW
+    if params.gate and divergence > params.ratio_high and (a > 0 or params.two_sided):
+        return params.keep_high * params.ratio_high, CLIPPED_HIGH
     powered = math.exp(k * d)
-    return min(max(powered, rule.ratio_min), most), CLIPPED_MAX if powered > most else 0
+    return min(max(powered, params.ratio_min), most), CLIPPED_MAX if powered > most else 0
 
 
 @pytest.mark.parametrize("two_sided", [False, True])
@@ -150,9 +150,9 @@ def test_every_option_of_the_gate(gate, powers, two_sided):
     )
     points, t = grid()
     terms, grad = differentiate(objective, t)
-    rule = Rule.from_objective(objective)
+    params = ObjectiveParams.from_objective(objective)
     for i, (p, q, a) in enumerate(points):
-        weight, flags = by_rule(rule, math.log(p), math.log(q), a)
+        weight, flags = by_table(params, math.log(p), math.log(q), a)
         at = f"p={p} q={q} A={a}"
         assert grad[i].item() == pytest.approx(-a * weight, rel=1e-9, abs=1e-15), at
         assert terms.clipped[i].item() == flags, at

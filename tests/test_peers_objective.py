@@ -328,8 +328,8 @@ def test_differs_from_trl_vespo_sums_importance_weights_of_masked_tokens(trainer
         trainer_class, "vespo", t, "a", None, options, importance_weights=t["iw"].view(-1)
     )
     assert not torch.allclose(got[1], theirs[1])
-    live = {"ratio": t["iw"].masked_fill(~t["mask"], 1)}
-    _, masked = both(trainer_class, "vespo", t, "a", None, live)
+    ones = {"ratio": t["iw"].masked_fill(~t["mask"], 1)}
+    _, masked = both(trainer_class, "vespo", t, "a", None, ones)
     assert_same(got, masked)
 
 
@@ -568,7 +568,7 @@ def test_differs_from_verl_k3_is_not_cut_at_ten(verl):
 
 @pytest.mark.parametrize("aggregation", ["sequence_mean", "sequence_sum", "constant"])
 def test_differs_from_verl_dead_sequences_count(verl, aggregation):
-    """4 of 5 sequences have a live token; `normalizer` says so where verl's mean is wanted."""
+    """4 of 5 sequences have an unmasked token; `normalizer` says so where verl's mean is wanted."""
     t = batch(dead_sequence=True)
     objective = presets.dapo(aggregation=aggregation, ratio_max=3.0)
     theirs = verl_loss(verl, "vanilla", t, t["a"], AGGREGATION[aggregation])

@@ -381,7 +381,7 @@ def test_kl_metrics_of_a_small_step():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_nan_of_a_live_token_stays_visible(backend):
+def test_nan_of_an_unmasked_token_stays_visible(backend):
     """REGRESSIONS 18: the loss shows it, and no other row is touched."""
     batch = Batch()
     batch.mask[:] = True

@@ -38,13 +38,13 @@ def with_kl_and_entropy(logprobs, entropy, tokens):
 
 @fastpo.loss_rule(aggregation="sequence_mean", couples_sequences=True)
 def gspo(logprobs, entropy, tokens):
-    live = torch.ones_like(logprobs) if tokens.mask is None else tokens.mask.to(logprobs.dtype)
+    mask = torch.ones_like(logprobs) if tokens.mask is None else tokens.mask.to(logprobs.dtype)
     count = int(tokens.sequence_ids.max()) + 1
 
     def mean(x):
         zeros = torch.zeros(count, dtype=x.dtype)
-        total = zeros.index_add(0, tokens.sequence_ids, x * live)
-        return (total / zeros.index_add(0, tokens.sequence_ids, live).clamp(min=1))[
+        total = zeros.index_add(0, tokens.sequence_ids, x * mask)
+        return (total / zeros.index_add(0, tokens.sequence_ids, mask).clamp(min=1))[
             tokens.sequence_ids
         ]
 

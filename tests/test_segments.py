@@ -25,19 +25,19 @@ def test_packed_sums_and_means_equal_a_loop(lengths, seed):
     mask = torch.rand(segments.rows, generator=generator) < 0.6
     total, mean = segments.sum(values, mask), segments.mean(values, mask)
     assert total.shape == mean.shape == (len(lengths),)
-    for b, (part, live) in enumerate(zip(values.split(lengths), mask.split(lengths), strict=True)):
-        kept = part[live].tolist()
+    for b, (part, own) in enumerate(zip(values.split(lengths), mask.split(lengths), strict=True)):
+        kept = part[own].tolist()
         assert total[b].item() == pytest.approx(sum(kept), abs=1e-12)
         assert mean[b].item() == pytest.approx(sum(kept) / max(len(kept), 1), abs=1e-12)
 
 
 @settings(max_examples=60, deadline=None)
 @given(LENGTHS)
-def test_spread_gives_every_row_its_sequence(lengths):
+def test_broadcast_gives_every_row_its_sequence(lengths):
     segments = packed(lengths)
     values = torch.arange(len(lengths), dtype=torch.float32)
     expected = [b for b, length in enumerate(lengths) for _ in range(length)]
-    assert segments.spread(values).tolist() == expected == segments.ids.tolist()
+    assert segments.broadcast(values).tolist() == expected == segments.ids.tolist()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -50,7 +50,9 @@ def test_packed_gradients_are_exact_gathers(lengths, dtype):
     assert grad.tolist() == [b + 1 for b, length in enumerate(lengths) for _ in range(length)]
     per_sequence = torch.zeros(len(lengths), dtype=dtype, requires_grad=True)
     row_scale = torch.arange(1, segments.rows + 1, dtype=dtype)
-    (grad,) = torch.autograd.grad((segments.spread(per_sequence) * row_scale).sum(), per_sequence)
+    (grad,) = torch.autograd.grad(
+        (segments.broadcast(per_sequence) * row_scale).sum(), per_sequence
+    )
     assert grad.tolist() == [part.sum().item() for part in row_scale.split(lengths)]
 
 
@@ -62,7 +64,7 @@ def test_packed_operations_pass_gradcheck_twice():
     for function, value in (
         (lambda x: segments.sum(x, mask).square(), rows),
         (lambda x: segments.mean(x, mask).exp(), rows),
-        (lambda x: segments.spread(x).square(), sequences),
+        (lambda x: segments.broadcast(x).square(), sequences),
     ):
         assert torch.autograd.gradcheck(function, value)
         assert torch.autograd.gradgradcheck(function, value)
@@ -80,7 +82,7 @@ def test_masked_rows_are_not_used(layout, junk):
     assert values.grad.tolist() == [0.5, 0.0, 0.5, 0.0, 0.0, 0.0]
 
 
-def test_maxima_are_of_live_rows():
+def test_maxima_are_of_unmasked_rows():
     values = torch.tensor([3.0, 9.0, 1.0, 7.0, torch.nan, 2.0])
     mask = torch.tensor([True, False, True, False, False, False])
     padded = Segments.padded(2, 3, values.device)
@@ -93,7 +95,7 @@ def test_padded_equals_packed():
     values = torch.randn(12, dtype=torch.float64)
     padded, equal = Segments.padded(3, 4, CPU), packed([4, 4, 4])
     torch.testing.assert_close(padded.sum(values), equal.sum(values), rtol=1e-14, atol=1e-14)
-    assert torch.equal(padded.spread(values[:3]), equal.spread(values[:3]))
+    assert torch.equal(padded.broadcast(values[:3]), equal.broadcast(values[:3]))
     assert torch.equal(padded.ids, equal.ids)
 
 
@@ -101,7 +103,7 @@ def test_padded_equals_packed():
 def test_empty_padded_batches(batch, width):
     segments = Segments.padded(batch, width, CPU)
     assert segments.mean(torch.empty(0)).tolist() == [0.0] * batch
-    assert segments.spread(torch.zeros(batch)).shape == (0,)
+    assert segments.broadcast(torch.zeros(batch)).shape == (0,)
     assert segments.ids.shape == (0,)
 
 

@@ -105,7 +105,7 @@ def test_policy_loss_of_long_rows(vocab, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dead_and_clipped_rows_cost_their_zeros_only(dtype):
-    """Dead rows: the zero-fill. Live rows with c = 0: one read and the zero-fill."""
+    """Masked rows: the zero-fill. Unmasked rows with c = 0: one read and the zero-fill."""
     case = random_case(V, dtype)
     dead = RowInputs(*(torch.zeros(2) if x is None else x for x in case.inputs))
     dead = dead._replace(weight=torch.zeros(2), entropy_weight=torch.zeros(2))
@@ -117,9 +117,9 @@ def test_dead_and_clipped_rows_cost_their_zeros_only(dtype):
             triton_rows.row_policy_loss(*arguments, torch.empty_like(case.logits))
         (kernel,) = traffic.kernels.values()
         assert abs(kernel.total_bytes / case.logits.nbytes - expected) < 0.01
-    live = torch.zeros(2, dtype=torch.bool)
+    mask = torch.zeros(2, dtype=torch.bool)
     with count_traffic() as traffic:
-        triton_rows.row_stats(case.logits, case.tokens, 1.0, live)
+        triton_rows.row_stats(case.logits, case.tokens, 1.0, mask)
     assert traffic.total_bytes < 200
 
 

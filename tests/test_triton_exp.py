@@ -28,13 +28,13 @@ HEADS = {
 class Batch:
     """Random rows of a head, their fp64 log-probs and entropies, and c = dL/dlogp, b = dL/dH."""
 
-    def __init__(self, device, n=N, d=D, v=V, *, bias=False, live=True, seed=0, **head):
+    def __init__(self, device, n=N, d=D, v=V, *, bias=False, mask=True, seed=0, **head):
         gen = torch.Generator().manual_seed(seed)
         self.hidden = torch.randn(n, d, generator=gen).bfloat16().to(device)
         self.weight = (2 * torch.randn(v, d, generator=gen) / d**0.5).bfloat16().to(device)
         self.bias = torch.randn(v, generator=gen).bfloat16().to(device) if bias else None
         self.tokens = torch.randint(v, (n,), generator=gen).to(device)
-        self.live = ((torch.rand(n, generator=gen) > 0.3) | (not live)).to(device)
+        self.mask = ((torch.rand(n, generator=gen) > 0.3) | (not mask)).to(device)
         self.c, self.b = (torch.randn(n, generator=gen).to(device) for _ in range(2))
         self.temperature, self.head = 1.0, head
 
@@ -42,11 +42,11 @@ class Batch:
         return triton_exp.ExpHead(weight=self.weight, bias=self.bias, **self.head)
 
     def clean(self):
-        return self.hidden.masked_fill(~self.live[:, None], 0)
+        return self.hidden.masked_fill(~self.mask[:, None], 0)
 
     def rows(self, **options):
         e = triton_exp.empty_e(len(self.hidden), self.weight)
-        arguments = (self.tokens, self.live, self.temperature, e)
+        arguments = (self.tokens, self.mask, self.temperature, e)
         return triton_exp.exp_rows(self.clean(), self.exp_head(), *arguments, **options)
 
     def products(self, dtype):
@@ -80,15 +80,15 @@ def exp_gradients(batch, rows):
 def check(batch, *, entropy_grad=False, tanh_slope=False):
     """Numbers within 3x of plain fp32's error; gradients within 2x of a bf16 gradient of logits."""
     rows = batch.rows(tanh_slope=tanh_slope)
-    stats = triton_exp.row_stats(rows, batch.tokens, batch.temperature, batch.live)
+    stats = triton_exp.row_stats(rows, batch.tokens, batch.temperature, batch.mask)
     exact_product, product = batch.products(torch.float64), batch.products(torch.float32)
     exact, plain = batch.scores(exact_product), batch.scores(product)
-    live = batch.live
-    assert_within_budget(stats.logprobs[live], exact[0][live], plain[0][live], factor=3)
-    assert_within_budget(stats.entropy[live], exact[1][live], plain[1][live], factor=5)
-    assert not stats.logprobs[~live].any() and not stats.entropy[~live].any()
+    mask = batch.mask
+    assert_within_budget(stats.logprobs[mask], exact[0][mask], plain[0][mask], factor=3)
+    assert_within_budget(stats.entropy[mask], exact[1][mask], plain[1][mask], factor=5)
+    assert not stats.logprobs[~mask].any() and not stats.entropy[~mask].any()
 
-    loss = (batch.c * exact[0])[live].sum() + entropy_grad * (batch.b * exact[1])[live].sum()
+    loss = (batch.c * exact[0])[mask].sum() + entropy_grad * (batch.b * exact[1])[mask].sum()
     (g,) = torch.autograd.grad(loss, exact_product)
     b = batch.b if entropy_grad else None
     triton_exp.row_grad(rows, batch.tokens, stats, batch.c, b, batch.temperature, rows)
@@ -134,7 +134,7 @@ def test_temperatures_per_token(device):
 @pytest.mark.parametrize("size", [(1, 8, 1), (3, 72, 40), (130, 40, 513)])
 def test_ragged_sizes(size, tile, device):
     """Rows, depth and vocabulary that no tile divides; a depth TMA cannot read."""
-    check(Batch(device, *size, live=size[0] > 1))
+    check(Batch(device, *size, mask=size[0] > 1))
 
 
 def hostile(device, numbers, **head):
@@ -147,7 +147,7 @@ def hostile(device, numbers, **head):
         other = weight[token] if number == 0 else weight[(token + 7) % V]
         gap = other @ other if number == 0 else other @ (other - weight[token])
         batch.hidden[row] = (other * (abs(number or 120) / gap)).bfloat16()
-        batch.live[row] = True
+        batch.mask[row] = True
     return batch
 
 
@@ -158,13 +158,13 @@ def test_improbable_tokens_are_redone(head, entropy_grad, tile, device):
     batch = hostile(device, (-50, -59, -65, -99, -105, -150, -700, 0), **HEADS[head])
     rows, _ = check(batch, entropy_grad=entropy_grad)
     exact = batch.scores(batch.products(torch.float64))[0]
-    assert rows.redone.item() == (exact[batch.live] < -60).sum() >= 4
-    assert rows.e[batch.live].isfinite().all()
+    assert rows.redone.item() == (exact[batch.mask] < -60).sum() >= 4
+    assert rows.e[batch.mask].isfinite().all()
 
 
 def test_a_token_whose_logit_is_minus_infinity(device):
     """REGRESSIONS 10: log p = -inf, the entropy and the other rows as if nothing were."""
-    batch = Batch(device, bias=True, live=False)
+    batch = Batch(device, bias=True, mask=False)
     before = batch.rows()
     blocked = int(batch.tokens[0])
     batch.bias[blocked] = -math.inf
@@ -195,17 +195,17 @@ def test_dead_rows_leave_zeros(device):
     batch = Batch(device)
     for _ in range(2):
         rows = batch.rows()
-        stats = triton_exp.row_stats(rows, batch.tokens, 1.0, batch.live)
+        stats = triton_exp.row_stats(rows, batch.tokens, 1.0, batch.mask)
         triton_exp.row_grad(rows, batch.tokens, stats, batch.c, None, 1.0, rows)
-        dead = ~batch.live
+        dead = ~batch.mask
         numbers = (rows.e, rows.factors, stats.logprobs, stats.entropy)
         assert not any(x[dead].any() for x in numbers)
-        batch.live[:] = False
+        batch.mask[:] = False
 
 
 def test_nan_stays_in_its_row(device):
     """NaN hidden states, and ids outside the vocabulary (REGRESSIONS 21): seen, not spread."""
-    batch = Batch(device, live=False)
+    batch = Batch(device, mask=False)
     clean = triton_exp.row_stats(batch.rows(), batch.tokens, 1.0)
     batch.hidden[3, 5] = math.nan
     batch.tokens[9], batch.tokens[11] = V + 5, -1
@@ -225,7 +225,7 @@ def test_bits_depend_on_the_row_alone(device, monkeypatch):
 
     batch = hostile(device, (-65, -150))
     batch.hidden, batch.tokens = batch.hidden.repeat(3, 1), batch.tokens.repeat(3)
-    batch.live = batch.live.repeat(3)
+    batch.mask = batch.mask.repeat(3)
 
     def numbers(count=3 * N, store=True):
         e = triton_exp.empty_e(count, batch.weight) if store else None
@@ -233,7 +233,7 @@ def test_bits_depend_on_the_row_alone(device, monkeypatch):
             batch.clean()[:count],
             batch.exp_head(),
             batch.tokens[:count],
-            batch.live[:count],
+            batch.mask[:count],
             1.0,
             e,
         )
@@ -255,10 +255,10 @@ def test_losses_equal_the_row_kernels(device):
     batch, gen = Batch(device, n=20), torch.Generator().manual_seed(3)
     normal = lambda: torch.randn(20, generator=gen).to(device)  # noqa: E731
     rows = batch.rows()
-    logprobs = triton_exp.row_stats(rows, batch.tokens, 1.0, batch.live).logprobs
-    weight = batch.live / 20
+    logprobs = triton_exp.row_stats(rows, batch.tokens, 1.0, batch.mask).logprobs
+    weight = batch.mask / 20
     old, ref = logprobs + 0.2 * normal(), logprobs + 0.2 * normal()
-    old[~batch.live], full = math.nan, torch.full_like(weight, 0.01) * batch.live
+    old[~batch.mask], full = math.nan, torch.full_like(weight, 0.01) * batch.mask
     cases = [
         (Objective(), RowInputs(weight, normal(), None, None, None)),
         (Objective(surrogate="cispo", ratio_max=1.1), RowInputs(weight, normal(), old, None, None)),

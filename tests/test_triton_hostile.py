@@ -152,13 +152,16 @@ def test_dead_rows_are_never_read(bad, device):
         assert not got[dead].any()
     stats = triton_rows.row_stats(logits, tokens, 0.8, ~dead)
     assert all(x.isfinite().all() and not x[dead].any() for x in stats)
-    out, zero = torch.empty_like(logits), dead.float() - 1  # c = -1 on live rows, 0 on dead ones
+    out, zero = (
+        torch.empty_like(logits),
+        dead.float() - 1,
+    )  # c = -1 on unmasked rows, 0 on dead ones
     triton_rows.row_grad(logits, tokens, stats, zero, zero, 0.8, out)
     assert out.isfinite().all() and not out[dead].any()
 
 
 @pytest.mark.parametrize("where", ["logits", "weight", "advantages", "old", "ref", "temperature"])
-def test_nan_of_a_live_row_stays_visible(where, device):
+def test_nan_of_an_unmasked_row_stays_visible(where, device):
     """18: no min, max or clamp may swallow it."""
     case = RowCase.random(2, 300, EVERYTHING, device=device, temperature=torch.tensor([0.7, 0.8]))
     inputs, logits = case.inputs, case.logits.clone()

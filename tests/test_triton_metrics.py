@@ -88,11 +88,11 @@ def test_no_tokens(device):
     )
 
 
-def test_nan_of_a_live_token_shows(device):
+def test_nan_of_an_unmasked_token_shows(device):
     """And only where it has a part: the counts stay."""
     inputs = random_inputs(1500, device)
-    live = inputs.mask.nonzero()[-1, 0]
-    inputs.logprobs[live] = torch.nan
+    row = inputs.mask.nonzero()[-1, 0]
+    inputs.logprobs[row] = torch.nan
     sums = triton_rows.metric_sums(inputs, Objective())
     nan = {name for name, x in zip(METRICS, sums, strict=True) if x.isnan()}
     assert nan == {"ratio", "old_kl", "ref_kl"}

@@ -12,7 +12,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastpo.backends.base import RowInputs, RowLosses, RowStats, Rule, alias_rows, overwrites
+from fastpo.backends.base import (
+    ObjectiveParams,
+    RowInputs,
+    RowLosses,
+    RowStats,
+    alias_rows,
+    overwrites,
+)
 from fastpo.objective import Objective
 
 SOURCE = Path(__file__).with_name("row_cluster_emulation.cpp")
@@ -37,11 +44,11 @@ class EmulatedCluster:
         self.most_bytes = most_bytes  # of a slice: fewer make short rows span more blocks
         self.blocks = 0  # of the last call's clusters
 
-    def row_stats(self, logits, tokens, temperature, live=None) -> RowStats:
+    def row_stats(self, logits, tokens, temperature, mask=None) -> RowStats:
         """See `fastpo.backends.base.Backend`."""
         stats = RowStats(*(torch.empty(len(logits)) for _ in range(4)))
         value, temperatures = _temperature(temperature)
-        tensors = [logits, tokens, temperatures, live, *stats]
+        tensors = [logits, tokens, temperatures, mask, *stats]
         self._run("emulate_row_stats", logits, logits, tensors, value)
         return stats
 
@@ -68,9 +75,9 @@ class EmulatedCluster:
         losses = RowLosses(*(torch.empty(len(logits), dtype=dtype) for dtype in dtypes))
         value, temperatures = _temperature(temperature)
         tensors = [logits, tokens, temperatures, *inputs, out, *losses]
-        rule = (ctypes.c_double * 19)(*Rule.from_objective(objective))
+        params = (ctypes.c_double * 19)(*ObjectiveParams.from_objective(objective))
         place = logits if out is None else out
-        self._run("emulate_row_policy_loss", logits, place, tensors, value, rule)
+        self._run("emulate_row_policy_loss", logits, place, tensors, value, params)
         return losses
 
     def scale_(self, grad: Tensor, factor: Tensor) -> None:
@@ -103,9 +110,9 @@ class ClusterOnGpu:
 
         self.backend = cuda
 
-    def row_stats(self, logits, tokens, temperature, live=None) -> RowStats:
+    def row_stats(self, logits, tokens, temperature, mask=None) -> RowStats:
         """See `fastpo.backends.base.Backend`."""
-        sent = [_sent(x) for x in (logits, tokens, temperature, live)]
+        sent = [_sent(x) for x in (logits, tokens, temperature, mask)]
         return RowStats(*(x.cpu() for x in self.backend.row_stats(*sent)))
 
     def row_grad(self, logits, tokens, stats, logprob_grad, entropy_grad, temperature, out) -> None:

@@ -131,7 +131,7 @@ fastpo::RowsIn rows_in(const Shape& shape, void* logits, void* tokens, void* tem
 extern "C" int emulate_row_stats(const Shape* shape, void** p, double temperature) {
   fastpo::StatsParams params;
   params.in = rows_in(*shape, p[0], p[1], p[2], temperature);
-  params.live = static_cast<const bool*>(p[3]);
+  params.mask = static_cast<const bool*>(p[3]);
   float** fields[] = {&params.logprobs, &params.entropy, &params.row_max, &params.log_sum};
   for (int i = 0; i < 4; ++i) *fields[i] = static_cast<float*>(p[4 + i]);
   return fastpo::cluster::run_typed(params, fastpo::DType(shape->dtype), shape->rows, shape->most_bytes);
@@ -147,14 +147,14 @@ extern "C" int emulate_row_grad(const Shape* shape, void** p, double temperature
   return fastpo::cluster::run_typed(params, params.out.dtype, shape->rows, shape->most_bytes);
 }
 
-extern "C" int emulate_row_policy_loss(const Shape* shape, void** p, double temperature, const double* rule) {
+extern "C" int emulate_row_policy_loss(const Shape* shape, void** p, double temperature, const double* objective) {
   fastpo::LossParams params;
   params.in = rows_in(*shape, p[0], p[1], p[2], temperature);
   const float** fields[] = {&params.weight,       &params.advantages,     &params.old_logprobs,
                             &params.ref_logprobs, &params.entropy_weight, &params.clip_low,
                             &params.clip_high,    &params.nll_weight};
   for (int i = 0; i < 8; ++i) *fields[i] = static_cast<const float*>(p[3 + i]);
-  params.rule = fastpo::rule_of(rule);
+  params.objective = fastpo::objective_params(objective);
   params.out = {p[11], fastpo::DType(shape->out_dtype), shape->out_stride};
   float** outputs[] = {&params.loss, &params.logprobs, &params.entropy};
   for (int i = 0; i < 3; ++i) *outputs[i] = static_cast<float*>(p[12 + i]);

@@ -254,23 +254,25 @@ def launches(vocab: int, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     "all options" has KL, entropy bonus, bounds, NLL weights and temperatures per token; the others
     what DAPO needs.
     """
-    from fastpo.backends.base import Rule
+    from fastpo.backends.base import ObjectiveParams
     from fastpo.kernels import row_grad, row_policy_loss, row_stats, scale
     from fastpo.objective import Objective
 
     logits = torch.empty(1, vocab, dtype=dtype)
     token = torch.zeros(1, dtype=torch.int64)
     x = torch.zeros(1)
-    live = torch.ones(1, dtype=torch.bool)
-    dapo = Rule.from_objective(Objective(clip_high=0.28))._asdict()
-    everything = Rule.from_objective(Objective(kl_coef=0.1, kl_ratio_weighted=True))._asdict()
+    mask = torch.ones(1, dtype=torch.bool)
+    dapo = ObjectiveParams.from_objective(Objective(clip_high=0.28))._asdict()
+    everything = ObjectiveParams.from_objective(
+        Objective(kl_coef=0.1, kl_ratio_weighted=True)
+    )._asdict()
     gate = Objective(surrogate="gate", gate="kl", kl_coef=0.1, old_kl_coef=0.1)
-    gated = Rule.from_objective(gate)._asdict()
+    gated = ObjectiveParams.from_objective(gate)._asdict()
     in_place = logits
     calls = {
-        "row_stats": lambda: row_stats.row_stats(logits, token, 1.0, None, live),
+        "row_stats": lambda: row_stats.row_stats(logits, token, 1.0, None, mask),
         "row_stats, details": lambda: row_stats.row_stats(
-            logits, token, 1.0, x, live, details=True
+            logits, token, 1.0, x, mask, details=True
         ),
         "row_grad": lambda: row_grad.row_grad(logits, token, x, x, x, x, None, 1.0, None, in_place),
         "row_grad, all options": lambda: row_grad.row_grad(

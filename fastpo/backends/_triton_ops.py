@@ -23,10 +23,10 @@ def triton_row_stats(
     tokens: Tensor,
     temperature: float,
     temperatures: Tensor | None,
-    live: Tensor | None,
+    mask: Tensor | None,
 ) -> RowTensors:
     """(logprobs, entropy, row_max, log_sum)."""
-    return row_stats.row_stats(logits, tokens, temperature, temperatures, live)
+    return row_stats.row_stats(logits, tokens, temperature, temperatures, mask)
 
 
 @torch.library.custom_op("fastpo::triton_row_details", mutates_args=())
@@ -35,10 +35,10 @@ def triton_row_details(
     tokens: Tensor,
     temperature: float,
     temperatures: Tensor | None,
-    live: Tensor | None,
+    mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(logprobs, entropy, row_max, log_sum, log_sum_sq_probs, mean_logits, is_top1)."""
-    return row_stats.row_stats(logits, tokens, temperature, temperatures, live, details=True)
+    return row_stats.row_stats(logits, tokens, temperature, temperatures, mask, details=True)
 
 
 @torch.library.custom_op("fastpo::triton_row_grad_out", mutates_args=("out",))

@@ -15,14 +15,15 @@ their composition, `two_step`, unless a backend fuses the three steps into one l
 validated and flattened: logits (N, V) with unit stride in V and any row stride, the rest contiguous
 (N,). Rules all of them keep:
 
-* A dead row is never read and its gradient and outputs are exactly 0, whatever NaN or inf stands
-  there. Dead: `live` False (row_stats); c and e both 0 (row_grad); weight and entropy weight both 0
-  (row_policy_loss). A live row with c = e = 0 (say, clipped) also has an exactly zero gradient.
-* A token outside [0, V) on a live row gives NaN in that row's log-prob and loss, and reads nothing
-  out of bounds. In `row_grad` it matches no column (a vocabulary shard that does not own the
-  token).
+* A masked row is never read and its gradient and outputs are exactly 0, whatever NaN or inf stands
+  there. Masked: `mask` False (row_stats); c and e both 0 (row_grad); weight and entropy weight
+  both 0 (row_policy_loss). An unmasked row with c = e = 0 (say, clipped) has a gradient of
+  exactly 0, too.
+* A token outside [0, V) on an unmasked row gives NaN in that row's log-prob and loss, and reads
+  nothing out of bounds. In `row_grad` it matches no column (a vocabulary shard that does not own
+  the token).
 * -inf logits have p = 0 and add nothing to entropy or gradient.
-* NaN is never swallowed on a live row (mind min/max instructions).
+* NaN is never swallowed on an unmasked row (mind min/max instructions).
 * Rows are independent and sums have a fixed order: same bits for any N, any chunking, in place or
   not, and `row_stats` and `row_policy_loss` agree bit by bit on logprob and entropy.
 * No subnormal leaves `row_grad`, `row_policy_loss` or `scale_`: |g| < 2^-126 becomes 0 before g is
@@ -92,12 +93,12 @@ class KeptGrads(NamedTuple):
 class RowInputs(NamedTuple):
     """Per-token numbers of a token-level objective. All (N,) fp32."""
 
-    weight: Tensor  # w_t: aggregation, mask and normalizer in one number; 0 = dead
+    weight: Tensor  # w_t: aggregation, mask and normalizer in one number; 0 = masked
     advantages: Tensor  # importance weights already multiplied in
     old_logprobs: Tensor | None  # None = on-policy, r = 1
     ref_logprobs: Tensor | None  # given iff kl_coef != 0
     entropy_weight: Tensor | None  # given iff entropy_coef != 0; e = -entropy_weight
-    clip_low: Tensor | None = None  # per-token bounds on r in place of the rule's, both or neither
+    clip_low: Tensor | None = None  # bounds on r in place of the objective's, both or none
     clip_high: Tensor | None = None
     nll_weight: Tensor | None = None  # of an SFT term, -nll_weight * logprob
 
@@ -111,7 +112,7 @@ class RowInputs(NamedTuple):
         return None if self.clip_low is None else (self.clip_low, self.clip_high)
 
     @property
-    def live(self) -> Tensor:
+    def mask(self) -> Tensor:
         """(N,) bool: rows that are read."""
         if self.entropy_weight is None:
             return self.weight != 0
@@ -127,7 +128,7 @@ class RowLosses(NamedTuple):
     clipped: Tensor  # uint8 bits CLIPPED_LOW | CLIPPED_HIGH | CLIPPED_MAX of fastpo.objective
 
 
-class Rule(NamedTuple):
+class ObjectiveParams(NamedTuple):
     """A token-level objective as the numbers a kernel takes.
 
     c before the weight, with A the advantage, d = logp - old (0 on-policy),
@@ -175,7 +176,7 @@ class Rule(NamedTuple):
 
     @classmethod
     @functools.cache
-    def from_objective(cls, objective: Objective) -> Rule:
+    def from_objective(cls, objective: Objective) -> ObjectiveParams:
         """Encode a token-level objective; bounds are computed in float64, as torch does."""
         ratio_low, ratio_high = objective.bounds
 
@@ -219,18 +220,18 @@ class Backend(Protocol):
         logits: Tensor,
         tokens: Tensor,
         temperature: float | Tensor,
-        live: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> RowStats:
-        """One read of the logits. tokens int64 (N,); temperature float or (N,) fp32; live bool."""
+        """One read of the logits. tokens int64 (N,); temperature float or (N,) fp32; mask bool."""
 
     def row_details(
         self,
         logits: Tensor,
         tokens: Tensor,
         temperature: float | Tensor,
-        live: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> tuple[RowStats, RowDetails]:
-        """`row_stats`, bit by bit, and more from the same launch. Dead rows: 0 and False.
+        """`row_stats`, bit by bit, and more from the same launch. Masked rows: 0 and False.
 
         A row with NaN, or a token outside [0, V), is never top-1.
         """
@@ -258,7 +259,7 @@ class Backend(Protocol):
     ) -> RowLosses:
         """Statistics, loss and, where `out` (N, V) is given, the gradient, in one launch.
 
-        `objective` is token-level; a kernel takes its numbers from `Rule.from_objective`.
+        `objective` is token-level; a kernel takes its `ObjectiveParams`.
         `out` has the logits' dtype, or a 2-byte dtype under fp32 logits. It may be `logits` itself,
         or `alias_rows(logits, dtype)`: the *upper* half of each fp32 row, so that a sweep from the
         last column to the first never overwrites a logit it has yet to read.
@@ -271,12 +272,12 @@ class Backend(Protocol):
         tokens: Tensor,
         kept: KeptSets,
         temperature: float | Tensor,
-        live: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> tuple[RowStats, Tensor]:
         """Statistics of the rows (N, D) with ids, by gathered dot products; z of every id, (M,).
 
         u = z / temperature, and everything is as in `row_stats` with -inf at the other columns.
-        A row with one id has log-prob and entropy 0 and is never read, nor is a dead row or one
+        A row with one id has log-prob and entropy 0 and is never read, nor is a masked row or one
         without ids, whose statistics are 0. A token that is not among its row's ids gives NaN.
         """
 
@@ -313,14 +314,14 @@ def two_step(
     temperature: float | Tensor,
     out: Tensor | None,
     *,
-    live: Tensor | None,
+    mask: Tensor | None,
     loss_of: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
 ) -> RowLosses:
     """Statistics, any loss on (N,) numbers by autograd, then the gradient: what `row_policy_loss`
     does in one launch for the losses that a kernel knows. `loss_of` takes log-probs and entropies,
     and returns the weighted loss of every row, differentiable in them, and its clip flags."""
     gradient = out is not None
-    stats = backend.row_stats(logits, tokens, temperature, live)
+    stats = backend.row_stats(logits, tokens, temperature, mask)
     with torch.set_grad_enabled(gradient):  # inference mode knows no requires_grad_
         outputs = [x.detach().requires_grad_(gradient) for x in (stats.logprobs, stats.entropy)]
         loss, clipped = loss_of(*outputs)
@@ -335,7 +336,7 @@ def two_step(
 
 
 def token_level_loss(
-    inputs: RowInputs, objective: Objective, live: Tensor
+    inputs: RowInputs, objective: Objective, mask: Tensor
 ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """A token-level objective as the `loss_of` of `two_step`: the specification, weighted."""
 
@@ -348,7 +349,7 @@ def token_level_loss(
             ref_logprobs=inputs.ref_logprobs,
             clip_bounds=inputs.clip_bounds,
             nll_weights=inputs.nll_weight,
-            mask=live,
+            mask=mask,
         )
         loss = inputs.weight * terms.loss
         if inputs.entropy_weight is not None:

@@ -13,11 +13,11 @@ from fastpo.backends.base import (
     KeptGrads,
     KeptHead,
     KeptSets,
+    ObjectiveParams,
     RowDetails,
     RowInputs,
     RowLosses,
     RowStats,
-    Rule,
     overwrites,
     written,
 )
@@ -34,17 +34,17 @@ def unavailable(device: torch.device | None = None) -> str | None:
 
 
 def row_stats(
-    logits: Tensor, tokens: Tensor, temperature: float | Tensor, live: Tensor | None = None
+    logits: Tensor, tokens: Tensor, temperature: float | Tensor, mask: Tensor | None = None
 ) -> RowStats:
     """See `fastpo.backends.base.Backend`."""
-    return RowStats(*ops.cpp_row_stats(logits, tokens, *_temperature(temperature), live))
+    return RowStats(*ops.cpp_row_stats(logits, tokens, *_temperature(temperature), mask))
 
 
 def row_details(
-    logits: Tensor, tokens: Tensor, temperature: float | Tensor, live: Tensor | None = None
+    logits: Tensor, tokens: Tensor, temperature: float | Tensor, mask: Tensor | None = None
 ) -> tuple[RowStats, RowDetails]:
     """See `fastpo.backends.base.Backend`."""
-    results = ops.cpp_row_details(logits, tokens, *_temperature(temperature), live)
+    results = ops.cpp_row_details(logits, tokens, *_temperature(temperature), mask)
     return RowStats(*results[:4]), RowDetails(*results[4:])
 
 
@@ -75,8 +75,8 @@ def row_policy_loss(
     """See `fastpo.backends.base.Backend`."""
     if out is not None:
         overwrites(logits, out)
-    rule = Rule.from_objective(objective)
-    arguments = (logits, tokens, *inputs, rule, *_temperature(temperature), out)
+    params = ObjectiveParams.from_objective(objective)
+    arguments = (logits, tokens, *inputs, params, *_temperature(temperature), out)
     losses = RowLosses(*ops.cpp_row_policy_loss(*arguments))
     if out is not None:
         written(out)
@@ -89,12 +89,12 @@ def kept_stats(
     tokens: Tensor,
     kept: KeptSets,
     temperature: float | Tensor,
-    live: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> tuple[RowStats, Tensor]:
     """See `fastpo.backends.base.Backend`."""
     rows = (tokens, *kept, *_temperature(temperature))
     *stats, logits = ops.cpp_kept_stats(
-        hidden, head.weight, head.bias, *rows, head.gain, head.capped, live
+        hidden, head.weight, head.bias, *rows, head.gain, head.capped, mask
     )
     return RowStats(*stats), logits
 

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from fastpo import _extension
-from fastpo.backends.base import RowInputs, RowLosses, RowStats, Rule, overwrites, written
+from fastpo.backends.base import (
+    ObjectiveParams,
+    RowInputs,
+    RowLosses,
+    RowStats,
+    overwrites,
+    written,
+)
 from fastpo.objective import Objective
 
 ops = torch.ops.fastpo
@@ -40,10 +47,10 @@ def unavailable(device: torch.device | None = None) -> str | None:
 
 
 def row_stats(
-    logits: Tensor, tokens: Tensor, temperature: float | Tensor, live: Tensor | None = None
+    logits: Tensor, tokens: Tensor, temperature: float | Tensor, mask: Tensor | None = None
 ) -> RowStats:
     """See `fastpo.backends.base.Backend`."""
-    rows = _contiguous(tokens), *_temperature(temperature), _contiguous(live)
+    rows = _contiguous(tokens), *_temperature(temperature), _contiguous(mask)
     return RowStats(*ops.cuda_row_stats(logits, *rows))
 
 
@@ -74,9 +81,9 @@ def row_policy_loss(
     """See `fastpo.backends.base.Backend`."""
     if out is not None:
         overwrites(logits, out)
-    rule = Rule.from_objective(objective)
+    params = ObjectiveParams.from_objective(objective)
     rows = map(_contiguous, (tokens, *inputs))
-    losses = ops.cuda_row_policy_loss(logits, *rows, rule, *_temperature(temperature), out)
+    losses = ops.cuda_row_policy_loss(logits, *rows, params, *_temperature(temperature), out)
     if out is not None:
         written(out)
     return RowLosses(*losses)

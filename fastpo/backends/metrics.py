@@ -12,14 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastpo.objective import (
-    CLIPPED_HIGH,
-    CLIPPED_LOW,
-    CLIPPED_MAX,
-    MAX_LOG_RATIO,
-    Objective,
-    kl_term,
-)
+from fastpo.objective import MAX_LOG_RATIO, Objective, kl_term
 from fastpo.rule import RuleObjective
 
 METRICS = ("tokens", "ratio", "old_kl", "clip_low", "clip_high", "clip_max", "entropy", "ref_kl")
@@ -44,11 +37,12 @@ def metric_sums(inputs: MetricInputs, objective: Objective | RuleObjective) -> T
     old = logprobs if inputs.old_logprobs is None else inputs.old_logprobs
     log_ratio = (logprobs - old).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     ratio = log_ratio.exp() if inputs.ratio is None else inputs.ratio
+    bits = torch.arange(3, dtype=torch.uint8, device=logprobs.device)
     columns = [
         torch.ones_like(logprobs) if mask is None else mask,
         ratio,
         log_ratio.expm1() - log_ratio,  # exact near 0, as k3
-        *((inputs.clipped & bit) != 0 for bit in (CLIPPED_LOW, CLIPPED_HIGH, CLIPPED_MAX)),
+        *((inputs.clipped >> bits[:, None]) & 1),  # CLIPPED_LOW, CLIPPED_HIGH, CLIPPED_MAX
     ]
     if inputs.entropy is not None:
         columns.append(inputs.entropy)

@@ -31,10 +31,10 @@ def unavailable(device: torch.device | None = None) -> str | None:
 
 
 def row_stats(
-    logits: Tensor, tokens: Tensor, temperature: float | Tensor, live: Tensor | None = None
+    logits: Tensor, tokens: Tensor, temperature: float | Tensor, mask: Tensor | None = None
 ) -> RowStats:
     """See `fastpo.backends.base.Backend`."""
-    scaled = _scaled(logits, temperature, live)  # (N, V)
+    scaled = _scaled(logits, temperature, mask)  # (N, V)
     row_max = scaled.amax(1)
     shifted = scaled - row_max[:, None]
     weights = shifted.exp()
@@ -44,23 +44,23 @@ def row_stats(
     inside = (tokens >= 0) & (tokens < logits.shape[1])
     target = shifted.gather(1, tokens.where(inside, 0)[:, None])[:, 0].where(inside, torch.nan)
     stats = RowStats(target - log_sum, log_sum - mean_shift, row_max, log_sum)
-    return stats if live is None else RowStats(*(x.where(live, 0) for x in stats))
+    return stats if mask is None else RowStats(*(x.where(mask, 0) for x in stats))
 
 
 def row_details(
-    logits: Tensor, tokens: Tensor, temperature: float | Tensor, live: Tensor | None = None
+    logits: Tensor, tokens: Tensor, temperature: float | Tensor, mask: Tensor | None = None
 ) -> tuple[RowStats, RowDetails]:
     """See `fastpo.backends.base.Backend`."""
-    stats = row_stats(logits, tokens, temperature, live)
-    scaled = _scaled(logits, temperature, live)
+    stats = row_stats(logits, tokens, temperature, mask)
+    scaled = _scaled(logits, temperature, mask)
     weights = (scaled - stats.row_max[:, None]).exp()
-    rows = logits if live is None else logits.where(live[:, None], 0)
+    rows = logits if mask is None else logits.where(mask[:, None], 0)
     details = RowDetails(
         weights.square().sum(1).log() - 2 * stats.log_sum,
         scaled.mean(1),
         (rows.argmax(1) == tokens) & ~stats.logprobs.isnan(),  # argmax takes the first of several
     )
-    return stats, (details if live is None else RowDetails(*(x.where(live, 0) for x in details)))
+    return stats, (details if mask is None else RowDetails(*(x.where(mask, 0) for x in details)))
 
 
 def row_grad(
@@ -73,20 +73,20 @@ def row_grad(
     out: Tensor,
 ) -> None:
     """See `fastpo.backends.base.Backend`."""
-    live = logprob_grad != 0
+    mask = logprob_grad != 0
     if entropy_grad is not None:
-        live = live | (entropy_grad != 0)
-    scaled = _scaled(logits, temperature, live)
-    shifted = scaled - stats.row_max.where(live, 0)[:, None]
-    probs = (shifted - stats.log_sum.where(live, 0)[:, None]).exp()
+        mask = mask | (entropy_grad != 0)
+    scaled = _scaled(logits, temperature, mask)
+    shifted = scaled - stats.row_max.where(mask, 0)[:, None]
+    probs = (shifted - stats.log_sum.where(mask, 0)[:, None]).exp()
     is_token = torch.arange(logits.shape[1], device=logits.device) == tokens[:, None]
     rest = -torch.expm1(stats.logprobs)[:, None]  # 1 - p of the token, all rounding if subtracted
     grad = logprob_grad[:, None] * torch.where(is_token, rest, -probs)
     if entropy_grad is not None:
-        mean_shift = (stats.log_sum - stats.entropy).where(live, 0)[:, None]
-        spread = mean_shift - shifted.masked_fill(shifted == -torch.inf, 0)
-        grad = grad + entropy_grad[:, None] * probs * spread
-    out.copy_(_normal((grad / _column(temperature)).where(live[:, None], 0)))
+        mean_shift = (stats.log_sum - stats.entropy).where(mask, 0)[:, None]
+        deviation = mean_shift - shifted.masked_fill(shifted == -torch.inf, 0)
+        grad = grad + entropy_grad[:, None] * probs * deviation
+    out.copy_(_normal((grad / _column(temperature)).where(mask[:, None], 0)))
 
 
 def row_policy_loss(
@@ -98,10 +98,10 @@ def row_policy_loss(
     out: Tensor | None,
 ) -> RowLosses:
     """See `fastpo.backends.base.Backend`."""
-    live = inputs.live
-    loss_of = token_level_loss(inputs, objective, live)
+    mask = inputs.mask
+    loss_of = token_level_loss(inputs, objective, mask)
     this = sys.modules[__name__]
-    return two_step(this, logits, tokens, temperature, out, live=live, loss_of=loss_of)
+    return two_step(this, logits, tokens, temperature, out, mask=mask, loss_of=loss_of)
 
 
 def kept_stats(
@@ -110,18 +110,18 @@ def kept_stats(
     tokens: Tensor,
     kept: KeptSets,
     temperature: float | Tensor,
-    live: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> tuple[RowStats, Tensor]:
     """See `fastpo.backends.base.Backend`."""
     sizes = kept.offsets.diff()
-    several = sizes > 1 if live is None else (sizes > 1) & live
+    several = sizes > 1 if mask is None else (sizes > 1) & mask
     pairs, rows, ids = _pairs(kept, several)
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     z = (hidden[rows].to(wide) * head.weight[ids].to(wide)).sum(1)  # (pairs,)
     z = head.gain * (z if head.bias is None else z + head.bias[ids].to(wide))
     logits = hidden.new_zeros(kept.ids.numel(), dtype=wide)
     logits[pairs] = z.tanh() if head.capped else z
-    return kept_stats_of(logits, tokens, kept, temperature, live), logits
+    return kept_stats_of(logits, tokens, kept, temperature, mask), logits
 
 
 def kept_stats_of(
@@ -129,16 +129,16 @@ def kept_stats_of(
     tokens: Tensor,
     kept: KeptSets,
     temperature: float | Tensor,
-    live: Tensor | None,
+    mask: Tensor | None,
 ) -> RowStats:
     """The statistics of `kept_stats` from z of every id, (M,)."""
     sizes = kept.offsets.diff()
-    several = sizes > 1 if live is None else (sizes > 1) & live
+    several = sizes > 1 if mask is None else (sizes > 1) & mask
     pairs, rows, ids = _pairs(kept, several)
     scaled = logits[pairs] / _of_rows(temperature, rows)
     stats = kept_statistics(scaled, rows, ids == tokens[rows], sizes.numel())
     stats = RowStats(*(x.where(several, 0) for x in stats))
-    return stats._replace(logprobs=_nan_where_alone(stats.logprobs, tokens, kept, live))
+    return stats._replace(logprobs=_nan_where_alone(stats.logprobs, tokens, kept, mask))
 
 
 def kept_statistics(scaled: Tensor, rows: Tensor, is_token: Tensor, count: int) -> RowStats:
@@ -179,16 +179,16 @@ def kept_grad(
 ) -> None:
     """See `fastpo.backends.base.Backend`."""
     sizes = kept.offsets.diff()
-    live = logprob_grad != 0 if entropy_grad is None else (logprob_grad != 0) | (entropy_grad != 0)
-    pairs, rows, ids = _pairs(kept, (sizes > 1) & live)
+    mask = logprob_grad != 0 if entropy_grad is None else (logprob_grad != 0) | (entropy_grad != 0)
+    pairs, rows, ids = _pairs(kept, (sizes > 1) & mask)
     z, divisor = logits[pairs], _of_rows(temperature, rows)
     log_probs = z / divisor - stats.row_max[rows] - stats.log_sum[rows]
     probs, is_token = log_probs.exp(), ids == tokens[rows]
     rest = -torch.expm1(stats.logprobs)[rows]
     slopes = logprob_grad[rows] * torch.where(is_token, rest, -probs)
     if entropy_grad is not None:
-        spread = log_probs.masked_fill(probs == 0, 0) + stats.entropy[rows]
-        slopes = slopes - entropy_grad[rows] * probs * spread
+        deviation = log_probs.masked_fill(probs == 0, 0) + stats.entropy[rows]
+        slopes = slopes - entropy_grad[rows] * probs * deviation
     slopes = slopes / divisor * head.gain
     slopes = _normal(slopes * (1 - z.square()) if head.capped else slopes)
     if grads.hidden is not None:
@@ -219,10 +219,10 @@ def _pairs(kept: KeptSets, of_rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return pairs, rows[pairs], kept.ids[pairs]
 
 
-def _nan_where_alone(logprobs: Tensor, tokens: Tensor, kept: KeptSets, live: Tensor | None):
+def _nan_where_alone(logprobs: Tensor, tokens: Tensor, kept: KeptSets, mask: Tensor | None):
     """NaN where the one id that a row has kept is not its token."""
     alone = kept.offsets.diff() == 1
-    alone = alone if live is None else alone & live
+    alone = alone if mask is None else alone & mask
     bad = alone.clone()
     bad[alone] = kept.ids[kept.offsets[:-1][alone]] != tokens[alone]
     return logprobs.masked_fill(bad, torch.nan)
@@ -240,11 +240,11 @@ def scale_(grad: Tensor, factor: Tensor) -> None:
             grad.copy_(_normal(grad))
 
 
-def _scaled(logits: Tensor, temperature: float | Tensor, live: Tensor | None) -> Tensor:
-    """u = z / T in the accumulation dtype, with 0 in dead rows whatever stands there."""
+def _scaled(logits: Tensor, temperature: float | Tensor, mask: Tensor | None) -> Tensor:
+    """u = z / T in the accumulation dtype, with 0 in masked rows whatever stands there."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
     scaled = wide / _column(temperature)
-    return scaled if live is None else scaled.where(live[:, None], 0)
+    return scaled if mask is None else scaled.where(mask[:, None], 0)
 
 
 def _normal(grad: Tensor) -> Tensor:

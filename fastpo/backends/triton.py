@@ -16,11 +16,11 @@ from fastpo.backends.base import (
     KeptGrads,
     KeptHead,
     KeptSets,
+    ObjectiveParams,
     RowDetails,
     RowInputs,
     RowLosses,
     RowStats,
-    Rule,
     overwrites,
     written,
 )
@@ -50,22 +50,22 @@ def unavailable(device: torch.device | None = None) -> str | None:
 
 
 def row_stats(
-    logits: Tensor, tokens: Tensor, temperature: float | Tensor, live: Tensor | None = None
+    logits: Tensor, tokens: Tensor, temperature: float | Tensor, mask: Tensor | None = None
 ) -> RowStats:
     """See `fastpo.backends.base.Backend`."""
-    tokens, live = _contiguous(tokens, live)
-    arguments = (logits, tokens, *_temperature(temperature), live)
+    tokens, mask = _contiguous(tokens, mask)
+    arguments = (logits, tokens, *_temperature(temperature), mask)
     if torch.compiler.is_compiling():
         return RowStats(*ops.triton_row_stats(*arguments))
     return RowStats(*kernels.row_stats.row_stats(*arguments))
 
 
 def row_details(
-    logits: Tensor, tokens: Tensor, temperature: float | Tensor, live: Tensor | None = None
+    logits: Tensor, tokens: Tensor, temperature: float | Tensor, mask: Tensor | None = None
 ) -> tuple[RowStats, RowDetails]:
     """See `fastpo.backends.base.Backend`."""
-    tokens, live = _contiguous(tokens, live)
-    arguments = (logits, tokens, *_temperature(temperature), live)
+    tokens, mask = _contiguous(tokens, mask)
+    arguments = (logits, tokens, *_temperature(temperature), mask)
     if torch.compiler.is_compiling():
         results = ops.triton_row_details(*arguments)
     else:
@@ -105,8 +105,8 @@ def row_policy_loss(
     if out is not None:
         overwrites(logits, out)
     arguments = (logits, *_contiguous(tokens, *inputs), *_temperature(temperature), out)
-    rule = Rule.from_objective(objective)._asdict()
-    losses = RowLosses(*kernels.row_policy_loss.row_policy_loss(*arguments, **rule))
+    params = ObjectiveParams.from_objective(objective)._asdict()
+    losses = RowLosses(*kernels.row_policy_loss.row_policy_loss(*arguments, **params))
     if out is not None:
         written(out)
     return losses
@@ -118,12 +118,12 @@ def kept_stats(
     tokens: Tensor,
     kept: KeptSets,
     temperature: float | Tensor,
-    live: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> tuple[RowStats, Tensor]:
     """See `fastpo.backends.base.Backend`."""
     rows = (*_contiguous(head.bias, tokens, *kept), *_temperature(temperature))
-    (live,) = _contiguous(live)
-    arguments = (hidden, head.weight, *rows, head.gain, head.capped, live)
+    (mask,) = _contiguous(mask)
+    arguments = (hidden, head.weight, *rows, head.gain, head.capped, mask)
     stats, logits = kernels.kept_rows.kept_stats(*arguments)
     return RowStats(*stats), logits
 

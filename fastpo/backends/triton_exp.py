@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from fastpo.backends import triton as triton_rows
-from fastpo.backends.base import RowInputs, RowLosses, RowStats, Rule
+from fastpo.backends.base import ObjectiveParams, RowInputs, RowLosses, RowStats
 from fastpo.objective import Objective
 
 LOG2_E = math.log2(math.e)
@@ -91,7 +91,7 @@ class ExpHead:
 
 @dataclass(frozen=True, kw_only=True)
 class ExpRows:
-    """What the logits GEMM leaves of n rows. Dead rows: shift +inf, E zero."""
+    """What the logits GEMM leaves of n rows. Masked rows: shift +inf, E zero."""
 
     head: ExpHead
     e: Tensor | None  # (n, V) bf16, exp(u - o)
@@ -129,16 +129,16 @@ def exp_rows(
     hidden: Tensor,
     head: ExpHead,
     tokens: Tensor,
-    live: Tensor | None,
+    mask: Tensor | None,
     temperature: float | Tensor,
     e: Tensor | None,
     *,
     shard: Shard | None = None,
     tanh_slope: bool = False,
 ) -> ExpRows:
-    """The logits GEMM of `hidden` (n, D), dead rows zero, into `e` (n, V), or its sums alone.
+    """The logits GEMM of `hidden` (n, D), masked rows zero, into `e` (n, V), or its sums alone.
 
-    tokens (n,) int64, ids of the whole vocabulary; live (n,) bool, None = all; temperature a
+    tokens (n,) int64, ids of the whole vocabulary; mask (n,) bool, None = all; temperature a
     number or (n,). `tanh_slope`: put a softcap's slope into E at once, which saves a pass over it
     where no gradient of the entropy will be asked for. No host sync: rows with log p_y < -60 are
     listed and redone on device.
@@ -155,8 +155,8 @@ def exp_rows(
     targets.masked_fill_((tokens < 0) | (tokens >= vocabulary), torch.nan)
     slopes = head.slopes(temperature, n)
     shifts = targets * slopes
-    if live is not None:
-        shifts.masked_fill_(~live, torch.inf)
+    if mask is not None:
+        shifts.masked_fill_(~mask, torch.inf)
     common["tanh_gradient"] = softcap and tanh_slope
     totals, shifts, redone = _sums(hidden, head, e, slopes, shifts, shard, common)
     return ExpRows(
@@ -211,9 +211,9 @@ def _sums(
 
 
 def row_stats(
-    rows: ExpRows, tokens: Tensor, temperature: float | Tensor, live: Tensor | None = None
+    rows: ExpRows, tokens: Tensor, temperature: float | Tensor, mask: Tensor | None = None
 ) -> RowStats:
-    """Log-probs and entropies (n,), 0 on dead rows. What follows `rows` they were made from."""
+    """Log-probs and entropies (n,), 0 on masked rows. What follows `rows` they were made from."""
     logprobs, entropy = torch.empty_like(rows.targets), torch.empty_like(rows.targets)
     _kernel("exp_row_stats").exp_row_stats(*rows._numbers, logprobs, entropy)
     return RowStats(logprobs, entropy, rows.shifts / LOG2_E, rows.totals[0].log())
@@ -279,7 +279,7 @@ def row_policy_loss(
         rows.factors,
         V=rows.head.weight.shape[0],
         **rows._options,
-        **Rule.from_objective(objective)._asdict(),
+        **ObjectiveParams.from_objective(objective)._asdict(),
     )
     if out is not None and not one_launch:
         entropy_grad = None if inputs.entropy_weight is None else -inputs.entropy_weight

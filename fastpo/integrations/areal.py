@@ -54,9 +54,9 @@ def ppo_actor_loss_fn(
         )
     if importance_sampling_level == "sequence":
         segments = Segments.from_batch(logprobs.shape, cu_seqlens, logprobs.device)
-        live = advantages.where(loss_mask.bool(), 0).reshape(-1)
-        mean = segments.mean(live, loss_mask.bool().reshape(-1))
-        advantages = segments.spread(mean).view(logprobs.shape)
+        flat = advantages.where(loss_mask.bool(), 0).reshape(-1)
+        mean = segments.mean(flat, loss_mask.bool().reshape(-1))
+        advantages = segments.broadcast(mean).view(logprobs.shape)
     terms = token_terms(
         preset(
             clip_low=eps_clip,

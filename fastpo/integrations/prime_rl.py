@@ -98,6 +98,6 @@ def output_linear(original: type) -> type:
 def _kept(sampling_mask: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """Of ids [B, S, K], padded with -1. A label outside of its set: the whole vocabulary."""
     ids, wanted = sampling_mask.flatten(0, 1), labels.reshape(-1, 1)
-    live = (ids >= 0) & (ids == wanted).any(-1, keepdim=True)
-    offsets = torch.nn.functional.pad(live.sum(-1).cumsum(0), (1, 0))
-    return {"kept_tokens": ids[live], "kept_offsets": offsets}
+    kept = (ids >= 0) & (ids == wanted).any(-1, keepdim=True)
+    offsets = torch.nn.functional.pad(kept.sum(-1).cumsum(0), (1, 0))
+    return {"kept_tokens": ids[kept], "kept_offsets": offsets}

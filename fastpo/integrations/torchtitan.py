@@ -63,7 +63,7 @@ def _loss_class() -> type:
         ) -> tuple[Tensor, dict[str, Tensor]]:
             total = 1 if global_valid_tokens is None else global_valid_tokens
             total = total.clamp(min=1) if isinstance(total, Tensor) else max(total, 1)
-            live = loss_mask & generator_logprobs.isfinite()
+            mask = loss_mask & generator_logprobs.isfinite()
             with _gathered(self.lm_head) as head:
                 result = linear_policy_loss(
                     _plain(pred),
@@ -71,13 +71,13 @@ def _loss_class() -> type:
                     tokens=labels,
                     advantages=advantages,
                     objective=self.objective,
-                    mask=live,
+                    mask=mask,
                     old_logprobs=generator_logprobs,
                     normalizer=total,
                 )
-            dropped = (loss_mask & ~live).sum()
-            difference = (result.logprobs - generator_logprobs).where(live, 0)
-            return result.loss, _metrics(self.objective, result, difference, live, dropped, total)
+            dropped = (loss_mask & ~mask).sum()
+            difference = (result.logprobs - generator_logprobs).where(mask, 0)
+            return result.loss, _metrics(self.objective, result, difference, mask, dropped, total)
 
     PolicyLoss.__qualname__ = "PolicyLoss"
     return PolicyLoss
@@ -145,21 +145,21 @@ def _metrics(
     objective: Objective,
     result: Any,
     difference: Tensor,
-    live: Tensor,
+    mask: Tensor,
     dropped: Tensor,
     total: Tensor | float,
 ) -> dict[str, Tensor]:
     """torchtitan's names; sums over its denominator, so that ranks add up."""
     ratio = difference.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     low, high = objective.bounds
-    moved = ((ratio < low - 1e-6) | (ratio > high + 1e-6)) & live
+    moved = ((ratio < low - 1e-6) | (ratio > high + 1e-6)) & mask
     return {
         "loss/mean": result.loss.detach(),
         "loss/ratio_mean": result.metrics["ratio"] / total,
         "loss/ratio_clipped_frac": moved.sum() / total,
         "loss/generator_logprob_nan_frac": dropped / total,
         "bit_wise/logprob_diff/mean": difference.sum() / total,
-        "bit_wise/ratio_tokens_different/mean": ((difference.abs() > 1e-6) & live).sum() / total,
+        "bit_wise/ratio_tokens_different/mean": ((difference.abs() > 1e-6) & mask).sum() / total,
         "bit_wise/logprob_diff/max": difference.abs().max(),
         "trainer/entropy/mean": result.metrics["entropy"] / total,
     }

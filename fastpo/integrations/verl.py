@@ -198,8 +198,8 @@ def _normalizer(
 ) -> Tensor | float | None:
     """verl's denominator over its factor dp_size: global counts where the config has them.
 
-    A sequence without a live token does not count, as in verl's `agg_loss`; except for gmpo, whose
-    mean in verl is over all sequences of the micro-batch.
+    A sequence without an unmasked token does not count, as in verl's `agg_loss`; except for gmpo,
+    whose mean in verl is over all sequences of the micro-batch.
     """
     batch = getattr(config, "global_batch_info", None) or {}
     ranks = batch.get("dp_size", 1)

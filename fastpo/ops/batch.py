@@ -70,7 +70,7 @@ class LossBatch:
         advantages, weights = given.advantages, given.importance_weights
         per_sequence = weights is not None and is_per_sequence(weights, leading, count)
         if is_per_sequence(advantages, leading, count):
-            advantages = segments.spread(rows(advantages))
+            advantages = segments.broadcast(rows(advantages))
         low, high = given.clip_bounds or (None, None)
         options = {"normalizer": given.normalizer, "dtype": dtype}
         weight = token_weights(objective, mask, segments, **options)
@@ -105,7 +105,7 @@ class LossBatch:
         if self.importance_weights is not None:
             advantages = advantages * self.importance_weights
         if self.sequence_weights is not None:
-            advantages = advantages * self.segments.spread(self.sequence_weights)
+            advantages = advantages * self.segments.broadcast(self.sequence_weights)
         return RowInputs(
             self.weight,
             advantages,
@@ -153,7 +153,7 @@ class LossBatch:
         old = logprobs.detach() if self.old_logprobs is None else harmless(self.old_logprobs, 0.0)
         ref, weights = harmless(self.ref_logprobs, 0.0), harmless(self.importance_weights, 1.0)
         if self.sequence_weights is not None:
-            weights = self.segments.spread(self.sequence_weights)
+            weights = self.segments.broadcast(self.sequence_weights)
         tokens = TokenInputs(
             advantages=own(harmless(self.advantages, 0.0)),
             old_logprobs=own(old),

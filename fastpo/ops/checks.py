@@ -115,8 +115,8 @@ def _check_clip_bounds(given: LossInputs, leading: torch.Size, like: Tensor) -> 
     ordered = bounds[0] <= bounds[1]
     if not (ordered if given.mask is None else ordered | ~given.mask.bool()).all():
         raise ValueError(
-            "clip_bounds hold a low bound above the high one, or NaN, on a live token: expected "
-            "low <= r <= high, e.g. (0.8, 1.28)"
+            "clip_bounds hold a low bound above the high one, or NaN, on an unmasked token: "
+            "expected low <= r <= high, e.g. (0.8, 1.28)"
         )
 
 
@@ -247,7 +247,7 @@ def check_temperature(
         good = temperature.isfinite() & (temperature > 0)
         if not (good if mask is None else good | ~mask.bool()).all():
             raise ValueError(
-                "temperature holds a value that is not finite and positive on a live row"
+                "temperature holds a value that is not finite and positive on an unmasked row"
             )
 
 

@@ -10,14 +10,14 @@ from fastpo.ops import checks
 from fastpo.ops.batch import LossBatch
 from fastpo.ops.checks import LossInputs
 from fastpo.ops.results import PolicyLoss
-from fastpo.rule import Rule, as_objective
+from fastpo.rule import LossRule, as_objective
 
 
 def policy_loss_from_logprobs(
     logprobs: Tensor,
     advantages: Tensor,
     *,
-    objective: Objective | Rule,
+    objective: Objective | LossRule,
     entropy: Tensor | None = None,
     mask: Tensor | None = None,
     old_logprobs: Tensor | None = None,

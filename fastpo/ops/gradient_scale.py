@@ -77,9 +77,9 @@ class GradientScale:
         if out is None:
             rows = (logits, tokens, inputs, objective, temperature, None)
             return self.backend.row_policy_loss(*rows)
-        live = inputs.live
-        loss_of = token_level_loss(inputs, objective, live)
-        return two_step(self, logits, tokens, temperature, out, live=live, loss_of=loss_of)
+        mask = inputs.mask
+        loss_of = token_level_loss(inputs, objective, mask)
+        return two_step(self, logits, tokens, temperature, out, mask=mask, loss_of=loss_of)
 
     def follow(self, grads: LinearGrads) -> None:
         """After `row_grad`, before its chunk is kept: bring what is there to the new scale."""

@@ -56,7 +56,7 @@ from fastpo.ops.linear_kept import LinearKeptLogprobs
 from fastpo.ops.linear_sequences import SequenceLevelLoss
 from fastpo.ops.results import PolicyLoss, TokenLogprobs, TokenStatistics
 from fastpo.ops.tensor_parallel import VocabularyShard
-from fastpo.rule import Rule, RuleObjective, as_objective
+from fastpo.rule import LossRule, RuleObjective, as_objective
 
 _untraced = untraced("its loop over chunks runs GEMMs and one kernel each: nothing to compile")
 
@@ -69,7 +69,7 @@ def linear_policy_loss(
     advantages: Tensor,
     *,
     bias: Tensor | None = None,
-    objective: Objective | Rule,
+    objective: Objective | LossRule,
     mask: Tensor | None = None,
     old_logprobs: Tensor | None = None,
     ref_logprobs: Tensor | None = None,

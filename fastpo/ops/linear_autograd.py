@@ -15,7 +15,7 @@ from fastpo.ops.batch import LossBatch, loss_of_rows, of_rows
 from fastpo.ops.checks import wide_dtype
 from fastpo.ops.gradient_scale import GradientScale
 from fastpo.ops.head import Head
-from fastpo.ops.linear_chunks import ChunkRows, LinearCall, put
+from fastpo.ops.linear_chunks import ChunkRows, LinearCall, put_each, take_each
 from fastpo.ops.linear_workspace import Chunk, LinearGrads, Workspace
 
 
@@ -99,7 +99,9 @@ class FusedLinearLoss(torch.autograd.Function):
                 "backward through linear_policy_loss a second time: the first one handed over the "
                 "gradient, which was made in the forward pass; call linear_policy_loss again"
             )
-        return *grads.scaled(loss_grad, ctx.backend), None, None, None
+        # Where looking costs nothing, the usual factor costs nothing either.
+        is_one = loss_grad.device.type == "cpu" and loss_grad.item() == 1
+        return *grads.scaled(None if is_one else loss_grad, ctx.backend), None, None, None
 
 
 def _gather_rows(
@@ -108,13 +110,17 @@ def _gather_rows(
     """The losses of all rows, 0 where no chunk was."""
     if len(parts) == 1 and isinstance(chunks[0], slice):
         return parts[0]  # a slice that is alone is all rows
-    dtype = wide_dtype(hidden.dtype)
-    numbers = torch.zeros((3, call.tokens.numel()), dtype=dtype, device=hidden.device)
-    losses = RowLosses(*numbers, torch.zeros_like(call.tokens, dtype=torch.uint8))
+    table = _table(call, hidden, len(RowLosses._fields))
     for rows, part in zip(chunks, parts, strict=True):
-        for full, values in zip(losses, part, strict=True):
-            put(full, rows, values)
-    return losses
+        put_each(table, rows, part)
+    *numbers, clipped = table
+    return RowLosses(*numbers, clipped.to(torch.uint8))
+
+
+def _table(call: LinearCall, hidden: Tensor, columns: int) -> Tensor:
+    """(columns, N) zeros in the accumulation dtype."""
+    shape, dtype = (columns, call.tokens.numel()), wide_dtype(hidden.dtype)
+    return torch.zeros(shape, dtype=dtype, device=hidden.device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,11 +143,13 @@ class TokenLevelLoss:
             return [], call.chunks(head)
         if not call.reads_values or self.objective.acts_without_advantage:
             return call.chunks(head), []
+        if bool(self.inputs.advantages.all()):
+            return call.chunks(head), []
         has_gradient = self.inputs.advantages != 0
         if self.inputs.nll_weight is not None:
             has_gradient |= self.inputs.nll_weight != 0
-        if bool(has_gradient.all()):
-            return call.chunks(head), []
+            if bool(has_gradient.all()):
+                return call.chunks(head), []
         return call.chunks(head, only=has_gradient), call.chunks(head, only=~has_gradient)
 
     def losses(self, call: LinearCall, chunk: Chunk, temperature: float | Tensor) -> RowLosses:
@@ -149,7 +157,7 @@ class TokenLevelLoss:
         return call.backend.row_policy_loss(
             chunk.logits,
             call.tokens[chunk.rows],
-            RowInputs(*(of_rows(x, chunk.rows) for x in self.inputs)),
+            take_each(self.inputs, chunk.rows),
             self.objective,
             temperature,
             chunk.grad,
@@ -167,7 +175,7 @@ class RuleLoss:
     def from_batch(cls, batch: LossBatch) -> RuleLoss:
         """Weights per sequence become weights per token: a chunk knows no sequences."""
         if batch.sequence_weights is not None:
-            weights = batch.segments.spread(batch.sequence_weights)
+            weights = batch.segments.broadcast(batch.sequence_weights)
             batch = replace(batch, sequence_weights=None, importance_weights=weights)
         return cls(batch=batch)
 
@@ -194,7 +202,7 @@ class RuleLoss:
             call.tokens[chunk.rows],
             temperature,
             chunk.grad,
-            live=call.row_mask(chunk.rows),
+            mask=call.row_mask(chunk.rows),
             loss_of=checked_loss_of,
         )
 
@@ -212,8 +220,8 @@ class LinearTokenLogprobs(torch.autograd.Function):
         call: LinearCall,
         with_details: bool = False,
     ):
-        details = _new_details(call, hidden) if with_details else ()
-        stats = statistics(call, call.head(weight, bias), hidden.detach(), details=details)
+        head = call.head(weight, bias)
+        stats, details = statistics(call, head, hidden.detach(), with_details=with_details)
         ctx.mark_non_differentiable(*details)
         ctx.set_materialize_grads(False)
         save(ctx, hidden, weight, bias, *stats)
@@ -237,40 +245,33 @@ class LinearTokenLogprobs(torch.autograd.Function):
         return *grads.scaled(None, call.backend), None, None
 
 
-def _new_details(call: LinearCall, hidden: Tensor) -> RowDetails:
-    numbers = torch.zeros((2, call.tokens.numel()), dtype=wide_dtype(hidden.dtype))
-    flags = torch.zeros_like(call.tokens, dtype=torch.bool)
-    return RowDetails(*numbers.to(hidden.device), flags)
-
-
 def statistics(
     call: LinearCall,
     head: Head,
     hidden: Tensor,
     only: Tensor | None = None,
     *,
-    details: RowDetails | tuple[()] = (),
-) -> RowStats:
-    """Statistics of all rows, or of those where `only` (N,) is True; 0 on masked and other ones.
-
-    Fills `details` (N,) of these rows where there are some.
-    """
-    count, dtype = call.tokens.numel(), wide_dtype(hidden.dtype)
-    stats = RowStats(*torch.zeros((4, count), dtype=dtype, device=hidden.device))
+    with_details: bool = False,
+) -> tuple[RowStats, RowDetails | tuple[()]]:
+    """Statistics (N,) of all rows, or of those where `only` (N,) is True, and details if asked for;
+    0 on masked and other rows."""
+    table = _table(call, hidden, 7 if with_details else 4)
+    sweep = call.backend.row_details if with_details else call.backend.row_stats
     chunks = call.chunks(head, only)
     workspace = Workspace(call, head, [], chunks)
     for rows in chunks:
-        sweep = call.backend.row_details if details else call.backend.row_stats
         part = sweep(
             workspace.load(hidden, rows, gradient=False).logits,
             call.tokens[rows],
             call.row_temperature(rows, head),
             call.row_mask(rows),
         )
-        part = (*part[0], *part[1]) if details else part
-        for full, values in zip((*stats, *details), part, strict=True):
-            put(full, rows, values)
-    return stats
+        put_each(table, rows, (*part[0], *part[1]) if with_details else part)
+    stats = RowStats(*table[:4])
+    if not with_details:
+        return stats, ()
+    *numbers, is_top1 = table[4:]
+    return stats, RowDetails(*numbers, is_top1.bool())
 
 
 def chunk_grads(
@@ -309,7 +310,7 @@ def chunk_grads(
             backend.row_grad(
                 chunk.logits,
                 call.tokens[rows],
-                RowStats(*(x[rows] for x in stats)),
+                take_each(stats, rows),
                 logprob_grad[rows],
                 of_rows(entropy_grad, rows),
                 call.row_temperature(rows, head),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from types import ModuleType
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ SHARDED_ROWS = 2048
 """Rows of a chunk over a vocabulary shard: no rank may decide by its own width or memory."""
 ChunkRows = slice | Tensor
 """The rows of a chunk: consecutive ones, or their (n,) int64 indices."""
+_Columns = TypeVar("_Columns", bound=tuple)
 
 
 def free_bytes(device: torch.device) -> int:
@@ -88,6 +90,26 @@ def put(target: Tensor, rows: ChunkRows, values: Tensor) -> None:
         target[rows].copy_(values)
     else:
         target.index_copy_(0, rows, values.to(target.dtype))
+
+
+def take_each(columns: _Columns, rows: ChunkRows) -> _Columns:
+    """Some rows of a named tuple of (N,) tensors of one dtype, or None; an index gathers once."""
+    if isinstance(rows, slice):
+        taken = [None if x is None else x[rows] for x in columns]
+    else:
+        given = torch.stack([x for x in columns if x is not None])
+        gathered = iter(given.index_select(1, rows))
+        taken = [None if x is None else next(gathered) for x in columns]
+    return type(columns)(*taken)
+
+
+def put_each(table: Tensor, rows: ChunkRows, columns: tuple[Tensor, ...]) -> None:
+    """table[:, rows] = the columns (n,), as many as the table (k, N) has rows."""
+    values = torch.stack(columns).to(table.dtype)  # flags become 0.0 and 1.0
+    if isinstance(rows, slice):
+        table[:, rows] = values
+    else:
+        table.index_copy_(1, rows, values)
 
 
 @dataclass(frozen=True, kw_only=True)

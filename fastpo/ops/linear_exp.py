@@ -48,7 +48,7 @@ class ExpChunk:
     """Rows on their way through the head."""
 
     rows: ChunkRows
-    hidden: Tensor  # (n, D), zeros in dead rows
+    hidden: Tensor  # (n, D), zeros in masked rows
     logits: ExpRows  # what the row primitives take for logits
     grad: ExpRows | None  # the same, where they are to make a gradient of it
 

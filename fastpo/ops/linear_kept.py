@@ -27,7 +27,7 @@ class LinearKeptLogprobs(torch.autograd.Function):
         stats, logits = call.backend.kept_stats(*arguments, call.mask)
         if kept.dense is not None:
             only = kept.dense if call.reads_values else None
-            over_all = statistics(call, head, rows, only)
+            over_all, _ = statistics(call, head, rows, only)
             pairs = zip(over_all, stats, strict=True)
             stats = RowStats(*(torch.where(kept.dense, x, y) for x, y in pairs))
         ctx.set_materialize_grads(False)

@@ -92,7 +92,7 @@ class SequenceLevelLoss:
             call.tokens[rows],
             temperature,
             chunk.grad,
-            live=call.row_mask(rows),
+            mask=call.row_mask(rows),
             loss_of=loss_of,
         )
 

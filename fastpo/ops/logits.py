@@ -26,7 +26,7 @@ from fastpo.ops.kept import Kept, check_kept, kept_logprobs
 from fastpo.ops.logits_autograd import FusedPolicyLoss, LogitsTokenLogprobs, primitives
 from fastpo.ops.results import PolicyLoss, TokenLogprobs, TokenStatistics
 from fastpo.ops.tensor_parallel import VocabularyShard, check_tp_group
-from fastpo.rule import Rule, as_objective
+from fastpo.rule import LossRule, as_objective
 
 
 def policy_loss(
@@ -34,7 +34,7 @@ def policy_loss(
     tokens: Tensor,
     advantages: Tensor,
     *,
-    objective: Objective | Rule,
+    objective: Objective | LossRule,
     mask: Tensor | None = None,
     old_logprobs: Tensor | None = None,
     ref_logprobs: Tensor | None = None,

@@ -14,7 +14,7 @@ from fastpo.objective import Objective
 from fastpo.ops.autograd import first_order, row_grads, save, saved
 from fastpo.ops.batch import of_rows
 from fastpo.ops.tensor_parallel import VocabularyShard
-from fastpo.rule import Rule
+from fastpo.rule import LossRule
 
 _Rows = TypeVar("_Rows", bound=tuple)
 
@@ -33,7 +33,7 @@ class FusedPolicyLoss(torch.autograd.Function):
         logits: Tensor,
         tokens: Tensor,
         inputs: RowInputs,
-        objective: Objective | Rule,
+        objective: Objective | LossRule,
         temperature: float | Tensor,
         backend: str | VocabularyShard,
         needs_grad: bool,
@@ -78,7 +78,7 @@ def _row_losses(
     logits: Tensor,
     tokens: Tensor,
     inputs: RowInputs,
-    objective: Objective | Rule,
+    objective: Objective | LossRule,
     temperature: float | Tensor,
     backend: str | VocabularyShard,
     grad: Tensor | None,

@@ -66,7 +66,7 @@ class VocabularyShard:
         logits: Tensor,
         tokens: Tensor,
         temperature: float | Tensor,
-        live: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> RowStats:
         """Merge in log space. With shard i: m_i, log s_i, and E_i = log s_i - H_i = E_p[u - m_i]:
 
@@ -77,12 +77,12 @@ class VocabularyShard:
         """
         local = self._local_tokens(tokens)
         owned = (local >= 0) & (local < self.local)
-        stats = self.backend.row_stats(logits, local.where(owned, 0), temperature, live)
+        stats = self.backend.row_stats(logits, local.where(owned, 0), temperature, mask)
         target = (stats.logprobs + stats.log_sum).where(owned, -torch.inf)  # u_y - m_i
         packed = torch.stack(
             [stats.row_max, stats.log_sum, stats.log_sum - stats.entropy, target], dim=1
         )
-        return _merge(_gather(packed, self.group), self._outside(tokens), live)
+        return _merge(_gather(packed, self.group), self._outside(tokens), mask)
 
     def row_grad(
         self,
@@ -115,9 +115,9 @@ class VocabularyShard:
         out: Tensor | None,
     ) -> RowLosses:
         """Statistics, then the specification's loss on (n,) numbers, then the gradient."""
-        live = inputs.live
-        loss_of = token_level_loss(inputs, objective, live)
-        return two_step(self, logits, tokens, temperature, out, live=live, loss_of=loss_of)
+        mask = inputs.mask
+        loss_of = token_level_loss(inputs, objective, mask)
+        return two_step(self, logits, tokens, temperature, out, mask=mask, loss_of=loss_of)
 
     def kept_stats(
         self,
@@ -126,16 +126,16 @@ class VocabularyShard:
         tokens: Tensor,
         kept: KeptSets,
         temperature: float | Tensor,
-        live: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> tuple[RowStats, Tensor]:
         """Every rank's own ids, then one sum of a float per id. Ids of other ranks are computed as
         another one, all rows of the weight the same, for how many they are the host does not know.
         """
         local = self._local_sets(kept, tokens)
-        _, logits = self.backend.kept_stats(hidden, head, tokens, local, temperature, live)
+        _, logits = self.backend.kept_stats(hidden, head, tokens, local, temperature, mask)
         logits = logits.masked_fill_(~self.owns(kept.ids), 0)
         dist.all_reduce(logits, group=self.group)
-        return kept_stats_of(logits, tokens, kept, temperature, live), logits
+        return kept_stats_of(logits, tokens, kept, temperature, mask), logits
 
     def kept_grad(
         self,
@@ -243,7 +243,7 @@ def _gather(local: Tensor, group: dist.ProcessGroup) -> Tensor:
     return gathered.view(ranks, *local.shape)
 
 
-def _merge(packed: Tensor, outside: Tensor, live: Tensor | None) -> RowStats:
+def _merge(packed: Tensor, outside: Tensor, mask: Tensor | None) -> RowStats:
     """packed (ranks, n, 4): row max, log sum, mean shift, shifted target logit; to (n,) each."""
     maxima, log_sums, shifts, targets = packed.unbind(-1)  # (ranks, n)
     # A shard of -inf logits alone (padded vocabulary rows) has NaN statistics, -inf minus -inf.
@@ -260,7 +260,7 @@ def _merge(packed: Tensor, outside: Tensor, live: Tensor | None) -> RowStats:
     merged = RowStats(
         logprobs.masked_fill(outside, torch.nan), log_sum - mean_shift, row_max, log_sum
     )
-    return merged if live is None else RowStats(*(x.where(live, 0) for x in merged))
+    return merged if mask is None else RowStats(*(x.where(mask, 0) for x in merged))
 
 
 def check_tp_group(tp_group: object, sharded: str) -> None:

@@ -118,15 +118,15 @@ def exact_logprobs(case: RowCase) -> Tensor:
 def expected_policy_loss(
     case: RowCase, objective: Objective, dtype: torch.dtype = torch.float64
 ) -> tuple[RowLosses, Tensor]:
-    """Row losses and the gradient (N, V) by autograd in `dtype`; dead rows give exact zeros."""
+    """Row losses and the gradient (N, V) by autograd in `dtype`; masked rows give exact zeros."""
     inputs = case.inputs.map(lambda x: x.to(dtype))
     weight, entropy_weight = inputs.weight, inputs.entropy_weight
-    live = weight != 0
+    mask = weight != 0
     if entropy_weight is not None:
-        live = live | (entropy_weight != 0)
-    leaf = case.logits.to(dtype).where(live[:, None], 0).requires_grad_()
+        mask = mask | (entropy_weight != 0)
+    leaf = case.logits.to(dtype).where(mask[:, None], 0).requires_grad_()
     logprobs, entropy = _logprobs(leaf, case.tokens, case.temperature, dtype)
-    logprobs, entropy = logprobs.where(live, 0), entropy.where(live, 0)
+    logprobs, entropy = logprobs.where(mask, 0), entropy.where(mask, 0)
     terms = token_loss(
         objective,
         logprobs,
@@ -135,11 +135,11 @@ def expected_policy_loss(
         ref_logprobs=inputs.ref_logprobs,
         clip_bounds=inputs.clip_bounds,
         nll_weights=inputs.nll_weight,
-        mask=live,
+        mask=mask,
     )
-    loss = weight.where(live, 0) * terms.loss
+    loss = weight.where(mask, 0) * terms.loss
     if entropy_weight is not None:
-        loss = loss - entropy_weight.where(live, 0) * entropy
+        loss = loss - entropy_weight.where(mask, 0) * entropy
     (grad,) = torch.autograd.grad(loss.sum(), leaf)
     rows = RowLosses(loss.detach(), logprobs.detach(), entropy.detach(), terms.clipped)
     return rows, grad
@@ -233,7 +233,7 @@ def check_details(backend, case: RowCase) -> None:
 
 
 def check_details_of_hostile_rows(backend, device: torch.device | str = "cpu") -> None:
-    """Ties in every order, equal logits, -inf, one finite logit, NaN, dead rows, wild tokens."""
+    """Ties in every order, equal logits, -inf, one finite logit, NaN, masked rows, wild tokens."""
     vocab, far = 9000, 8000  # the second is in another block than 0 on the CPU
     rows = torch.randn(12, vocab, generator=torch.Generator().manual_seed(0))
     tokens = torch.tensor([5, far, far, 5, 0, 7, 5, far, far, far, 3, 4])
@@ -255,11 +255,11 @@ def check_details_of_hostile_rows(backend, device: torch.device | str = "cpu") -
         raise AssertionError("both answers must occur")
     rows = case.logits.clone()
     rows[0, 5], rows[1, 0], rows[2] = torch.nan, torch.nan, torch.nan
-    live = torch.arange(12, device=device) != 2
+    mask = torch.arange(12, device=device) != 2
     wild = case.tokens.masked_fill(torch.arange(12, device=device) == 3, vocab)
-    _, got = backend.row_details(rows, wild, 0.7, live)
+    _, got = backend.row_details(rows, wild, 0.7, mask)
     if got.is_top1[:4].any() or any(x[2] != 0 for x in got):
-        raise AssertionError(f"NaN, a dead row or a token outside the vocabulary: {got}")
+        raise AssertionError(f"NaN, a masked row or a token outside the vocabulary: {got}")
 
 
 def check_confident_tokens(backend, device: torch.device | str = "cpu") -> None:
