@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from types import SimpleNamespace
 
+import parity_notes
 import peer_wheels
 import pytest
 import torch
@@ -151,7 +152,7 @@ def flat(metrics):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_its_losses_on_log_probs_of_the_fused_head(case, grpo, monkeypatch):
+def test_its_losses_on_log_probs_of_the_fused_head(case, grpo, monkeypatch, record_property):
     """REGRESSIONS 38: each loss, level, mask and quantile, left padding and right."""
     theirs, expected = run(grpo, CASES[case])
     original = grpo.GRPOTrainer._get_logps_via_local_forward
@@ -159,6 +160,7 @@ def test_its_losses_on_log_probs_of_the_fused_head(case, grpo, monkeypatch):
     ms_swift.install()
     ms_swift.install()
     ours, metrics = run(grpo, CASES[case])
+    parity_notes.note(record_property, "ms-swift GRPO", case, ours, theirs)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
     assert theirs[1].abs().sum() > 0
     assert metrics.keys() == expected.keys()
