@@ -192,7 +192,7 @@ def test_megatrons_grpo_loss_per_token(packed, stand_in):
 
 
 def test_slimes_loss_on_log_probs_and_a_surrogate_of_fastpo(stand_in):
-    """REGRESSIONS 38: its own loss around the two functions; what it passes them counts."""
+    """REGRESSIONS 52: its own loss around the two functions; what it passes them counts."""
     data = Data()
     data.old = data.scored()[0].double() + 0.8 * data.advantages.sign() * torch.rand(B, T)
     keep = torch.rand(B, T, V) > 0.2
