@@ -80,9 +80,8 @@ class KeptLoss:
         self, head: Head, hidden: Tensor, dense: RowLosses, grads: LinearGrads | None
     ) -> RowLosses:
         """See `fastpo.ops.linear_autograd.LossBeside`."""
-        over_all = self.kept.dense.mask
         pairs = ((dense.logprobs, self.stats.logprobs), (dense.entropy, self.stats.entropy))
-        numbers = [torch.where(over_all, x, y) for x, y in pairs]
+        numbers = [torch.where(self.kept.dense.mask, x, y) for x, y in pairs]
         loss, clipped, *incoming = differentiate(
             loss_of_rows(self.batch), *numbers, gradient=grads is not None
         )
@@ -91,8 +90,6 @@ class KeptLoss:
             places = KeptGrads(grads.hidden, grads.weight, grads.bias)
             numbers_of_ids = (self.stats, self.logits, *incoming)
             self.kept.rows.backend.kept_grad(rows, *numbers_of_ids, places, add=True)
-        pairs = ((dense.loss, loss), (dense.clipped, clipped))
-        loss, clipped = (torch.where(over_all, x, y) for x, y in pairs)
         return RowLosses(loss, *numbers, clipped)
 
 
