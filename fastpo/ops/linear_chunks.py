@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from fastpo.ops.batch import of_rows
 from fastpo.ops.head import Head, wide_gemm
 from fastpo.ops.tensor_parallel import VocabularyShard
 
@@ -193,5 +194,4 @@ class LinearCall:
 
     def row_temperature(self, rows: ChunkRows, head: Head) -> float | Tensor:
         """The temperature of a chunk's rows, as the row primitives take it."""
-        per_token = isinstance(self.temperature, Tensor)
-        return head.temperature(self.temperature[rows] if per_token else self.temperature)
+        return head.temperature(of_rows(self.temperature, rows))
