@@ -1,4 +1,4 @@
-"""A GRPO step of TRL on CPU: its own trainer, with `install()`, and fastpo's GRPOTrainer.
+"""A GRPO and an RLOO step of TRL on CPU: its own trainers, with `install()`, and fastpo's.
 
     python benchmarks/bench_trl_step.py [--rounds 3]
 
@@ -27,12 +27,13 @@ from memory_curve import high_water_mark, reset_high_water_mark  # noqa: E402
 from provenance import provenance  # noqa: E402
 
 BATCH, PROMPT, COMPLETION, WIDTH, VOCAB = 8, 16, 134, 576, 49152  # N = 1072 scored tokens
-VARIANTS = {"trl": "trl.GRPOTrainer", "install": "with install()", "fastpo": "fastpo's GRPOTrainer"}
+KINDS = ("GRPO", "RLOO")
+VARIANTS = {"trl": "trl.{}Trainer", "install": "with install()", "fastpo": "fastpo's {}Trainer"}
 TABLE = HERE / "results" / "trl_step.md"
 
 
-def trainer(variant: str, folder: str):
-    """A GRPO trainer of `variant` around a two-layer Llama, without data worth the name."""
+def trainer(kind: str, variant: str, folder: str):
+    """A trainer of `variant` around a two-layer Llama, without data worth the name."""
     import datasets
     import torch
     import transformers
@@ -43,7 +44,8 @@ def trainer(variant: str, folder: str):
 
     if variant == "install":
         integration.install()
-    made = integration.GRPOTrainer if variant == "fastpo" else trl.GRPOTrainer
+    made = getattr(integration if variant == "fastpo" else trl, f"{kind}Trainer")
+    loss = {"loss_type": "dapo"} if kind == "GRPO" else {"beta": 0.0}
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=VOCAB,
@@ -57,12 +59,12 @@ def trainer(variant: str, folder: str):
     return made(
         model=transformers.LlamaForCausalLM(config),
         reward_funcs=lambda completions, **_: [0.0] * len(completions),
-        args=trl.GRPOConfig(
+        args=getattr(trl, f"{kind}Config")(
             output_dir=folder,
             per_device_train_batch_size=BATCH,
             num_generations=BATCH,
             max_completion_length=COMPLETION,
-            loss_type="dapo",
+            **loss,
             use_cpu=True,
             bf16=False,
             report_to=[],
@@ -74,12 +76,12 @@ def trainer(variant: str, folder: str):
     )
 
 
-def measure(variant: str) -> dict[str, float]:
+def measure(kind: str, variant: str) -> dict[str, float]:
     """CPU seconds and peak bytes of the second of two steps, and the loss and gradient norm."""
     import torch
 
     with tempfile.TemporaryDirectory() as folder:
-        made = trainer(variant, folder)
+        made = trainer(kind, variant, folder)
     made.current_gradient_accumulation_steps = 1
     gen = torch.Generator().manual_seed(1)
     ids = torch.randint(2, VOCAB, (BATCH, PROMPT + COMPLETION), generator=gen)
@@ -92,6 +94,12 @@ def measure(variant: str) -> dict[str, float]:
         "num_items_in_batch": torch.tensor(float(BATCH * COMPLETION)),
     }
     model = made.model.train()
+    if kind == "RLOO":
+        with torch.no_grad():
+            scored = made._get_per_token_logps_and_entropies(
+                model, ids, torch.ones_like(ids), COMPLETION
+            )
+        inputs["old_logps"] = scored[0].sum(1) + 0.1 * torch.randn(BATCH, generator=gen)
     for _ in range(2):  # the first makes what lasts: gradients, fastpo's look at the head
         for parameter in model.parameters():
             if parameter.grad is not None:
@@ -109,43 +117,47 @@ def measure(variant: str) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=2, metavar=("KIND", "VARIANT"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.variant:
-        print(json.dumps(measure(arguments.variant)))
+    if arguments.one:
+        print(json.dumps(measure(*arguments.one)))
         return
-    found = {variant: [] for variant in VARIANTS}
+    found = {(kind, variant): [] for kind in KINDS for variant in VARIANTS}
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     for _ in range(arguments.rounds):
-        for variant in VARIANTS:
-            command = [sys.executable, __file__, "--variant", variant]
+        for case, rows in found.items():
+            command = [sys.executable, __file__, "--one", *case]
             run = subprocess.run(command, env=environment, capture_output=True, text=True)
             if run.returncode:
                 raise SystemExit(run.stderr)
-            found[variant].append(json.loads(run.stdout.splitlines()[-1]))
+            rows.append(json.loads(run.stdout.splitlines()[-1]))
     TABLE.write_text(table(found))
     print(TABLE.read_text())
 
 
-def table(found: dict[str, list[dict[str, float]]]) -> str:
+def table(found: dict[tuple[str, str], list[dict[str, float]]]) -> str:
     """The results as Markdown."""
-    best = {v: min(r["seconds"] for r in rows) for v, rows in found.items()}
+    best = {case: min(row["seconds"] for row in rows) for case, rows in found.items()}
     lines = [
-        "# A GRPO step of TRL on CPU",
+        "# A GRPO and an RLOO step of TRL on CPU",
         "",
         f"Loss and backward, fp32, one thread, B {BATCH}, prompt {PROMPT}, completion "
-        f"{COMPLETION}, D {WIDTH}, V {VOCAB}; TRL's path for devices without Triton.",
+        f"{COMPLETION}, D {WIDTH}, V {VOCAB}; TRL's path for devices without Triton. CPU seconds: "
+        "the least of the rounds, and the most; every round of every line in a process of its own. "
+        "Peak: that process's resident set over what it had before the step.",
         "",
-        "| | CPU seconds | of TRL | peak over the inputs, MiB | loss | gradient norm |",
-        "|---|---|---|---|---|---|",
+        "| | CPU seconds | most | of TRL | peak, MiB | loss | gradient norm |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for variant, rows in found.items():
+    for (kind, variant), rows in found.items():
+        least, most = best[kind, variant], max(row["seconds"] for row in rows)
         peak = max(row["bytes"] for row in rows) / 2**20
         lines.append(
-            f"| {VARIANTS[variant]} | {best[variant]:.2f} | {best[variant] / best['trl']:.2f} "
-            f"| {peak:.0f} | {rows[0]['loss']:.6f} | {rows[0]['norm']:.6f} |"
+            f"| {VARIANTS[variant].format(kind)} | {least:.2f} | {most:.2f} "
+            f"| {least / best[kind, 'trl']:.2f} | {peak:.0f} | {rows[0]['loss']:.6f} "
+            f"| {rows[0]['norm']:.6f} |"
         )
-    foot = provenance("python benchmarks/bench_trl_step.py")
+    foot = provenance(f"python benchmarks/bench_trl_step.py --rounds {len(rows)}")
     return "\n".join([*lines, "", foot]) + "\n"
 
 

@@ -169,30 +169,35 @@ def dppo(**overrides: Any) -> Objective:
 
     Dropped are A > 0 with D > clip_high and A < 0 with D < -clip_low. `gate="tv"`: D = p - p_old,
     bounds 0.15; `gate="kl"`: D = KL of the two Bernoulli distributions (p_old, p) with the sign of
-    p - p_old, bounds 0.05. Token mean. Source: arXiv 2602.04879; the bounds from its code. verl:
-    "dppo_tv" and "dppo_kl", where `ratio_max` is clip_ratio_c and A = 0 counts as clipped by the
-    lower bound, at no change of the loss. Not in TRL 1.16.
+    p - p_old, bounds 0.05. Token mean. Source: Qi et al. 2026, arXiv 2602.04879; the bounds from
+    the script that its authors gave verl, 20 from verl's code (theirs has 10, their script none).
+    verl: "dppo_tv" and "dppo_kl", where `ratio_max` is clip_ratio_c and A = 0 counts as clipped by
+    the lower bound, at no change of the loss. Not in TRL 1.16. prime-rl's default loss is
+    `dppo(clip_low=0.2, clip_high=0.2, ratio_max=None, old_kl_coef=2e-3)` in its gradient.
     """
     bound = 0.05 if overrides.get("gate") == "kl" else 0.15
     return _gated("dppo", overrides, gate="tv", clip_low=bound, clip_high=bound, ratio_max=20.0)
 
 
 def ipo(**overrides: Any) -> Objective:
-    """IPO: the gradient of -r A, dropped where |p - p_old| > 0.2 whatever the sign of A, + tau d^2.
+    """IPO: the gradient of -r A, dropped where |p - p_old| > 0.1 whatever the sign of A, + tau d^2.
 
-    tau is half of `old_kl_coef`, 1e-3 by default; token mean. Source: INTELLECT-3, arXiv
-    2512.16144, and prime-rl's loss of that name, whose value is -r A where it is -sg(r) A logp
-    here (the gradients are equal). Neither in TRL 1.16 nor in verl 0.9.
+    tau is half of `old_kl_coef`, 1e-3 by default; token mean. Source: the code of prime-rl, its
+    loss "ipo" (INTELLECT Policy Optimization; until June 2026 with 0.2), whose value is -r A where
+    it is -sg(r) A logp here (the gradients are equal), and which sums over tokens; tau d^2 is from
+    Kimi K2.5, arXiv 2602.02276. Neither in TRL 1.16 nor in verl 0.9.
     """
-    return _gated("ipo", overrides, gate="tv", gate_two_sided=True, old_kl_coef=2e-3)
+    bounds = {"clip_low": 0.1, "clip_high": 0.1}
+    return _gated("ipo", overrides, gate="tv", gate_two_sided=True, old_kl_coef=2e-3, **bounds)
 
 
 def icepop(**overrides: Any) -> Objective:
     """IcePop on the current policy: -sg(r) A logp, dropped outside r in [0.5, 5], any sign of A.
 
-    Token mean. Source: Ling team, arXiv 2510.18855 (Ring-1T), alpha 0.5 and beta 5, where r is that
-    of the training engine over the rollout's: pass the rollout's log-probs as `old_logprobs`. To
-    mask by (old, rollout) beside another objective, as verl and TRL do: `rollout_correction`.
+    Token mean. Source: Ling team, arXiv 2510.18855 (Ring-1T); alpha 0.5 and beta 5 as in verl's
+    presets of that name. There r is the training engine's over the rollout's: pass the rollout's
+    log-probs as `old_logprobs`. To mask by (old, rollout) beside another objective, as verl and TRL
+    do: `rollout_correction`.
     """
     bounds = {"clip_low": 0.5, "clip_high": 4.0}
     return _gated("icepop", overrides, gate="ratio", gate_two_sided=True, **bounds)
@@ -201,28 +206,34 @@ def icepop(**overrides: Any) -> Objective:
 def topr(**overrides: Any) -> Objective:
     """TOPR: -A logp where A > 0, -sg(min(r, 1)) A logp where A < 0; token mean.
 
-    Source: Le Roux et al. 2025, arXiv 2503.14286, whose ratio is the whole sequence's; per token
-    as in ROLL. Neither in TRL 1.16 nor in verl 0.9.
+    Source: Le Roux et al. 2025, arXiv 2503.14286, eq. 8, whose ratio is the whole sequence's; per
+    token as in ROLL, which tells the cases apart by the sign of the episode's score (the same for
+    advantages of that sign). Neither in TRL 1.16 nor in verl 0.9.
     """
     return _gated("topr", overrides, ratio_power_pos=0, ratio_max=1.0)
 
 
 def aspo(**overrides: Any) -> Objective:
-    """ASPO: -sg(min(1 / r, 3)) A logp where A > 0, PPO where A < 0; token mean.
+    """ASPO: -sg(min(1 / r, 3)) A logp where A > 0, -sg(min(r, 3)) A logp where A < 0; token mean.
 
     The flipped ratio lifts tokens that have fallen behind. A token with A > 0 and r > 1 + clip_high
-    or A < 0 and r < 1 - clip_low is dropped. Source: Wang et al. 2025, arXiv 2510.06062; 3 is
-    `ratio_max_pos`. Neither in TRL 1.16 nor in verl 0.9.
+    or A < 0 and r < 1 - clip_low is dropped; one whose weight is bounded by `ratio_max` keeps its
+    gradient (the paper's soft dual clip; verl's drops it). Source: Wang et al. 2025, arXiv
+    2510.06062, and its code (Archer2.0), with 3 on both sides; there the most uncertain fifth of a
+    completion's tokens has the bounds 0.4 / 0.4: pass `clip_bounds`. Neither in TRL 1.16 nor in
+    verl 0.9.
     """
-    return _gated("aspo", overrides, gate="ratio", ratio_power_pos=-1, ratio_max_pos=3.0)
+    return _gated("aspo", overrides, gate="ratio", ratio_power_pos=-1, ratio_max=3.0)
 
 
 def ce_gppo(**overrides: Any) -> Objective:
     """CE-GPPO: PPO whose clipped tokens keep b1 (1 - clip_low) or b2 (1 + clip_high) as weight.
 
     b1 is `gate_keep_low`, 0.75 (A < 0 and r < 1 - clip_low), b2 `gate_keep_high`, 1; token mean.
-    GPPO (arXiv 2508.07629) is b1 = b2 = 1. Source: Su et al. 2025, arXiv 2509.20712; its code has
-    the value -r A inside, with the same gradient. Neither in TRL 1.16 nor in verl 0.9.
+    GPPO (arXiv 2508.07629) is b1 = b2 = 1. Source: Su et al. 2025, arXiv 2509.20712, and its code:
+    b1 0.75 for 7B, 0.5 for 1.5B, clip 0.2 / 0.2. That code has the value -r A inside, with the same
+    gradient, and a dual clip at 10, which drops A < 0 with r > 10; there is none here. Neither in
+    TRL 1.16 nor in verl 0.9.
     """
     return _gated("ce_gppo", overrides, gate="ratio", gate_keep_low=0.75, gate_keep_high=1.0)
 
@@ -230,8 +241,9 @@ def ce_gppo(**overrides: Any) -> Objective:
 def dro(**overrides: Any) -> Objective:
     """DRO: -A logp + (beta / 2) d^2, beta = `old_kl_coef`; token mean.
 
-    Source: Richemond et al. 2024, arXiv 2405.19107. verl: "dro", which has no default for dro_beta
-    (0.05 here) and multiplies the importance weights into both terms, here into A alone.
+    Source: Richemond et al. 2024, arXiv 2405.19107, in the form of Kimi k1.5 (2501.12599) and of
+    Tinker, whose documentation has beta 0.05. verl: "dro", which has no default for dro_beta and
+    multiplies the importance weights into both terms, here into A alone.
     """
     return _make("dro", overrides, surrogate="reinforce", old_kl_coef=0.05)
 
@@ -239,8 +251,8 @@ def dro(**overrides: Any) -> Objective:
 def sapo(**overrides: Any) -> Objective:
     """SAPO: -A (4 / tau) sigmoid(tau (r - 1)), a soft gate; mean over sequences of token means.
 
-    tau is `sapo_tau_pos` where A > 0, else `sapo_tau_neg`. Source: arXiv 2511.20347. As TRL 1.16
-    and verl, except that TRL holds tau in float32.
+    tau is `sapo_tau_pos` (1) where A > 0, else `sapo_tau_neg` (1.05). Source: arXiv 2511.20347. As
+    TRL 1.16 and verl, except that TRL holds tau in float32.
     """
     return _make("sapo", overrides, surrogate="sapo", aggregation="sequence_mean")
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import math
+import textwrap
 from collections import defaultdict
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -400,3 +404,34 @@ def test_gdpo_as_verl(verl):
     )
     ours = fastpo.group_advantages(rewards, group_ids=ids, weights=weights, whiten=True)
     torch.testing.assert_close(ours.advantages, theirs[:, 0], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.peer
+def test_gdpo_as_trl():
+    """TRL 1.16 has no function of its own for it: the lines of its trainer run here, NaN rewards
+    (no score of that kind) and a completion without any score included."""
+    trl = pytest.importorskip("trl.trainer.grpo_trainer")
+    source = textwrap.dedent(inspect.getsource(trl.GRPOTrainer._generate_and_score_completions))
+    (branch,) = (
+        node.body
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.If) and "'normalize_then_sum'" in ast.unparse(node.test)
+    )
+    generator = torch.Generator().manual_seed(0)
+    rewards = torch.rand(24, 3, generator=generator)
+    rewards[4:8, 1] = 0.5  # equal in its group
+    rewards[0, 2] = rewards[9, 0] = math.nan
+    rewards[13] = math.nan
+    weights = torch.tensor([1.0, 0.3, 2.0])
+    names = {
+        "self": SimpleNamespace(reward_funcs=[None] * 3, reward_weights=weights),
+        "rewards_per_func": rewards,
+        "num_generations": 4,
+        "unscorable_mask": rewards.isnan().all(1),
+        "device": "cpu",
+    }
+    exec(ast.unparse(branch), {**vars(trl), **names}, scope := {})
+    theirs = scope["advantages"].nan_to_num(0.0)
+    ours = fastpo.group_advantages(rewards, group_size=4, weights=weights, whiten=True, eps=1e-4)
+    assert theirs.count_nonzero() == 23
+    torch.testing.assert_close(ours.advantages, theirs, rtol=1e-5, atol=1e-6)

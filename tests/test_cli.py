@@ -156,6 +156,9 @@ def test_reward_rises(tiny, preset):
         ["optim.updates_per_batch=2", "optim.epochs=2", "algorithm.objective.kl_coef=0.1"],
         ["warmup.max_steps=2", "checkpoint_every=1", "algorithm.preset=grpo"],
         ["algorithm.preset=ppo", "optim.updates_per_batch=2", "critic.warmup_steps=1"],
+        ["algorithm.carry_surplus=true", "rollout.prompts=5", "seed=2"],
+        ["algorithm.objective.kl_coef=0.1", "algorithm.sync_reference_every=1"],
+        ["algorithm.correction.mode=mask", "algorithm.correction.high=1.0001"],
     ],
 )
 def test_resuming_is_bit_exact(tiny, options):

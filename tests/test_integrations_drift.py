@@ -34,6 +34,21 @@ HOOKS = {
                 *("self", "model", "input_ids", "attention_mask", "logits_to_keep", ...),
             ),
         },
+        "trl.trainer.rloo_trainer": {
+            "RLOOTrainer._compute_loss": ("self", "model", "inputs"),
+            "RLOOTrainer._get_per_token_logps_and_entropies": (
+                *("self", "model", "input_ids", "attention_mask", "logits_to_keep", ...),
+            ),
+        },
+        "trl.experimental.gmpo.gmpo_trainer": {
+            "GMPOTrainer._compute_loss": ("self", "model", "inputs"),
+        },
+        "trl.experimental.async_grpo.async_grpo_trainer": {
+            "AsyncGRPOTrainer.compute_loss": (
+                *("self", "model", "inputs", "return_outputs", "num_items_in_batch"),
+            ),
+        },
+        "trl.experimental.async_grpo.packing": {"TreeRow.pack": ("self",)},
     },
     "verl": {
         "verl.trainer.ppo.core_algos": {

@@ -108,7 +108,7 @@ def test_a_trl_that_does_not_read_the_name_is_refused(monkeypatch):
         return model
 
     monkeypatch.setattr(utils, "add_fused_lm_head", reads_nothing)
-    with pytest.raises(ImportError, match=r"nothing would reach fastpo, expected trl 1\.16"):
+    with pytest.raises(ImportError, match=r"nothing would reach fastpo, expected trl 1\.15 or"):
         integration.install()
     monkeypatch.delattr(utils, "add_fused_lm_head")
     with pytest.raises(ImportError, match="nothing would reach fastpo"):

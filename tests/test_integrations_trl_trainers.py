@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import subprocess
 import sys
@@ -11,14 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import trl_runs
+from trl_runs import GENERATIONS, tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.peer]
 
-STEPS, GENERATIONS = 5, 4
-RTOL = 1e-4  # in fp32, after five steps of either
-TIMES = ("time", "runtime", "per_second")
-CHARACTERS = "0123456789abcdefghij"
-
+ROOT = Path(__file__).parents[1]
 OFF_POLICY = {"num_iterations": 2, "gradient_accumulation_steps": 2}
 CASES = {
     **{
@@ -67,87 +64,6 @@ CASES = {
 }
 
 
-def tokenizer():
-    import transformers
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-
-    words = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", *CHARACTERS])}
-    made = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
-    made.decoder = decoders.Fuse()
-    names = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, padding_side="left", **names)
-
-
-def tiny(name="Llama", **options):
-    import transformers
-
-    torch.manual_seed(0)
-    sizes = {
-        "vocab_size": 23,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "pad_token_id": 0,
-        "eos_token_id": 1,
-        "bos_token_id": None,
-    }
-    config = getattr(transformers, f"{name}Config")(**sizes, **options)
-    model = getattr(transformers, f"{name}ForCausalLM")(config)
-    for parameter in model.parameters():
-        if parameter.ndim == 2:
-            torch.nn.init.normal_(parameter, std=0.2)
-    return model
-
-
-def reward(completions, **_):
-    return [sum(c in "01234" for c in text) / 3 + 0.1 * len(text) for text in completions]
-
-
-def trained(trainer_class, folder, *, model=None, steps=STEPS, peft_config=None, **settings):
-    """Logged rows and final parameters of a short run."""
-    import datasets
-    import transformers
-    import trl
-
-    tiny().save_pretrained(folder / "model")  # TRL loads the reference policy from there
-    if model is None:
-        model = transformers.LlamaForCausalLM.from_pretrained(folder / "model")
-    transformers.set_seed(1)
-    arguments = trl.GRPOConfig(
-        output_dir=str(folder),
-        per_device_train_batch_size=GENERATIONS,
-        num_generations=GENERATIONS,
-        max_completion_length=8,
-        max_steps=steps,
-        learning_rate=1e-2,
-        adam_epsilon=1e-4,  # at 1e-8 Adam turns the sign of a rounding error into a whole step
-        lr_scheduler_type="constant",
-        logging_steps=1,
-        report_to=[],
-        save_strategy="no",
-        use_cpu=True,
-        bf16=False,
-        disable_tqdm=True,
-        seed=1,
-        **settings,
-    )
-    prompts = {"prompt": ["12", "3a4b", "5", "678c9", "ab", "0d1"] * 4}
-    trainer = trainer_class(
-        model=model,
-        reward_funcs=reward,
-        args=arguments,
-        train_dataset=datasets.Dataset.from_dict(prompts),
-        processing_class=tokenizer(),
-        peft_config=peft_config,
-    )
-    trainer.train()
-    weights = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
-    return trainer.state.log_history, weights
-
-
 def classes(mixin=None):
     trl = pytest.importorskip("trl")
     pytest.importorskip("datasets")
@@ -157,25 +73,15 @@ def classes(mixin=None):
     return pair if mixin is None else tuple(type("Mixed", (mixin, base), {}) for base in pair)
 
 
-def assert_the_same(tmp_path, mixin=None, model=lambda: None, **settings):
-    """Every logged number of every step, and every weight, of stock and of fastpo."""
-    runs = [trained(c, tmp_path, model=model(), **settings) for c in classes(mixin)]
-    (theirs, weights), (ours, other) = runs
-    assert len(theirs) == len(ours) == STEPS + 1
-    for expected, actual in zip(theirs, ours, strict=True):
-        assert expected.keys() == actual.keys()
-        for name, value in expected.items():
-            if isinstance(value, float) and not any(time in name for time in TIMES):
-                close = math.isclose(value, actual[name], rel_tol=RTOL, abs_tol=RTOL * 1e-2)
-                assert close or (math.isnan(value) and math.isnan(actual[name])), (
-                    name,
-                    value,
-                    actual[name],
-                )
-    for name, weight in weights.items():
-        torch.testing.assert_close(other[name], weight, rtol=0, atol=RTOL, msg=name)
-    assert any(row.get("grad_norm", 0) > 1e-3 for row in theirs)
-    return theirs
+def assert_the_same(folder, mixin=None, model=lambda: None, **settings):
+    """Of GRPO, stock and fastpo's."""
+    pair = classes(mixin)
+    from trl import GRPOConfig
+
+    def run(trainer_class):
+        return trl_runs.trained(trainer_class, GRPOConfig, folder, model=model(), **settings)
+
+    return trl_runs.assert_the_same(run, pair)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -255,7 +161,7 @@ def test_two_ranks_equal_stock(tmp_path):
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(29500 + os.getpid() % 1000),
             "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(Path(__file__).parents[1]),
+            "PYTHONPATH": os.pathsep.join(str(ROOT / name) for name in ("", "tools")),
         }
         command = [sys.executable, __file__, str(tmp_path / str(rank))]
         processes.append(
@@ -268,14 +174,17 @@ def test_two_ranks_equal_stock(tmp_path):
 
 def test_what_is_not_covered_is_refused(tmp_path):
     """One line when made; and a loss that TRL's code values otherwise stops training."""
+    from trl import GRPOConfig
+
     ours = classes()[1]
     both = {"top_entropy_quantile": 0.5, "entropy_coef": 0.1}
     with pytest.raises(ValueError, match="top_entropy_quantile < 1 with an entropy bonus"):
-        trained(ours, tmp_path, **both)
+        trl_runs.trained(ours, GRPOConfig, tmp_path, **both)
 
     doubled = {"get_gamma_weights": staticmethod(lambda **_: torch.full((GENERATIONS, 1), 2.0))}
     with pytest.raises(RuntimeError, match=r"fastpo's loss is .* this configuration"):
-        trained(type("Doubled", (ours,), doubled), tmp_path, loss_type="vespo")
+        doubled_class = type("Doubled", (ours,), doubled)
+        trl_runs.trained(doubled_class, GRPOConfig, tmp_path, loss_type="vespo")
 
 
 PREFERENCES = {
@@ -325,8 +234,8 @@ def test_two_steps_of_the_trainers_that_install_serves(kind, tmp_path):
             model=transformers.LlamaForCausalLM.from_pretrained(tmp_path / "model"),
             args=arguments,
             train_dataset=datasets.Dataset.from_dict(DATA[kind]),
-            processing_class=tokenizer(),
-            **({"reward_funcs": reward} if kind == "RLOO" else {}),
+            processing_class=trl_runs.tokenizer(),
+            **({"reward_funcs": trl_runs.reward} if kind == "RLOO" else {}),
         )
         trainer.train()
         return trainer.state.log_history

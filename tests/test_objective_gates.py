@@ -40,7 +40,7 @@ def dppo_kl(p, q, a):
 
 
 def ipo(p, q, a):
-    return 0.0 if abs(p - q) > 0.2 else p / q
+    return 0.0 if abs(p - q) > 0.1 else p / q
 
 
 def icepop(p, q, a):
@@ -55,7 +55,7 @@ def aspo(p, q, a):
     r = p / q
     if a > 0:
         return 0.0 if r > 1.2 else min(1 / r, 3.0)
-    return 0.0 if a < 0 and r < 0.8 else r
+    return 0.0 if a < 0 and r < 0.8 else min(r, 3.0)
 
 
 def ce_gppo(p, q, a):

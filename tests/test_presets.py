@@ -40,7 +40,14 @@ DEFAULTS = {
         "clip_high": 0.15,
         "ratio_max": 20.0,
     },
-    "ipo": {"surrogate": "gate", "gate": "tv", "gate_two_sided": True, "old_kl_coef": 2e-3},
+    "ipo": {
+        "surrogate": "gate",
+        "gate": "tv",
+        "gate_two_sided": True,
+        "clip_low": 0.1,
+        "clip_high": 0.1,
+        "old_kl_coef": 2e-3,
+    },
     "icepop": {
         "surrogate": "gate",
         "gate": "ratio",
@@ -49,7 +56,7 @@ DEFAULTS = {
         "clip_high": 4.0,
     },
     "topr": {"surrogate": "gate", "ratio_power_pos": 0, "ratio_max": 1.0},
-    "aspo": {"surrogate": "gate", "gate": "ratio", "ratio_power_pos": -1, "ratio_max_pos": 3.0},
+    "aspo": {"surrogate": "gate", "gate": "ratio", "ratio_power_pos": -1, "ratio_max": 3.0},
     "ce_gppo": {
         "surrogate": "gate",
         "gate": "ratio",

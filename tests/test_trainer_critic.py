@@ -10,7 +10,7 @@ from fastpo.trainer.config import AlgorithmConfig, CriticConfig, ModelConfig, Op
 from fastpo.trainer.critic import Critic
 from fastpo.trainer.experience import Sample
 from fastpo.trainer.microbatch import MicroBatch
-from fastpo.trainer.policy import make_policy
+from fastpo.trainer.models import make_policy
 from fastpo.trainer.rollout import Completion
 from fastpo.trainer.run.errors import RecipeError, TrainerError
 from fastpo.trainer.tasks import Problem

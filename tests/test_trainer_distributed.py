@@ -95,9 +95,10 @@ def rows(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def same(one, other):
+def same(one, other, weights="model"):
     """The curves and the weights of two runs, but for seconds."""
-    weights, expected = (load_file(run / "checkpoint/model.safetensors") for run in (one, other))
+    file = f"checkpoint/{weights}.safetensors"
+    weights, expected = (load_file(run / file) for run in (one, other))
     assert weights.keys() == expected.keys()
     for name, value in weights.items():
         torch.testing.assert_close(value, expected[name], atol=1e-5, rtol=0, msg=name)
@@ -133,13 +134,28 @@ def test_two_ranks_train_as_one_process_does(tmp_path, one):
 @pytest.mark.parametrize("ranks", [(2, 1), (1, 2)], ids=str)
 def test_a_run_resumes_on_another_number_of_ranks(tmp_path, one, ranks):
     train(tmp_path, "run", "steps=2", ranks=ranks[0])
-    train(tmp_path, "run", "--resume", ranks=ranks[1])
+    train(tmp_path, "run", "--resume", "model.gradient_checkpointing=true", ranks=ranks[1])
     assert (tmp_path / "run/summary.json").exists()
     for name in ("metrics.jsonl",):  # the first run evaluated at its last step
         lines = (tmp_path / "run" / name).read_text().splitlines()
         kept = [x for x in lines if json.loads(x)["step"] != 2 or "reward" in json.loads(x)]
         (tmp_path / "run" / name).write_text("\n".join(kept) + "\n")
     same(tmp_path / "run", one)
+
+
+@pytest.mark.slow
+def test_adapters_train_on_two_ranks_as_on_one(tmp_path, one):
+    """With the reference below them, and layers checkpointed; a bfloat16 base is sharded, too."""
+    arguments = (
+        *("model.lora.rank=4", f"model.path={one / 'checkpoint'}", "warmup.max_steps=0"),
+        *("model.gradient_checkpointing=true", "steps=2"),
+    )
+    for ranks in (1, 2):
+        train(tmp_path, f"run{ranks}", *arguments, ranks=ranks)
+    same(tmp_path / "run2", tmp_path / "run1", "adapter_model")
+    train(tmp_path, "low", *arguments, "model.dtype=bfloat16")
+    train(tmp_path, "low", "--resume", *arguments, "model.dtype=bfloat16", "steps=3")
+    assert [row["step"] for row in rows(tmp_path / "low") if "reward" in row] == [1, 2, 3]
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Rewards, dynamic sampling, overlong shaping and filtering, advantages: on a scripted sampler."""
 
+import dataclasses
 import itertools
 import math
 
@@ -9,7 +10,13 @@ import torch
 from fastpo.trainer import experience
 from fastpo.trainer.algorithm import resolve
 from fastpo.trainer.config import AlgorithmConfig
-from fastpo.trainer.experience import assign_advantages, collect, mute_truncated
+from fastpo.trainer.experience import (
+    assign_advantages,
+    collect,
+    from_plain,
+    mute_truncated,
+    to_plain,
+)
 from fastpo.trainer.metrics import rollout_metrics, update_metrics
 from fastpo.trainer.rollout import Completion, Sampling
 from fastpo.trainer.run.errors import RecipeError, TrainerError
@@ -184,6 +191,46 @@ def test_surplus_groups_are_left_out(monkeypatch):
     assert sum(experience.is_informative(group) for group in batch.sampled) > 3
 
 
+class Numbered(Scribe):
+    """The log-probs of its samples tell which policy drew them."""
+
+    version = 0
+
+
+def test_surplus_groups_come_first_in_the_next_step_as_they_were_sampled(monkeypatch):
+    """In a checkpoint they are plain values, and what comes back is the same."""
+
+    def sampler(policy, prompts, sampling, generator, share):
+        return [
+            Completion(tokens=[index] * 3, logprobs=[-1.0 - policy.version] * 3, finished=True)
+            for _ in prompts
+            for index in range(4)
+        ]
+
+    monkeypatch.setattr(experience, "sample", sampler)
+    policy, sampling = Numbered(), Sampling(group_size=4, max_new_tokens=10)
+    algorithm = resolve(AlgorithmConfig(carry_surplus=True), 10)
+    with Verifier(Script(MIXED, WRONG, MIXED, MIXED), workers=1) as verifier:
+        problems = ProblemStream(verifier, "train")
+
+        def step(carried):
+            rest = (verifier, problems, 3, sampling, algorithm, torch.Generator())
+            return collect(policy, *rest, carried)
+
+        first = step([])
+        assert (first.carried, len(first.groups), len(first.surplus)) == (0, 3, 1)
+        policy.version = 1
+        carried = from_plain(to_plain(first.surplus))
+        assert carried == [
+            [dataclasses.replace(s, problem=s.problem._replace(data=None)) for s in group]
+            for group in first.surplus
+        ]
+        second = step(carried)
+    assert second.carried == 1 and second.groups[0] is carried[0]
+    assert [g[0].old_logprobs[0] for g in second.groups] == [-1.0, -2.0, -2.0]
+    assert all(g[0].completion.logprobs[0] == -2.0 for g in second.sampled)
+
+
 def test_metrics_are_these_numbers():
     """REGRESSIONS 30, 41: of everything sampled; NaN and inf are neither right nor wrong."""
     kept = scored(1.0, 0.0, math.nan, math.inf, parts={"format": 0.5})
@@ -203,6 +250,7 @@ def test_metrics_are_these_numbers():
             "completions/mean_terminated_length": 3.0,
             "groups_kept": 0.5,
             "groups_trained": 1,
+            "groups_carried": 0,
             "gen_batches": 2,
             "invalid_rewards": 2,
             "rewards/format/mean": 0.7,

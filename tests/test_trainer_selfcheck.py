@@ -6,7 +6,7 @@ import transformers
 
 from fastpo.trainer import selfcheck
 from fastpo.trainer.config import ModelConfig, OptimConfig
-from fastpo.trainer.policy import character_tokenizer, load_policy
+from fastpo.trainer.models import character_tokenizer, load_policy
 from fastpo.trainer.run.errors import RecipeError
 
 SIZES = {

@@ -10,7 +10,7 @@ from fastpo.trainer.algorithm import PRESETS, resolve
 from fastpo.trainer.config import AlgorithmConfig, ModelConfig, OptimConfig
 from fastpo.trainer.experience import Sample
 from fastpo.trainer.microbatch import MicroBatch, by_token_budget
-from fastpo.trainer.policy import make_policy
+from fastpo.trainer.models import make_policy
 from fastpo.trainer.rollout import Completion, Sampling, sample
 from fastpo.trainer.run.errors import TrainerError
 from fastpo.trainer.tasks import Problem

@@ -1,25 +1,17 @@
-"""TRL's GRPOTrainer whose loss is one `linear_policy_loss` inside the model's own forward.
-
-TRL keeps its data, generation, rewards, metrics and adaptive entropy control. What is replaced is
-the model that its `_compute_loss` calls: a `_Scorer` answers TRL's request for log-probs, and with
-the same forward makes the loss. TRL then goes through its own loss code without a graph, on [B, C]
-numbers: its metrics come from there, and its loss value must be the one that is trained on.
+"""TRL's GRPOTrainer with fastpo's loss, whose settings are an `Objective`.
 
 Imported by `fastpo.integrations.trl` on use: importing this file imports TRL.
 """
 
 from __future__ import annotations
 
-import inspect
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 from trl import GRPOTrainer as StockGRPOTrainer
 
-from fastpo.integrations._request import Request
-from fastpo.integrations.transformers import attach, innermost
+from fastpo.integrations._trl_scorer import FusedLoss, loss_mask
 from fastpo.objective import Objective
 
 _CLIP = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
@@ -30,66 +22,9 @@ _AGGREGATIONS = {
     "dr_grpo": "constant",
 }
 _GLOBAL_TOKENS = ("dapo", "cispo", "vespo")  # divided by the tokens of the whole batch
-_DRIFT = 1e-3  # of the largest advantage: far above rounding, far below another loss
 
 
-class _Scorer:
-    """What TRL calls in the model's place: log-probs and entropies by fastpo, in its forward.
-
-    With `loss_inputs`, the same forward makes the loss: `result`, a `CausalLMPolicyLoss`.
-    """
-
-    def __init__(self, trainer: GRPOTrainer, model: Any, loss_inputs: dict[str, Any] | None = None):
-        self.trainer = trainer
-        self.model = model
-        self.loss_inputs = loss_inputs
-        self.result: Any = None
-
-    def __call__(
-        self, *, input_ids: Tensor, labels: Tensor, fused_lm_head: bool, **inputs: Any
-    ) -> SimpleNamespace:
-        """TRL's call of a model with its fused head; fields [B, C] for the last C tokens."""
-        scored = labels != -100
-        accepted = inspect.signature(innermost(self.model).forward).parameters
-        completion = int(scored.any(0).long().argmax()) if self.loss_inputs is None else None
-        if completion is None:
-            completion = input_ids.shape[1] - self.loss_inputs["mask"].shape[1]
-        tokens = input_ids.shape[1] - completion
-        if "logits_to_keep" in accepted:
-            inputs["logits_to_keep"] = tokens + 1
-        else:
-            tokens = input_ids.shape[1] - 1
-        if "position_ids" in accepted:
-            inputs["position_ids"] = None  # as TRL's own call: the model's, padding counted
-        common = {
-            "temperature": self.trainer.temperature,
-            "fp32_head": self.trainer.args.cast_lm_head_to_fp32,
-        }
-        inputs["input_ids"] = input_ids
-        if self.loss_inputs is None:
-            request = Request(completion_mask=scored, **common)
-            result = self.model(**inputs, token_logprobs=request)
-        else:
-            request = Request(**self._aligned(input_ids, tokens), **common)
-            with torch.enable_grad():
-                result = self.result = self.model(**inputs, policy_loss=request)
-        return SimpleNamespace(
-            log_probs=result.logprobs, entropy=result.entropy, aux_loss=result.aux_loss
-        )
-
-    def _aligned(self, input_ids: Tensor, tokens: int) -> dict[str, Any]:
-        """The loss's inputs with per-token ones [B, C] widened on the left to [B, `tokens`]."""
-        made = dict(self.loss_inputs)
-        mask = made.pop("mask")
-        missing = input_ids.shape[1] - mask.shape[1]
-        made["completion_mask"] = torch.nn.functional.pad(mask, (missing, 0))
-        for name, value in made.items():
-            if isinstance(value, Tensor) and value.ndim == 2 and value.shape[1] == mask.shape[1]:
-                made[name] = torch.nn.functional.pad(value, (tokens - mask.shape[1], 0))
-        return made
-
-
-class GRPOTrainer(StockGRPOTrainer):
+class GRPOTrainer(FusedLoss, StockGRPOTrainer):
     """`trl.GRPOTrainer` with fastpo's loss; same arguments, same numbers, same metrics.
 
     Covers every `loss_type` of TRL 1.16, token and sequence level, delta, beta with and without
@@ -102,17 +37,13 @@ class GRPOTrainer(StockGRPOTrainer):
         RuntimeError: in training, TRL's loss code gives another value than fastpo's.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    def _check_settings(self) -> None:
         if self.top_entropy_quantile < 1.0 and self._entropy_bonus_enabled:
             raise ValueError(
                 "top_entropy_quantile < 1 with an entropy bonus is not covered: TRL restricts the "
                 "bonus to the kept tokens; switch one of them off, or use trl.GRPOTrainer"
             )
         self._objective(entropy_coef=0.0)
-        attach(self.model)
-        if self.ref_model is not None:
-            attach(self.ref_model)
 
     def _objective(self, entropy_coef: float) -> Objective:
         """This trainer's settings as an Objective."""
@@ -154,66 +85,40 @@ class GRPOTrainer(StockGRPOTrainer):
                 f"{self.importance_sampling_level!r} and these settings is not covered: {error}"
             ) from error
 
-    def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        """TRL's, through fastpo: old and reference log-probs are of the policy's own kernels."""
-        if not isinstance(model, _Scorer):
-            model = _Scorer(self, model)
-        return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+    @property
+    def _needs_statistics(self) -> bool:
+        return self.off_policy_mask_threshold is not None or self.top_entropy_quantile < 1.0
 
-    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        """0-d loss, differentiable; metrics as TRL logs them."""
-        training = self.model.training
-        accumulation = self.current_gradient_accumulation_steps if training else 1.0
-        scorer = _Scorer(self, model, self._loss_inputs(model, inputs, accumulation))
-        with torch.no_grad():
-            stock = super()._compute_loss(scorer, inputs)
-        result = scorer.result
+    def _scaled(self, result: Any, mask: Tensor, advantages: Tensor) -> Tensor:
         loss = result.loss
         if self.loss_type not in _GLOBAL_TOKENS:
-            loss = loss / accumulation
+            loss = loss / self._accumulation
         if self.aux_loss_enabled:
-            loss = loss + self.router_aux_loss_coef * result.aux_loss / accumulation
-        self._compare(loss, stock, inputs["advantages"])
+            loss = loss + self.router_aux_loss_coef * result.aux_loss / self._accumulation
         return loss
 
-    def _compare(self, loss: Tensor, stock: Tensor, advantages: Tensor) -> None:
-        ours, theirs = loss.item(), stock.item()
-        if not abs(ours - theirs) <= _DRIFT * (abs(theirs) + advantages.abs().max().item()):
-            import trl
-
-            raise RuntimeError(
-                f"fastpo's loss is {ours:.6g}, that of trl {trl.__version__}'s own code "
-                f"{theirs:.6g}: this configuration is not covered; use trl.GRPOTrainer"
-            )
-
     def _loss_inputs(
-        self, model: Any, inputs: dict[str, Any], accumulation: float
+        self, inputs: dict[str, Any], statistics: tuple[Tensor, Tensor] | None
     ) -> dict[str, Any]:
-        """Keywords of `linear_policy_loss`, per-token ones [B, C], and `mask` [B, C]."""
-        mask = inputs["completion_mask"]
-        if "tool_mask" in inputs:
-            mask = mask * inputs["tool_mask"]
-        advantages = inputs["advantages"]
-        kept = self._kept_tokens(model, inputs, mask)
-        if kept is not None:
+        mask, advantages = loss_mask(inputs), inputs["advantages"]
+        if statistics is not None:
+            kept = self._kept_tokens(statistics, inputs, mask)
             advantages = (advantages[:, None] if advantages.ndim == 1 else advantages) * kept
-        made = {
+        normalizer = None
+        if self.loss_type in _GLOBAL_TOKENS:
+            tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
+            if self.model.training:
+                tokens = tokens * self._accumulation / self.args.steps_per_generation
+            normalizer = tokens
+        return {
             "mask": mask != 0,
             "advantages": advantages,
             "old_logprobs": inputs.get("old_per_token_logps"),
             "ref_logprobs": inputs["ref_per_token_logps"] if self.beta != 0.0 else None,
             "importance_weights": self._importance_weights(inputs),
-            "normalizer": None,
+            "normalizer": normalizer,
+            "objective": self._objective(self._entropy_coef(mask, normalizer)),
         }
-        if self.loss_type in _GLOBAL_TOKENS:
-            tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
-            if self.model.training:
-                tokens = tokens * accumulation / self.args.steps_per_generation
-            made["normalizer"] = tokens
-        made["objective"] = self._objective(
-            self._entropy_coef(mask, made["normalizer"], accumulation)
-        )
-        return made
 
     def _importance_weights(self, inputs: dict[str, Any]) -> Tensor | None:
         """[B] or [B, C] vLLM importance ratios. VESPO takes them whenever they are there."""
@@ -225,7 +130,7 @@ class GRPOTrainer(StockGRPOTrainer):
             return ratio[:, 0]
         return ratio
 
-    def _entropy_coef(self, mask: Tensor, normalizer: Tensor | None, accumulation: float) -> float:
+    def _entropy_coef(self, mask: Tensor, normalizer: Tensor | None) -> float:
         """The bonus's coefficient on fastpo's token mean, which divides by `normalizer`.
 
         TRL takes the mean over this micro-batch's tokens, whatever the policy term divides by.
@@ -237,18 +142,19 @@ class GRPOTrainer(StockGRPOTrainer):
             coef = 0.0
         if normalizer is None:
             return float(coef)
-        return float(coef * normalizer.item() / (mask.sum().clamp(min=1).item() * accumulation))
+        return float(
+            coef * normalizer.item() / (mask.sum().clamp(min=1).item() * self._accumulation)
+        )
 
-    def _kept_tokens(self, model: Any, inputs: dict[str, Any], mask: Tensor) -> Tensor | None:
+    def _kept_tokens(
+        self, statistics: tuple[Tensor, Tensor], inputs: dict[str, Any], mask: Tensor
+    ) -> Tensor:
         """[B, C] or [B, 1] factors 0 or 1 that the current policy's statistics decide."""
-        threshold = self.off_policy_mask_threshold
-        if threshold is None and self.top_entropy_quantile >= 1.0:
-            return None
-        logprobs, entropy = self._statistics(model, inputs)
+        logprobs, entropy = statistics
         kept = torch.ones_like(logprobs)
         if self.top_entropy_quantile < 1.0:
             kept = kept * self.get_high_entropy_mask(entropy, mask, 1 - self.top_entropy_quantile)
-        if threshold is not None:
+        if self.off_policy_mask_threshold is not None:
             advantages = inputs["advantages"]
             old = inputs.get("old_per_token_logps")
             old = logprobs if old is None else old
@@ -257,23 +163,6 @@ class GRPOTrainer(StockGRPOTrainer):
                 per_token_logps=logprobs,
                 sampling_per_token_logps=inputs.get("sampling_per_token_logps", old),
                 mask=mask,
-                off_policy_threshold=threshold,
+                off_policy_threshold=self.off_policy_mask_threshold,
             )
         return kept
-
-    @torch.no_grad()
-    def _statistics(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """[B, C] log-probs and entropies of the current policy, by a forward of their own."""
-        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
-        attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-        named = inspect.signature(StockGRPOTrainer._get_per_token_logps_and_entropies).parameters
-        extra = {name: inputs[name] for name in named if name in inputs}
-        logprobs, entropy, _ = self._get_per_token_logps_and_entropies(
-            model,
-            ids,
-            attention,
-            inputs["completion_ids"].size(1),
-            compute_entropy=True,
-            **extra,
-        )
-        return logprobs, entropy

@@ -71,6 +71,9 @@ def attach(model: Model) -> Model:
     * `completion_mask`: [B, T] bool or 0/1, the tokens that were sampled and count; its first
       column, which nothing predicts, is ignored;
     * `fp32_head=True` for a product in fp32, outside autocast;
+    * or, in `completion_mask`'s place, `positions` and `tokens`, both [M] int64: rows of the hidden
+      states flattened to [B * T], and the id that each predicts (packed batches; trees, where a
+      position is scored several times); per-token keywords and results are then [M];
     * any other keyword of `linear_policy_loss` (objective, old_logprobs, temperature, normalizer,
       logits_dtype, ...), per-token ones [B, T - 1] fp32, that is, as `input_ids[:, 1:]`.
 

@@ -1,18 +1,22 @@
-"""TRL: its GRPOTrainer with fastpo's loss, and the fused LM head of its other trainers.
+"""TRL: its RL trainers with fastpo's loss, and the fused LM head of its other trainers.
 
     from fastpo.integrations.trl import GRPOTrainer  # in place of trl's; the loss is fastpo's
+    # and RLOOTrainer, GMPOTrainer, AsyncGRPOTrainer
 
     from fastpo.integrations import trl as fastpo_trl
-    fastpo_trl.install()  # log-probs alone: RLOO, DPO, KTO, SFT, and the losses stay TRL's own
+    fastpo_trl.install()  # log-probs alone: DPO, KTO, SFT, ..., and the losses stay TRL's own
 
-These trainers of TRL 1.16 score tokens through one autograd function. After `install()` it is
-`fastpo.linear_token_logprobs`, every field of it, for policy and reference alike.
+These trainers score tokens through one autograd function. After `install()` it is
+`fastpo.linear_token_logprobs`, every field of it, for policy and reference alike. TRL 1.15 has the
+same functions, except for AsyncGRPOTrainer, which packs other rows there and is refused.
 """
 
 from __future__ import annotations
 
+import importlib
 import logging
 import types
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -101,7 +105,7 @@ def install() -> None:
 
         raise ImportError(
             f"trl {trl.__version__} has no trl.trainer.utils.{_READER} that reads {_NAME}, so "
-            "nothing would reach fastpo, expected trl 1.16: pip install 'trl>=1.16,<1.17'"
+            "nothing would reach fastpo, expected trl 1.15 or 1.16: pip install 'trl>=1.15,<1.17'"
         )
     setattr(utils, _NAME, _FastpoLogProbs(getattr(utils, _NAME)))
 
@@ -139,9 +143,28 @@ def uninstall() -> None:
         setattr(utils, _NAME, current.original)
 
 
-def __getattr__(name: str) -> Any:
-    if name == "GRPOTrainer":  # a subclass of TRL's: TRL is imported when it is asked for
-        from fastpo.integrations._trl_grpo import GRPOTrainer
+_TRAINERS = {
+    "GRPOTrainer": "_trl_grpo",
+    "RLOOTrainer": "_trl_sequence",
+    "GMPOTrainer": "_trl_sequence",
+    "AsyncGRPOTrainer": "_trl_async",
+}
 
-        return GRPOTrainer
+
+def __getattr__(name: str) -> Any:
+    if name in _TRAINERS:  # subclasses of TRL's: TRL is imported when one is asked for
+        if name == "AsyncGRPOTrainer":
+            _check_packs_trees()
+        return getattr(importlib.import_module(f"fastpo.integrations.{_TRAINERS[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _check_packs_trees() -> None:
+    import trl
+
+    packing = Path(trl.__file__).parent / "experimental" / "async_grpo" / "packing.py"
+    if not packing.is_file():
+        raise ImportError(
+            f"trl {trl.__version__} packs no trees of samples, which AsyncGRPOTrainer scores, "
+            "expected trl 1.16: pip install 'trl>=1.16,<1.17'"
+        )

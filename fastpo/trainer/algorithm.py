@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+import torch
 
 import fastpo
 from fastpo import presets
@@ -25,6 +28,9 @@ class Algorithm:
     overlong_filter: bool
     estimator: str
     max_gen_batches: int
+    carry_surplus: bool
+    correction: dict[str, Any]  # of fastpo.rollout_correction; {} = none
+    sync_reference_every: int  # steps; 0 = never
 
 
 def resolve(config: AlgorithmConfig, max_new_tokens: int) -> Algorithm:
@@ -68,6 +74,11 @@ def resolve(config: AlgorithmConfig, max_new_tokens: int) -> Algorithm:
             f"algorithm.critic gives advantages to tokens, but the loss of {config.preset} is of "
             "whole sequences: set algorithm.critic=false, or take another preset"
         )
+    if config.sync_reference_every and not objective.kl_coef:
+        raise RecipeError(
+            f"algorithm.sync_reference_every is {config.sync_reference_every}, but there is no "
+            "reference policy: set algorithm.objective.kl_coef > 0 too"
+        )
     return Algorithm(
         objective=objective,
         critic=critic,
@@ -77,4 +88,24 @@ def resolve(config: AlgorithmConfig, max_new_tokens: int) -> Algorithm:
         overlong_filter=dapo if config.overlong_filter is None else config.overlong_filter,
         estimator=config.estimator,
         max_gen_batches=config.max_gen_batches,
+        carry_surplus=config.carry_surplus,
+        correction=_correction(config.correction),
+        sync_reference_every=config.sync_reference_every,
     )
+
+
+def _correction(config: dict[str, Any]) -> dict[str, Any]:
+    """What the recipe says, tried on one token."""
+    if not config:
+        return {}
+    one = torch.zeros(1, 1)
+    try:
+        fastpo.rollout_correction(one, one, **config, **correction_inputs(config, one))
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"algorithm.correction: {error}") from None
+    return dict(config)
+
+
+def correction_inputs(config: dict[str, Any], advantages: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The advantages, where a setting of the correction asks for them."""
+    return {} if config.get("off_policy_threshold") is None else {"advantages": advantages}

@@ -25,6 +25,18 @@ Share = Annotated[float, Ge(0), Lt(1)]
 
 
 @section()
+class LoraConfig:
+    """Adapters of low rank (peft): they alone are trained, on top of the frozen model at `path`."""
+
+    rank: Index = 0
+    """Rank of the update of a matrix; 0 = no adapters, the whole model is trained."""
+    alpha: Positive = 32.0
+    """The update is scaled by alpha / rank."""
+    target_modules: str | list[str] = "all-linear"
+    """Names of the layers that get one; all-linear = every linear layer but the LM head."""
+
+
+@section()
 class ModelConfig:
     """The policy: a Hugging Face causal LM by path, or a small Llama from random weights."""
 
@@ -32,6 +44,8 @@ class ModelConfig:
     """Directory or hub id for `from_pretrained`; none = build a Llama with the sizes below."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the products (autocast); weights and optimizer are float32 either way."""
+    gradient_checkpointing: bool = False
+    """Keep a decoder layer's input for the backward pass, and run the layer again there."""
     attention: str | None = None
     """HF `attn_implementation`; none = flash_attention_2 on GPU if installed, else sdpa."""
     hidden_size: Count = 128
@@ -46,6 +60,7 @@ class ModelConfig:
     """With `chat`: the system's message before every prompt that has none."""
     special_tokens: bool = False
     """Special tokens stay in the text that verifiers and samples.jsonl see, but for the last."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
 
 @section()
@@ -113,6 +128,14 @@ class AlgorithmConfig:
     """Dynamic sampling gives up after so many rounds of sampling in one step."""
     estimator: str = "grpo"
     """Of the advantages: grpo, dr_grpo, rloo, opo, passk, reinforce_pp."""
+    carry_surplus: bool = False
+    """Groups that dynamic sampling drew and this step has no room for are used in the next one, at
+    the log-probs they were sampled at."""
+    correction: dict[str, Any] = field(default_factory=dict)
+    """Arguments of fastpo.rollout_correction, for a sampler that is not the policy which learns:
+    mode="truncate", high=2 (TIS), mode="mask" (MIS), ...; old log-probs are recomputed then."""
+    sync_reference_every: Index = 0
+    """Steps after which the reference of the KL penalty becomes the policy; 0 = never."""
 
 
 @section()

@@ -261,17 +261,18 @@ def full(tree: Any) -> Any:
     return tree_map(put_together, tree)
 
 
+def place_like(value: Any, parameter: Tensor) -> Any:
+    """`value`, sharded as a parameter of its shape is, if that is."""
+    if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
+        return value
+    value = value.to(parameter.device)
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements)
+
+
 def shard_like(state: dict[str, Any], parameters: list[Tensor]) -> dict[str, Any]:
     """The state of an optimizer as `full` gave it, sharded as its parameters are, if they are."""
-
-    def place(value: Any, parameter: Tensor) -> Any:
-        if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
-            return value
-        value = value.to(parameter.device)
-        return distribute_tensor(value, parameter.device_mesh, parameter.placements)
-
     moments = {
-        index: {name: place(value, parameters[index]) for name, value in values.items()}
+        index: {name: place_like(value, parameters[index]) for name, value in values.items()}
         for index, values in state["state"].items()
     }
     return {**state, "state": moments}

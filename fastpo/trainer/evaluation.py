@@ -11,13 +11,13 @@ import torch
 
 from fastpo.trainer.config import Config
 from fastpo.trainer.experience import Sample, roll_out
-from fastpo.trainer.policy import (
-    Policy,
+from fastpo.trainer.models import (
     default_device,
     load_policy,
     make_policy,
     quiet_transformers,
 )
+from fastpo.trainer.policy import Policy
 from fastpo.trainer.rollout import Sampling
 from fastpo.trainer.run import checkpoint, directory, recipe
 from fastpo.trainer.run.errors import RecipeError, TrainerError
@@ -108,7 +108,8 @@ def _find(path: Path, overrides: Sequence[str]) -> tuple[Config, Path | None]:
     """The recipe of `path` and the directory of its model, where it has one."""
     if not path.is_dir():
         return recipe.load(path, overrides), None
-    if not (path / "config.json").exists():  # every model directory has one
+    # Every directory of a model has the one, every directory of adapters the other.
+    if not any((path / f"{kind}config.json").exists() for kind in ("", "adapter_")):
         return directory.config_of(path, overrides), checkpoint.find(path)
     if (path.parent / directory.CONFIG).exists():
         return directory.config_of(path.parent, overrides), path

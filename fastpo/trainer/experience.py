@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -32,6 +33,8 @@ class Sample:
     advantage: float | list[float] = 0.0  # of every token alike, or of each (a critic's)
     live: bool = True  # False: carries no loss
     old_logprobs: list[float] = field(default_factory=list)  # of the policy before the updates
+    weights: list[float] = field(default_factory=list)  # of every token; none = 1
+    mask: list[bool] = field(default_factory=list)  # tokens that carry a loss; none = all
     values: list[float] = field(default_factory=list)  # of every token, by the critic before it
     returns: list[float] = field(default_factory=list)  # what they should have been
 
@@ -53,6 +56,11 @@ class Sample:
         """Tokens of the completion, end token included."""
         return len(self.completion.tokens)
 
+    @property
+    def tokens_learned(self) -> int:
+        """Tokens that carry a loss."""
+        return self.live * (sum(self.mask) if self.mask else self.length)
+
 
 @dataclass(kw_only=True)
 class Batch:
@@ -61,6 +69,8 @@ class Batch:
     groups: list[list[Sample]]  # to learn from
     sampled: list[list[Sample]] = field(repr=False)  # all of them, with those that were discarded
     rounds: int
+    carried: int = 0  # of the groups: how many an earlier policy sampled
+    surplus: list[list[Sample]] = field(default_factory=list, repr=False)  # no room in this step
 
     @property
     def samples(self) -> list[Sample]:
@@ -116,20 +126,26 @@ def collect(
     sampling: Sampling,
     algorithm: Algorithm,
     generator: torch.Generator,
+    carried: list[list[Sample]] = (),
 ) -> Batch:
     """Sample groups until `prompts` of them can teach something (dynamic sampling).
 
     A group where all answers are right, or all wrong, has advantages of 0: with dynamic sampling on
-    it is replaced by fresh problems, for at most `max_gen_batches` rounds.
+    it is replaced by fresh problems, for at most `max_gen_batches` rounds. `carried` groups, the
+    surplus of the step before, come first.
 
     Raises:
         TrainerError: not a single informative group in all rounds; or what `roll_out` raises.
     """
     sampled: list[list[Sample]] = []
-    kept: list[list[Sample]] = []
+    kept = list(carried)
     rounds, by = 0, algorithm.dynamic_sampling_by
     while len(kept) < prompts and rounds < algorithm.max_gen_batches:
-        count = _groups_to_sample(prompts - len(kept), len(kept), len(sampled), prompts)
+        missing = prompts - len(kept)
+        informative = len(kept) - len(carried)
+        count = _groups_to_sample(
+            missing, informative, len(sampled), prompts if rounds else missing
+        )
         drawn = distributed.first(partial(problems.take, count))
         groups = roll_out(policy, verifier, drawn, sampling, generator)
         punish_overlong(groups, sampling.max_new_tokens, algorithm.overlong_cache)
@@ -138,7 +154,42 @@ def collect(
         rounds += 1
     if not kept:
         raise TrainerError(_nothing_to_learn(sampled, rounds, by))
-    return Batch(groups=kept[:prompts], sampled=sampled, rounds=rounds)
+    return Batch(
+        groups=kept[:prompts],
+        sampled=sampled,
+        rounds=rounds,
+        carried=len(carried),
+        surplus=kept[prompts:] if algorithm.carry_surplus else [],
+    )
+
+
+def to_plain(groups: list[list[Sample]]) -> list[list[dict[str, Any]]]:
+    """Judged groups for a checkpoint: plain values, without what only the verifier reads."""
+    return [
+        [
+            asdict(replace(member, problem=Problem(member.problem.prompt, member.problem.answer)))
+            | {"problem": [member.problem.prompt, member.problem.answer]}
+            for member in group
+        ]
+        for group in groups
+    ]
+
+
+def from_plain(groups: list[list[dict[str, Any]]]) -> list[list[Sample]]:
+    """What `to_plain` was given."""
+    return [
+        [
+            Sample(
+                **member
+                | {
+                    "problem": Problem(*member["problem"]),
+                    "completion": Completion(**member["completion"]),
+                }
+            )
+            for member in group
+        ]
+        for group in groups
+    ]
 
 
 def punish_overlong(groups: list[list[Sample]], max_length: int, cache_length: int) -> None:

@@ -10,21 +10,20 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from fastpo.trainer import distributed, selfcheck
+from fastpo.trainer import distributed, experience, selfcheck
 from fastpo.trainer.algorithm import resolve
 from fastpo.trainer.config import Config
 from fastpo.trainer.critic import Critic
 from fastpo.trainer.evaluation import evaluate_held_out
-from fastpo.trainer.experience import Batch, assign_advantages, collect, mute_truncated
+from fastpo.trainer.experience import Batch, Sample, assign_advantages, collect, mute_truncated
 from fastpo.trainer.metrics import rollout_metrics, speed_metrics, update_metrics
-from fastpo.trainer.policy import (
-    Policy,
-    Snapshot,
+from fastpo.trainer.models import (
     default_device,
     load_policy,
     make_policy,
     quiet_transformers,
 )
+from fastpo.trainer.policy import Policy, Snapshot
 from fastpo.trainer.rollout import Sampling
 from fastpo.trainer.run import checkpoint, console, directory, recipe, report
 from fastpo.trainer.run.errors import Interrupted, RecipeError, TrainerError
@@ -84,7 +83,9 @@ def train_step(run: Trainer) -> tuple[Batch, dict[str, float]]:
         Sampling.of(run.config.rollout),
         run.algorithm,
         run.generator,
+        run.surplus,
     )
+    run.surplus = batch.surplus
     sampled = time.monotonic()
     if run.critic is None:
         assign_advantages(batch.groups, run.algorithm.estimator)
@@ -96,7 +97,7 @@ def train_step(run: Trainer) -> tuple[Batch, dict[str, float]]:
     values = {} if run.critic is None else run.critic.learn(batch.samples, run.order)
     sums = Sums()
     if run.critic is None or run.step >= run.config.critic.warmup_steps:
-        sums = run.learner.learn(batch.samples, run.order)
+        sums = run.learner.learn(batch.samples, run.order, fresh=not batch.carried)
     return batch, {
         **rollout_metrics(batch, run.algorithm.dynamic_sampling_by),
         **update_metrics(sums.read()),
@@ -126,6 +127,7 @@ class Trainer:
         self.order = torch.Generator().manual_seed(config.seed)  # which samples share an update
         self.step, self.num_tokens, self.seconds = 0, 0, 0.0
         self.before: dict[str, Any] | None = None
+        self.surplus: list[list[Sample]] = []  # judged, and left for the next step
         # Born in one of these two: policy, held_out and problems; dir and log; learner and critic.
         if resume:
             self._resume()
@@ -202,7 +204,7 @@ class Trainer:
 
     def run(self) -> None:
         """Warm up if asked to, evaluate, then train to the last step."""
-        self._say(self._headline())
+        self._say(console.headline(self.config, self.policy.model, self.device, self.dir))
         if self.learner is None:
             self._warm_up()
             self._make_learner()
@@ -225,21 +227,15 @@ class Trainer:
     def _say(self, text: str) -> None:
         self.out.print(text, markup=False, soft_wrap=True)
 
-    def _headline(self) -> str:
-        rollout, model = self.config.rollout, self.policy.model
-        size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-        return (
-            f"{type(model).__name__}, {size:.2f} M parameters, on {self.device}: "
-            f"{self.config.algorithm.preset}, {self.config.steps} steps of {rollout.prompts} x "
-            f"{rollout.group_size} completions. Everything goes to {self.dir}"
-        )
-
     def _advance(self) -> None:
         """One step and the evaluation that may be due; whatever fails, steps done are kept."""
         self.display.phase = f"step {self.step + 1}"
         try:
             batch, metrics = train_step(self)
             self.step += 1
+            every = self.algorithm.sync_reference_every
+            if every and self.step % every == 0:
+                self.learner.sync_reference()
             self.num_tokens += sum(len(s.prompt) + s.length for g in batch.sampled for s in g)
             metrics["num_tokens"] = self.num_tokens
             distributed.first(lambda: self._record(batch, metrics))
@@ -293,6 +289,7 @@ class Trainer:
             "learner": self.learner.state_dict(),
             "critic": self.critic and self.critic.state_dict(),
             "problems": self.problems.state(),
+            "surplus": experience.to_plain(self.surplus),
             "generator": self.generator.get_state(),
             "order": self.order.get_state(),
         }
@@ -316,6 +313,7 @@ class Trainer:
             if self.critic and state["critic"]:
                 self.critic.load_state_dict(state["critic"])
             self.problems.load_state(state["problems"])
+            self.surplus = experience.from_plain(state["surplus"])
             self.generator.set_state(state["generator"])
             self.order.set_state(state["order"])
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -350,12 +348,15 @@ class Trainer:
             self.config.rollout.temperature,
             self._reference(),
             total_updates=self.config.steps * optim.updates_per_batch * optim.epochs,
+            correction=self.algorithm.correction,
         )
 
     def _reference(self) -> Policy | None:
         kl_coef = self.algorithm.objective.kl_coef
         if kl_coef == 0:
             return None
+        if self.config.model.lora.rank:
+            return self.policy.without_adapters()
         directory = self.dir / REFERENCE
         if self.step == 0:
             self.policy.save(directory)

@@ -15,6 +15,14 @@ import torch
 
 from fastpo.trainer.experience import Batch, Sample, is_informative
 
+CORRECTION = {  # under TRL's names where it has some
+    "sampling/importance_sampling_ratio/mean": "sampling/ratio_mean",
+    "sampling/importance_sampling_ratio/min": "sampling/ratio_min",
+    "sampling/importance_sampling_ratio/max": "sampling/ratio_max",
+    "sampling/sampling_logp_difference/max": "sampling/difference_max",
+    **{f"sampling/{name}": f"sampling/{name}" for name in ("cut", "ess", "kl_k1", "kl_k3")},
+}
+
 
 def rollout_metrics(batch: Batch, by: str = "correct") -> dict[str, float]:
     """Rewards, lengths in tokens, and groups, which teach something `by` a metric."""
@@ -34,6 +42,7 @@ def rollout_metrics(batch: Batch, by: str = "correct") -> dict[str, float]:
         "completions/mean_terminated_length": _mean(ended),
         "groups_kept": _mean([is_informative(group, by) for group in batch.sampled]),
         "groups_trained": len(batch.groups),
+        "groups_carried": batch.carried,
         "gen_batches": batch.rounds,
         "invalid_rewards": sum(not sample.judged for sample in samples),
         **_part_metrics(samples),
@@ -72,6 +81,9 @@ def update_metrics(sums: dict[str, float]) -> dict[str, float]:
     }
     if "ref_kl" in sums:
         values["kl"] = sums["ref_kl"] / tokens
+    for name, ours in CORRECTION.items():
+        if ours in sums:
+            values[name] = sums[ours]
     return values
 
 

@@ -90,7 +90,7 @@ class SharedPrompts:
 
     def hidden(self, policy: Policy) -> Tensor:
         """Hidden states (N, D) that predict completion tokens."""
-        with policy.precision():
+        with policy.forward_pass():
             return self._hidden(policy.model.base_model)[self.rows, self.columns]
 
     def _hidden(self, trunk: nn.Module) -> Tensor:
@@ -128,6 +128,7 @@ class MicroBatch:
     sampled_logprobs: Tensor  # (N,) as the sampler computed them
     old_logprobs: Tensor  # (N,) of the policy that sampled
     kept: dict[str, Tensor]  # what the tokens were drawn from, as the ops take it; {} = anything
+    correction: dict[str, Tensor]  # importance_weights, mask (N,), as the loss takes it; {} = none
 
     @classmethod
     def of(
@@ -146,12 +147,13 @@ class MicroBatch:
             else Rows.of(samples, device, packed=packed),
             tokens=torch.tensor([t for s in samples for t in s.completion.tokens], device=device),
             cu_seqlens=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int().to(device),
-            advantages=_advantages(samples).to(device),
+            advantages=advantages_of(samples).to(device),
             sampled_logprobs=torch.tensor(
                 [p for s in samples for p in s.completion.logprobs], device=device
             ),
             old_logprobs=torch.tensor([p for s in samples for p in s.old_logprobs], device=device),
             kept=_kept([s.completion for s in samples], device),
+            correction=_correction(samples, device),
         )
 
     def hidden(self, policy: Policy) -> Tensor:
@@ -169,10 +171,12 @@ class MicroBatch:
             sampled_logprobs=self.sampled_logprobs[:0],
             old_logprobs=self.old_logprobs[:0],
             kept={k: v[:1] if k == "kept_offsets" else v[:0] for k, v in self.kept.items()},
+            correction={k: v[:0] for k, v in self.correction.items()},
         )
 
 
-def _advantages(samples: list[Sample]) -> Tensor:
+def advantages_of(samples: list[Sample]) -> Tensor:
+    """Of every sample (B,), or of every token (N,) by a critic."""
     if isinstance(samples[0].advantage, list):
         return torch.tensor([a for s in samples for a in s.advantage])
     return torch.tensor([s.advantage for s in samples])
@@ -184,6 +188,16 @@ def _kept(completions: list[Completion], device: torch.device) -> dict[str, Tens
     offsets = [c.kept_offsets or [0] * (len(c.tokens) + 1) for c in completions]
     ids = [c.kept_tokens for c in completions]
     return fastpo.kept_from_arrays(ids, offsets, device=device)._asdict()
+
+
+def _correction(samples: list[Sample], device: torch.device) -> dict[str, Tensor]:
+    if not any(s.weights for s in samples):
+        return {}
+    columns = {
+        "importance_weights": [w for s in samples for w in s.weights or [1.0] * s.length],
+        "mask": [m for s in samples for m in s.mask or [True] * s.length],
+    }
+    return {name: torch.tensor(column, device=device) for name, column in columns.items()}
 
 
 def layout_of(policy: Policy, config: OptimConfig) -> dict[str, bool]:

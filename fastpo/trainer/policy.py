@@ -7,9 +7,9 @@ so that logits of a whole batch never exist.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,17 +19,15 @@ from torch import Tensor, nn
 from fastpo.integrations.transformers import lm_head
 from fastpo.trainer import distributed
 from fastpo.trainer.config import ModelConfig
-from fastpo.trainer.run.errors import RecipeError, TrainerError, reason_of
+from fastpo.trainer.run.errors import RecipeError, TrainerError
 from fastpo.trainer.tasks import Problem
-
-PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 
 
 @dataclass(kw_only=True)
 class Policy:
     """A causal LM in eval mode (dropout off, so that old and new log-probs are of one network).
 
-    Its weights are float32 whatever `config.dtype` says: a step of AdamW is about lr per weight,
+    What is trained is float32 whatever `config.dtype` says: a step of AdamW is about lr per weight,
     far below half an ulp of a bfloat16 weight of 1 (4e-3), where it would be rounded away.
     """
 
@@ -40,21 +38,44 @@ class Policy:
     stop: str | None  # completions end here, too
     stop_ids: Tensor  # (S,) every token id that ends a completion
     root: nn.Module | None = None  # of FSDP2, where the model is sharded
+    adapted: bool = True  # False: its adapters are off
 
     @property
     def dtype(self) -> torch.dtype:
         """Type of hidden states and of the products of the model."""
         return getattr(torch, self.config.dtype)
 
-    def precision(self) -> AbstractContextManager:
-        """The context of a forward pass; a weight is cast once in it, however often it is used."""
-        if self.dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
+    @contextmanager
+    def forward_pass(self) -> Iterator[None]:
+        """Around a forward pass; a weight is cast once in it, however often it is used."""
+        # transformers checkpoints layers in training mode: they alone are, not what drops out
+        # inside of them, and not where a cache is filled.
+        asked = self.config.gradient_checkpointing and torch.is_grad_enabled()
+        modules = self.model.modules() if asked else ()
+        layers = [m for m in modules if getattr(m, "gradient_checkpointing", False)]
+        for layer in layers:
+            layer.training = True
+        low = self.dtype != torch.float32
+        try:
+            with torch.autocast(self.device.type, self.dtype) if low else nullcontext():
+                yield
+        finally:
+            for layer in layers:
+                layer.training = False
 
     def inside(self, work: Callable[[], Any]) -> Any:
         """What `work` returns, done in the forward of what is sharded: there `head` is whole."""
-        return work() if self.root is None else self.root(work)
+        if not self.adapted:
+            self.model.disable_adapters()
+        try:
+            return work() if self.root is None else self.root(work)
+        finally:
+            if not self.adapted:
+                self.model.enable_adapters()
+
+    def without_adapters(self) -> Policy:
+        """The model that adapters were put on; its weights are not copied. Used by `inside`."""
+        return replace(self, adapted=False)
 
     def hidden_states(self, ids: Tensor, positions: Tensor | None = None) -> Tensor:
         """Last hidden states [B, T, D] of right-padded ids [B, T], or of one packed row [1, T].
@@ -62,7 +83,7 @@ class Policy:
         No attention mask: under causal attention, padding on the right changes nothing on its left,
         and transformers tells packed sequences apart by `positions` [1, T] that start anew from 0.
         """
-        with self.precision():
+        with self.forward_pass():
             output = self.model.base_model(input_ids=ids, position_ids=positions, use_cache=False)
         return output.last_hidden_state
 
@@ -172,6 +193,8 @@ class Policy:
     def snapshot(self) -> Snapshot:
         """What there is to save; all ranks take part, rank 0 gets the weights."""
         weights = self.model.state_dict(keep_vars=True)  # so that tied ones are the same object
+        if self.config.lora.rank:
+            weights = {name: weight for name, weight in weights.items() if ".lora_" in name}
         return Snapshot(self.model, self.tokenizer, distributed.full(weights))
 
     def save(self, directory: Path) -> None:
@@ -193,161 +216,9 @@ class Snapshot(NamedTuple):
         return all(bool(weight.isfinite().all()) for weight in self.weights.values())
 
     def save(self, directory: Path) -> None:
-        """Write a directory that `AutoModelForCausalLM.from_pretrained` loads."""
+        """Write a directory that `AutoModelForCausalLM.from_pretrained` loads.
+
+        Of a model with adapters, these alone, and the name of the model that they are for.
+        """
         self.model.save_pretrained(directory, state_dict=self.weights)
         self.tokenizer.save_pretrained(directory)
-
-
-def make_policy(
-    config: ModelConfig, device: torch.device, *, alphabet: str | None, stop: str | None
-) -> Policy:
-    """Load the model at `config.path`, or build a small Llama over the characters of `alphabet`.
-
-    Raises:
-        RecipeError: nothing loadable there, no alphabet, or a head that fastpo cannot express.
-    """
-    if config.path is not None:
-        return load_policy(config.path, config, device, stop=stop)
-    if alphabet is None:
-        raise RecipeError("this task needs a real tokenizer: set model.path")
-    tokenizer = character_tokenizer(alphabet)
-    if config.hidden_size % (2 * config.heads):  # rotary embeddings turn pairs of columns
-        raise RecipeError(
-            f"model.hidden_size is {config.hidden_size}, expected a multiple of twice "
-            f"model.heads = {config.heads}"
-        )
-    try:
-        model = _small_llama(config, tokenizer)
-    except Exception as error:  # transformers raises many kinds
-        reason = str(error).strip().split("\n")[0]
-        raise RecipeError(f"cannot build a model from these sizes: {reason}") from error
-    return _wrap(model, tokenizer, config, device, stop)
-
-
-def load_policy(
-    path: str | Path, config: ModelConfig, device: torch.device, *, stop: str | None
-) -> Policy:
-    """Load a model and its tokenizer from a Hugging Face directory or hub id."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        model, found = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=torch.float32,
-            attn_implementation=config.attention or _default_attention(device),
-            output_loading_info=True,
-            trust_remote_code=False,  # None would ask on the terminal
-        )
-    except Exception as error:  # transformers and safetensors raise many kinds
-        raise RecipeError(f"cannot load a model from {str(path)!r}: {reason_of(error)}") from error
-    if found["missing_keys"]:  # transformers would go on with random weights
-        missing = ", ".join(sorted(found["missing_keys"])[:3])
-        raise RecipeError(f"the model at {str(path)!r} is incomplete: no weights for {missing}")
-    for parameter in model.parameters():
-        # safetensors maps files at any offset, and CPU GEMMs round differently on memory that is
-        # not 64-byte aligned (seen: 2e-8): a resumed run would not be bit-exact without a copy.
-        parameter.data = parameter.data.clone()
-    return _wrap(model, tokenizer, config, device, stop)
-
-
-def character_tokenizer(alphabet: str) -> Any:
-    """A Hugging Face tokenizer with one token per character of `alphabet`."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    symbols = [PAD, EOS, UNKNOWN, *sorted(set(alphabet))]
-    vocabulary = {symbol: index for index, symbol in enumerate(symbols)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=PAD,
-        eos_token=EOS,
-        unk_token=UNKNOWN,
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def _small_llama(config: ModelConfig, tokenizer: Any) -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=config.hidden_size,
-            intermediate_size=4 * config.hidden_size,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.heads,
-            num_key_value_heads=config.heads,
-            max_position_embeddings=1024,
-            tie_word_embeddings=True,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            attn_implementation=config.attention,
-        )
-    )
-
-
-def _wrap(
-    model: nn.Module, tokenizer: Any, config: ModelConfig, device: torch.device, stop: str | None
-) -> Policy:
-    """Put a model where it belongs. (`distributed.shard` comes after the self-check.)"""
-    ids = stop_ids(model, tokenizer, stop)
-    return Policy(
-        model=model.to(device).eval(),
-        tokenizer=tokenizer,
-        device=device,
-        config=config,
-        stop=stop,
-        stop_ids=torch.tensor(ids, dtype=torch.long, device=device),
-    )
-
-
-def stop_ids(model: nn.Module, tokenizer: Any, stop: str | None) -> list[int]:
-    """Every id that ends a completion: EOS ids of tokenizer and model, tokens that hold `stop`."""
-    declared = model.generation_config.eos_token_id
-    ids = set(declared if isinstance(declared, list) else [declared])
-    ids.add(tokenizer.eos_token_id)
-    if stop:
-        pieces = tokenizer.batch_decode([[index] for index in range(len(tokenizer))])
-        ids.update(index for index, piece in enumerate(pieces) if stop in piece)
-    ids.discard(None)
-    if not ids and not stop:
-        raise RecipeError("neither tokenizer nor model has an end token, nor the task a `stop`")
-    return sorted(ids)
-
-
-def quiet_transformers() -> None:
-    """Switch off the bars transformers draws when it reads and writes weights: we draw our own."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-
-
-def default_device(name: str | None) -> torch.device:
-    """The device called `name`; None = cuda where there is one, else cpu.
-
-    Raises:
-        RecipeError: there is no such device here.
-    """
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        probe = torch.zeros(1, device=name)
-        probe.item()  # the device `meta` makes tensors, but holds nothing
-        return probe.device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).split("\n")[0]
-        raise RecipeError(
-            f"device {name!r} cannot be used ({reason}); none = the best here"
-        ) from None
-
-
-def _default_attention(device: torch.device) -> str | None:
-    from transformers.utils import is_flash_attn_2_available
-
-    if device.type == "cuda" and is_flash_attn_2_available():
-        return "flash_attention_2"
-    return None  # transformers takes sdpa where the architecture has it

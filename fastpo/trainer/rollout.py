@@ -81,7 +81,7 @@ def sample(
         return [replace(done) for done in once for _ in range(sampling.group_size)]
     completions = []
     step = max(1, sampling.batch_size // sampling.group_size) * (share.step or 1)
-    with policy.precision(), distributed.whole(policy.root):
+    with policy.forward_pass(), distributed.whole(policy.root):
         for start in range(0, len(prompts), step):
             part = prompts[start : start + step]
             shape = (len(part), sampling.group_size, sampling.max_new_tokens)

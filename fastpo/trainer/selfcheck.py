@@ -44,7 +44,8 @@ def check(policy: Policy, optim: OptimConfig) -> None:
     Raises:
         RecipeError: one of them gives other numbers, or does not work with this model.
     """
-    if policy.dtype != torch.float32 and not policy.packs:  # flash attention has no float32
+    half = policy.packs or policy.config.lora.rank  # flash attention has no float32, nor this base
+    if policy.dtype != torch.float32 and not half:
         policy = replace(policy, config=replace(policy.config, dtype="float32"))
     name = type(policy.model).__name__
     samples = _attempt(f"the sampler cannot decode {name}", lambda: _sampled(policy))

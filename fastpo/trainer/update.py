@@ -16,9 +16,10 @@ from torch import Tensor
 
 import fastpo
 from fastpo.trainer import distributed
+from fastpo.trainer.algorithm import correction_inputs
 from fastpo.trainer.config import OptimConfig
 from fastpo.trainer.experience import Sample
-from fastpo.trainer.microbatch import MicroBatch, micro_batches
+from fastpo.trainer.microbatch import MicroBatch, advantages_of, micro_batches
 from fastpo.trainer.policy import Policy
 from fastpo.trainer.run import console
 from fastpo.trainer.run.errors import TrainerError
@@ -51,6 +52,7 @@ class Learner:
         temperature: float,
         reference: Policy | None = None,
         total_updates: int = 0,  # of the run: where a decay of the learning rate ends
+        correction: dict[str, Any] | None = None,  # of fastpo.rollout_correction
     ):
         self.policy = policy
         self.config = config
@@ -65,6 +67,8 @@ class Learner:
             weight_decay=config.weight_decay,
         )
         self.total_updates = total_updates
+        self.correction = correction
+        self.synced = False  # the reference is no longer that of the beginning
         self.updates = 0  # that are over, those without a sample to learn from included
 
     @property
@@ -76,7 +80,10 @@ class Learner:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps of the learner."""
-        return {"optimizer": self.optimizer.state_dict(), "updates": self.updates}
+        state = {"optimizer": self.optimizer.state_dict(), "updates": self.updates}
+        if self.synced:
+            state["reference"] = [p.detach() for p in self.reference.model.parameters()]
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take a checkpoint's moments and update count, and keep this recipe's numbers."""
@@ -85,13 +92,22 @@ class Learner:
         for group, settings in zip(self.optimizer.param_groups, own, strict=True):
             group.update(settings, params=group["params"])
         self.updates = state["updates"]
+        if self.reference and "reference" in state:
+            self._set_reference(state["reference"])
 
-    def learn(self, samples: list[Sample], generator: torch.Generator) -> Sums:
-        """`epochs` passes of `updates_per_batch` updates over one batch of samples."""
+    def learn(
+        self, samples: list[Sample], generator: torch.Generator, *, fresh: bool = True
+    ) -> Sums:
+        """`epochs` passes of `updates_per_batch` updates over one batch of samples.
+
+        `fresh`: the policy as it is sampled all of them.
+        """
         sums = Sums()
-        on_policy = self.config.updates_per_batch == 1 and self.config.epochs == 1
-        if self.config.old_logprobs == "recompute" and not on_policy:
+        on_policy = fresh and self.config.updates_per_batch == 1 and self.config.epochs == 1
+        if self.correction or (self.config.old_logprobs == "recompute" and not on_policy):
             self.recompute_old_logprobs(samples)
+        if self.correction:
+            sums.add(self.correct(samples))
         console.tell(f"learning from {len(samples)} completions")
         for _ in range(self.config.epochs):
             order = torch.randperm(len(samples), generator=generator)
@@ -109,19 +125,21 @@ class Learner:
         Raises:
             TrainerError: loss or gradient is not finite; the parameters are left as they were.
         """
-        live = [sample for sample in samples if sample.live]
+        live = [sample for sample in samples if sample.tokens_learned]
         if not live:
             self.updates += 1  # the learning rate follows the steps of the run, taken or not
             return
         by_tokens = self.objective.aggregation == "token_mean"
-        normalizer = sum(sample.length for sample in live) if by_tokens else len(samples)
+        normalizer = sum(sample.tokens_learned for sample in live) if by_tokens else len(samples)
         self.optimizer.zero_grad(set_to_none=True)
         loss = torch.zeros((), device=self.policy.device)
         for _, batch in micro_batches(live, self.policy, self.config):
             result = self._loss(batch, normalizer, on_policy)
             (result.loss * distributed.size()).backward()  # FSDP2 takes the mean over ranks
             loss += result.loss.detach()
-            if "updates" not in sums:  # the policy is still the one that sampled
+            if (
+                "updates" not in sums
+            ):  # but for carried samples, the policy is still the one that sampled
                 difference = (result.logprobs - batch.sampled_logprobs).abs()
                 sums.add({"sampled": len(difference), "sampled_difference": difference.sum()})
             sums.add(result.metrics)
@@ -153,9 +171,42 @@ class Learner:
                 cu_seqlens=batch.cu_seqlens,
                 normalizer=normalizer,
                 **batch.kept,
+                **batch.correction,
                 **self.policy.head(),
             )
         )
+
+    def correct(self, samples: list[Sample]) -> dict[str, float]:
+        """Weigh every token by how the policy's log-probs differ from the sampler's.
+
+        Over the whole batch, which every rank holds. Returns the metrics of
+        `fastpo.rollout_correction`, the share of this rank.
+        """
+        live = [sample for sample in samples if sample.live]
+        if not live:
+            return {}
+        lengths = torch.tensor([sample.length for sample in live])
+        found = fastpo.rollout_correction(
+            torch.tensor([p for s in live for p in s.old_logprobs]),
+            torch.tensor([p for s in live for p in s.completion.logprobs]),
+            cu_seqlens=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int(),
+            **self.correction,
+            **correction_inputs(self.correction, advantages_of(live)),
+        )
+        columns = (x.split(lengths.tolist()) for x in (found.weights, found.mask))
+        for sample, weights, mask in zip(live, *columns, strict=True):
+            sample.weights, sample.mask = weights.tolist(), mask.tolist()
+        return {f"sampling/{k}": v.item() / distributed.size() for k, v in found.metrics.items()}
+
+    def sync_reference(self) -> None:
+        """The reference becomes the policy as it is."""
+        self._set_reference(list(self.policy.model.parameters()))
+
+    @torch.no_grad()
+    def _set_reference(self, weights: list[Tensor]) -> None:
+        for old, new in zip(self.reference.model.parameters(), weights, strict=True):
+            old.copy_(distributed.place_like(new, old))
+        self.synced = True
 
     def recompute_old_logprobs(self, samples: list[Sample]) -> None:
         """Old log-probs as the update computes them: low-precision decoding gives others."""

@@ -23,7 +23,8 @@ NAME, PREVIOUS, BEST = "checkpoint", "checkpoint.previous", "best"
 STATE, MANIFEST = "trainer_state.pt", "SHA256SUMS"
 KEYS = {
     *("step", "num_tokens", "seconds", "before", "learner", "critic"),
-    *("problems", "generator", "order"),  # random states
+    *("problems", "surplus"),  # what comes next
+    *("generator", "order"),  # random states
 }
 Score = tuple[float, float]  # of an evaluation: accuracy, then reward
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
+import torch
 from rich.console import Console, Group
 from rich.live import Live
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.text import Text
 
+from fastpo.trainer.config import Config
 from fastpo.trainer.run.errors import TrainerError
 
 SHOWN = {
@@ -39,6 +42,16 @@ def tell(text: str) -> None:
     """Say what goes on at the moment, to the display that is open, if any."""
     if _open:
         _open[-1].doing(text)
+
+
+def headline(config: Config, model: torch.nn.Module, device: torch.device, run_dir: Path) -> str:
+    """The first line of a run: what is trained, on what and how."""
+    size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    return (
+        f"{type(model).__name__}, {size:.2f} M parameters, on {device}: "
+        f"{config.algorithm.preset}, {config.steps} steps of {config.rollout.prompts} x "
+        f"{config.rollout.group_size} completions. Everything goes to {run_dir}"
+    )
 
 
 class Display:

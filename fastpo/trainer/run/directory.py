@@ -17,6 +17,7 @@ from fastpo.trainer.run.errors import RecipeError, TrainerError
 FIXED = {
     *("task", "task_args", "seed"),
     *(f"model.{key}" for key in ("path", "dtype", "hidden_size", "layers", "heads")),
+    *(f"model.lora.{key}" for key in ("rank", "alpha", "target_modules")),
     *(f"eval.{key}" for key in ("problems", "temperature", "samples")),  # before = after - rise
 }
 METRICS, SAMPLES, CONFIG = "metrics.jsonl", "samples.jsonl", "config.toml"

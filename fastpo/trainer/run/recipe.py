@@ -63,9 +63,26 @@ def load(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
 def build(values: dict[str, Any]) -> Config:
     """Check nested values (as TOML gives them) and make a Config of them."""
     try:
-        return TypeAdapter(Config).validate_python(values)
+        config = TypeAdapter(Config).validate_python(values)
     except ValidationError as error:
         raise RecipeError(_explain(error.errors()[0])) from None
+    _check_together(config)
+    return config
+
+
+def _check_together(config: Config) -> None:
+    """Refuse settings that are fine alone."""
+    model = config.model
+    if model.gradient_checkpointing and config.optim.share_prompts:
+        raise RecipeError(
+            "model.gradient_checkpointing runs a layer twice, and optim.share_prompts hands its "
+            "keys and values on, once: set one of them to false"
+        )
+    if model.lora.rank and (model.path is None or config.warmup.max_steps):
+        raise RecipeError(
+            "model.lora adapts a model that has learned something, which is also its reference: "
+            "set model.path, and warmup.max_steps=0"
+        )
 
 
 def dump(config: Config) -> str:

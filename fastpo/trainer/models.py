@@ -1,0 +1,206 @@
+"""Where a policy comes from: a Hugging Face directory or hub id, or a small Llama made here.
+
+Adapters and gradient checkpointing are put on here; `distributed.shard` comes after the self-check.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastpo.trainer.config import LoraConfig, ModelConfig
+from fastpo.trainer.policy import Policy
+from fastpo.trainer.run.errors import RecipeError, reason_of
+
+PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
+
+
+def make_policy(
+    config: ModelConfig, device: torch.device, *, alphabet: str | None, stop: str | None
+) -> Policy:
+    """Load the model at `config.path`, or build a small Llama over the characters of `alphabet`.
+
+    Raises:
+        RecipeError: nothing loadable there, no alphabet, or a head that fastpo cannot express.
+    """
+    if config.path is not None:
+        return load_policy(config.path, config, device, stop=stop)
+    if alphabet is None:
+        raise RecipeError("this task needs a real tokenizer: set model.path")
+    tokenizer = character_tokenizer(alphabet)
+    if config.hidden_size % (2 * config.heads):  # rotary embeddings turn pairs of columns
+        raise RecipeError(
+            f"model.hidden_size is {config.hidden_size}, expected a multiple of twice "
+            f"model.heads = {config.heads}"
+        )
+    try:
+        model = _small_llama(config, tokenizer)
+    except Exception as error:  # transformers raises many kinds
+        reason = str(error).strip().split("\n")[0]
+        raise RecipeError(f"cannot build a model from these sizes: {reason}") from error
+    return _wrap(model, tokenizer, config, device, stop)
+
+
+def load_policy(
+    path: str | Path, config: ModelConfig, device: torch.device, *, stop: str | None
+) -> Policy:
+    """Load a model and its tokenizer from a Hugging Face directory or hub id."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if config.lora.rank and find_spec("peft") is None:
+        raise RecipeError("model.lora.rank needs peft: pip install 'fastpo[lora]'")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=getattr(torch, config.dtype) if config.lora.rank else torch.float32,
+            attn_implementation=config.attention or _default_attention(device),
+            output_loading_info=True,
+            trust_remote_code=False,  # None would ask on the terminal
+        )
+    except Exception as error:  # transformers and safetensors raise many kinds
+        raise RecipeError(f"cannot load a model from {str(path)!r}: {reason_of(error)}") from error
+    if config.lora.rank:
+        add_adapters(model, config.lora)
+    if found["missing_keys"]:  # transformers would go on with random weights
+        missing = ", ".join(sorted(found["missing_keys"])[:3])
+        raise RecipeError(f"the model at {str(path)!r} is incomplete: no weights for {missing}")
+    for parameter in model.parameters():
+        # safetensors maps files at any offset, and CPU GEMMs round differently on memory that is
+        # not 64-byte aligned (seen: 2e-8): a resumed run would not be bit-exact without a copy.
+        parameter.data = parameter.data.clone()
+    return _wrap(model, tokenizer, config, device, stop)
+
+
+def add_adapters(model: nn.Module, config: LoraConfig) -> None:
+    """Put adapters on a model that has none yet; these alone are trained from now on.
+
+    Raises:
+        RecipeError: there are no such layers.
+    """
+    import peft
+
+    try:
+        if not getattr(model, "peft_config", None):
+            shape = {"r": config.rank, "lora_alpha": config.alpha, "task_type": "CAUSAL_LM"}
+            model.add_adapter(peft.LoraConfig(**shape, target_modules=config.target_modules))
+        model.set_adapter("default")  # loaded ones are frozen
+    except ValueError as error:
+        raise RecipeError(f"model.lora: {reason_of(error)}") from error
+
+
+def character_tokenizer(alphabet: str) -> Any:
+    """A Hugging Face tokenizer with one token per character of `alphabet`."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    symbols = [PAD, EOS, UNKNOWN, *sorted(set(alphabet))]
+    vocabulary = {symbol: index for index, symbol in enumerate(symbols)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=EOS,
+        unk_token=UNKNOWN,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _small_llama(config: ModelConfig, tokenizer: Any) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=config.hidden_size,
+            intermediate_size=4 * config.hidden_size,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            num_key_value_heads=config.heads,
+            max_position_embeddings=1024,
+            tie_word_embeddings=True,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            attn_implementation=config.attention,
+        )
+    )
+
+
+def _wrap(
+    model: nn.Module, tokenizer: Any, config: ModelConfig, device: torch.device, stop: str | None
+) -> Policy:
+    """Put a model where it belongs. (`distributed.shard` comes after the self-check.)"""
+    ids = stop_ids(model, tokenizer, stop)
+    if config.gradient_checkpointing:
+        _checkpoint_layers(model)
+    return Policy(
+        model=model.to(device).eval(),
+        tokenizer=tokenizer,
+        device=device,
+        config=config,
+        stop=stop,
+        stop_ids=torch.tensor(ids, dtype=torch.long, device=device),
+    )
+
+
+def _checkpoint_layers(model: nn.Module) -> None:
+    """Transformers' own gradient checkpointing; `Policy.forward_pass` switches it on."""
+    enable = getattr(model, "activation_checkpointing_enable", None)  # from 5.20 or so on
+    try:
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    except ValueError as error:
+        raise RecipeError(f"model.gradient_checkpointing: {reason_of(error)}") from error
+
+
+def stop_ids(model: nn.Module, tokenizer: Any, stop: str | None) -> list[int]:
+    """Every id that ends a completion: EOS ids of tokenizer and model, tokens that hold `stop`."""
+    declared = model.generation_config.eos_token_id
+    ids = set(declared if isinstance(declared, list) else [declared])
+    ids.add(tokenizer.eos_token_id)
+    if stop:
+        pieces = tokenizer.batch_decode([[index] for index in range(len(tokenizer))])
+        ids.update(index for index, piece in enumerate(pieces) if stop in piece)
+    ids.discard(None)
+    if not ids and not stop:
+        raise RecipeError("neither tokenizer nor model has an end token, nor the task a `stop`")
+    return sorted(ids)
+
+
+def quiet_transformers() -> None:
+    """Switch off the bars transformers draws when it reads and writes weights: we draw our own."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def default_device(name: str | None) -> torch.device:
+    """The device called `name`; None = cuda where there is one, else cpu.
+
+    Raises:
+        RecipeError: there is no such device here.
+    """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        probe = torch.zeros(1, device=name)
+        probe.item()  # the device `meta` makes tensors, but holds nothing
+        return probe.device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0]
+        raise RecipeError(
+            f"device {name!r} cannot be used ({reason}); none = the best here"
+        ) from None
+
+
+def _default_attention(device: torch.device) -> str | None:
+    from transformers.utils import is_flash_attn_2_available
+
+    if device.type == "cuda" and is_flash_attn_2_available():
+        return "flash_attention_2"
+    return None  # transformers takes sdpa where the architecture has it

@@ -1,0 +1,72 @@
+"""What the trainer's benchmarks compare differs in what they say it does, and in nothing else."""
+
+import importlib.util
+import random
+import sys
+from dataclasses import asdict
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastpo.trainer.algorithm import resolve
+from fastpo.trainer.run import recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def load(name):
+    """A benchmark file as a module; the neighbours that it puts into the path stay out of it."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    path = list(sys.path)
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path[:] = path
+    return module
+
+
+def flat(config):
+    """Every setting of what a recipe optimizes, but for its name."""
+    found = asdict(resolve(config.algorithm, config.rollout.max_new_tokens))
+    return found.pop("objective") | found | {"name": ""}
+
+
+def test_every_rung_of_the_ladder_adds_one_technique_and_the_last_is_dapo():
+    ladder = load("ablation")
+    algorithms = [
+        flat(recipe.load(ladder.RECIPE, ladder.techniques(rung)))
+        for rung in range(len(ladder.RUNGS))
+    ]
+    for old, new in pairwise(algorithms):
+        assert sum(old[name] != new[name] for name in old) == 1
+    dapo = ["algorithm.preset=dapo", f"algorithm.overlong_cache={ladder.CACHE}"]
+    assert algorithms[-1] == flat(recipe.load(ladder.RECIPE, dapo))
+
+
+def test_what_follows_the_last_comma_is_judged_and_work_takes_room():
+    task = load("worked_sort").WorkedSort(shortest=4, longest=4, worked=0.5)
+    rng, lengths = random.Random(0), set()
+    for _ in range(20):
+        problem = task.problem(rng)
+        assert task.reward(problem, problem.answer) == 1.0
+        assert task.reward(problem, problem.answer + ",") == 0.0
+        assert task.reward(problem, problem.answer[:-1]) == 0.0
+        lengths.add(len(problem.answer))
+    assert lengths == {4, 4 * 7 // 2 - 1}
+
+
+@pytest.mark.parametrize("method", ["fastpo", pytest.param("trl", marks=pytest.mark.peer)])
+def test_the_long_context_step_is_the_same_by_every_method(method, monkeypatch):
+    benchmark = load("long_context")
+    monkeypatch.setattr(benchmark, "VOCAB", 300)
+    ids, advantages = torch.randint(300, (2, 16)), torch.randn(32)
+    grads = []
+    for name in ("eager", method):
+        made = benchmark.model()
+        benchmark.step(name, made, ids, advantages)
+        grads.append(torch.cat([p.grad.flatten() for p in made.parameters()]))
+    torch.testing.assert_close(*grads, atol=1e-6, rtol=1e-4)
+    assert grads[0].norm() > 1e-3
