@@ -22,6 +22,10 @@ if not HAS_GPU and "triton" not in sys.modules:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # decided once, when Triton is imported
 
 
+HELPERS = ("cpp_cases", "objective_cases", "peer_batch", "policy_batch", "tiny_runs")
+pytest.register_assert_rewrite(*HELPERS, "tiny_transformers")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Refuse to test on an interpreter that computes wrongly: such tests would prove nothing."""
     if HAS_GPU or not HAS_TRITON:
@@ -92,6 +96,14 @@ def small_layout(monkeypatch: pytest.MonkeyPatch, triton_backend) -> None:
         return constants.with_tail(V, most=4)
 
     monkeypatch.setattr(_layout, "_layout", layout)
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    """See `tiny_runs.trainer`."""
+    from tiny_runs import trainer
+
+    return trainer(tmp_path, monkeypatch)
 
 
 class RayStub(importlib.abc.MetaPathFinder, importlib.abc.Loader):
