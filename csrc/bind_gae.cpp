@@ -1,11 +1,14 @@
-// Generalized advantage estimation on the CPU: a reverse scan of every sequence, the sequences in parallel.
-//
-// fastpo.critic._advantages is the specification. Everything is fp64: a recurrence of thousands of steps.
+// Generalized advantage estimation as a torch operator on CPU and, where compiled in, CUDA tensors: see gae.h.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
+
+#ifdef FASTPO_WITH_CUDA
+#include "bind_cuda.h"
+#endif
+#include "gae.h"
 
 namespace {
 
@@ -14,62 +17,84 @@ using torch::stable::Tensor;
 
 constexpr int64_t kSequencesPerTask = 8;
 
-struct Rows {
-  const double* rewards;
-  const double* values;
-  const bool* mask;  // null: all
-  double* advantages;
-};
-
-// A_t = delta_t + gamma * lam * A_next over rows [begin, end), next the next unmasked row. A decay of 0 ends the
-// recurrence: what follows, NaN included, is not looked at.
-void scan(const Rows& rows, int64_t begin, int64_t end, double gamma, double decay) {
-  double next_value = 0, advantage = 0;
-  for (int64_t t = end - 1; t >= begin; --t) {
-    if (rows.mask && !rows.mask[t]) {
-      rows.advantages[t] = 0;
-      continue;
-    }
-    const double delta = rows.rewards[t] + gamma * next_value - rows.values[t];
-    advantage = decay == 0 ? delta : delta + decay * advantage;
-    next_value = rows.values[t];
-    rows.advantages[t] = advantage;
-  }
-}
-
 template <class T>
 T* data(const Tensor& x, ScalarType type, int64_t count, const char* name) {
-  STD_TORCH_CHECK(x.is_cpu() && x.scalar_type() == type && x.numel() == count && x.is_contiguous(), name,
-                  " must be a contiguous CPU vector of the operator's dtype with ", count, " elements");
+  STD_TORCH_CHECK(x.scalar_type() == type && x.numel() == count && x.is_contiguous(), name,
+                  " must be a contiguous vector of the operator's dtype with ", count, " elements");
   return static_cast<T*>(x.data_ptr());
 }
 
-// rewards, values (N,) fp64, mask (N,) bool, offsets (B + 1,) int64; (N,) fp64.
+// rewards, values (N,) fp64, mask (N,) bool, offsets (B + 1,) int64; (N,) fp64. Rows of no sequence hold 0.
+template <class Run>
 Tensor gae(const Tensor& rewards, const Tensor& values, const std::optional<Tensor>& mask,
-           const Tensor& offsets, double gamma, double lam) {
-  const int64_t count = rewards.numel(), sequences = offsets.numel() - 1;
-  Tensor advantages = torch::stable::new_empty(rewards, {count}, ScalarType::Double);
-  const Rows rows = {data<const double>(rewards, ScalarType::Double, count, "rewards"),
-                     data<const double>(values, ScalarType::Double, count, "values"),
-                     mask ? data<const bool>(*mask, ScalarType::Bool, count, "mask") : nullptr,
-                     data<double>(advantages, ScalarType::Double, count, "advantages")};
-  const int64_t* starts = data<const int64_t>(offsets, ScalarType::Long, sequences + 1, "offsets");
-  STD_TORCH_CHECK(sequences >= 0 && starts[0] == 0 && starts[sequences] == count,
-                  "offsets must rise from 0 to the number of rows, ", count);
-  for (int64_t b = 0; b < sequences; ++b)
-    STD_TORCH_CHECK(starts[b] <= starts[b + 1], "offsets must not fall, they do at sequence ", b);
-  torch::stable::parallel_for(0, sequences, kSequencesPerTask, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) scan(rows, starts[b], starts[b + 1], gamma, gamma * lam);
-  });
+           const Tensor& offsets, double gamma, double lam, Run&& run) {
+  const int64_t count = rewards.numel();
+  Tensor advantages = torch::stable::new_zeros(rewards, {count}, ScalarType::Double);
+  fastpo::GaeParams p;
+  p.count = count;
+  p.rewards = data<const double>(rewards, ScalarType::Double, count, "rewards");
+  p.values = data<const double>(values, ScalarType::Double, count, "values");
+  p.mask = mask ? data<const bool>(*mask, ScalarType::Bool, count, "mask") : nullptr;
+  p.sequences = offsets.numel() - 1;
+  STD_TORCH_CHECK(p.sequences >= 0, "offsets must hold one number at least");
+  p.offsets = data<const int64_t>(offsets, ScalarType::Long, p.sequences + 1, "offsets");
+  p.gamma = gamma;
+  p.decay = gamma * lam;
+  p.advantages = data<double>(advantages, ScalarType::Double, count, "advantages");
+  run(p);
   return advantages;
+}
+
+// One sequence, from its last row to its first.
+void scan(const fastpo::GaeParams& p, int64_t begin, int64_t end) {
+  double next_value = 0, advantage = 0;
+  for (int64_t t = end - 1; t >= begin; --t) {
+    if (!p.counts(t)) continue;
+    const double delta = p.rewards[t] - p.values[t] + fastpo::times(p.gamma, next_value);
+    advantage = delta + fastpo::times(p.decay, advantage);
+    next_value = p.values[t];
+    p.advantages[t] = advantage;
+  }
+}
+
+Tensor gae_cpu(const Tensor& rewards, const Tensor& values, const std::optional<Tensor>& mask,
+               const Tensor& offsets, double gamma, double lam) {
+  return gae(rewards, values, mask, offsets, gamma, lam, [](const fastpo::GaeParams& p) {
+    STD_TORCH_CHECK(p.offsets[0] == 0 && p.offsets[p.sequences] == p.count,
+                    "offsets must rise from 0 to the number of rows, ", p.count);
+    for (int64_t b = 0; b < p.sequences; ++b)
+      STD_TORCH_CHECK(p.offsets[b] <= p.offsets[b + 1], "offsets must not fall, they do at sequence ", b);
+    torch::stable::parallel_for(0, p.sequences, kSequencesPerTask, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) scan(p, p.offsets[b], p.offsets[b + 1]);
+    });
+  });
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastpo, m) {
-  m.def(
-      "cpp_gae(Tensor rewards, Tensor values, Tensor? mask, Tensor offsets, float gamma, float lam) -> "
-      "Tensor");
+  m.def("gae(Tensor rewards, Tensor values, Tensor? mask, Tensor offsets, float gamma, float lam) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fastpo, CPU, m) { m.impl("cpp_gae", TORCH_BOX(&gae)); }
+STABLE_TORCH_LIBRARY_IMPL(fastpo, CPU, m) { m.impl("gae", TORCH_BOX(&gae_cpu)); }
+
+#ifdef FASTPO_WITH_CUDA
+
+namespace {
+
+Tensor gae_cuda(const Tensor& rewards, const Tensor& values, const std::optional<Tensor>& mask,
+                const Tensor& offsets, double gamma, double lam) {
+  const fastpo::bind::CurrentStream stream(rewards);
+  for (const Tensor* x : {&rewards, &values, mask ? &*mask : &rewards, &offsets})
+    STD_TORCH_CHECK(x->is_cuda(), "gae: all tensors must be on one GPU");
+  return gae(rewards, values, mask, offsets, gamma, lam, [&](const fastpo::GaeParams& p) {
+    const int error = fastpo_gae_cuda(&p, stream.get());
+    STD_TORCH_CHECK(error == 0, "gae: CUDA error ", error);
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastpo, CUDA, m) { m.impl("gae", TORCH_BOX(&gae_cuda)); }
+
+#endif

@@ -47,7 +47,7 @@ template <class T>
 const T* values(const MaybeTensor& x, ScalarType type, int64_t count, const char* name) {
   if (!x) return nullptr;
   STD_TORCH_CHECK(x->scalar_type() == type && x->numel() == count && x->is_contiguous(), name,
-                  " must be contiguous, of the operator's dtype and as long as rewards");
+                  " must be contiguous, of the operator's dtype, with ", count, " elements");
   return static_cast<const T*>(x->data_ptr());
 }
 
@@ -55,25 +55,30 @@ using Result = std::tuple<Tensor, Tensor, Tensor>;
 
 template <class Launch>
 Result group_advantages(const Tensor& rewards, int64_t group_size, const MaybeTensor& group_ids,
-                        int64_t estimator, double eps, const MaybeTensor& lengths, Launch&& launch) {
-  STD_TORCH_CHECK(rewards.dim() == 1 && rewards.is_contiguous(), "rewards must be contiguous (B,)");
+                        int64_t estimator, double eps, const MaybeTensor& lengths, const MaybeTensor& weights,
+                        bool whiten, Launch&& launch) {
+  STD_TORCH_CHECK((rewards.dim() == 1 || rewards.dim() == 2) && rewards.is_contiguous(),
+                  "rewards must be contiguous (B,) or (B, R)");
   STD_TORCH_CHECK(estimator >= 0 && estimator <= 6, "estimator must be 0 ... 6, got ", estimator);
-  const int64_t count = rewards.size(0);
+  const int64_t count = rewards.size(0), columns = rewards.dim() == 2 ? rewards.size(1) : 1;
   STD_TORCH_CHECK(group_ids || (group_size > 0 && count % group_size == 0),
                   "group_size must divide the number of rewards, got ", group_size, " for ", count);
   Tensor advantages = torch::stable::new_empty(rewards, {count}, ScalarType::Float);
   Tensor informative = torch::stable::new_empty(rewards, {count}, ScalarType::Bool);
   Tensor num_informative = torch::stable::new_empty(rewards, {}, ScalarType::Long);
-  Tensor scratch = torch::stable::new_empty(rewards, {2 * count}, ScalarType::Double);
+  Tensor scratch = torch::stable::new_empty(rewards, {(columns + 2) * count}, ScalarType::Double);
   fastpo::GroupParams p;
   p.count = count;
+  p.columns = columns;
   p.rewards = rewards.data_ptr();
   p.reward_type = reward_type(rewards.scalar_type());
   p.group_ids = values<int64_t>(group_ids, ScalarType::Long, count, "group_ids");
   p.group_size = group_size;
   p.lengths = values<double>(lengths, ScalarType::Double, count, "lengths");
+  p.column_weights = values<double>(weights, ScalarType::Double, columns, "weights");
   p.estimator = fastpo::Estimator(int(estimator));
   p.eps = eps;
+  p.whiten = whiten;
   p.advantages = static_cast<float*>(advantages.data_ptr());
   p.informative = static_cast<bool*>(informative.data_ptr());
   p.num_informative = static_cast<int64_t*>(num_informative.data_ptr());
@@ -83,8 +88,9 @@ Result group_advantages(const Tensor& rewards, int64_t group_size, const MaybeTe
 }
 
 Result group_advantages_cpu(const Tensor& rewards, int64_t group_size, const MaybeTensor& group_ids,
-                            int64_t estimator, double eps, const MaybeTensor& lengths) {
-  return group_advantages(rewards, group_size, group_ids, estimator, eps, lengths,
+                            int64_t estimator, double eps, const MaybeTensor& lengths,
+                            const MaybeTensor& weights, bool whiten) {
+  return group_advantages(rewards, group_size, group_ids, estimator, eps, lengths, weights, whiten,
                           [](const fastpo::GroupParams& p) { fastpo::group_advantages_cpu(p); });
 }
 
@@ -93,7 +99,7 @@ Result group_advantages_cpu(const Tensor& rewards, int64_t group_size, const May
 STABLE_TORCH_LIBRARY_FRAGMENT(fastpo, m) {
   m.def(
       "group_advantages(Tensor rewards, int group_size, Tensor? group_ids, int estimator, float eps, "
-      "Tensor? lengths) -> (Tensor, Tensor, Tensor)");
+      "Tensor? lengths, Tensor? weights=None, bool whiten=False) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastpo, CPU, m) { m.impl("group_advantages", TORCH_BOX(&group_advantages_cpu)); }
@@ -103,9 +109,10 @@ STABLE_TORCH_LIBRARY_IMPL(fastpo, CPU, m) { m.impl("group_advantages", TORCH_BOX
 namespace {
 
 Result group_advantages_cuda(const Tensor& rewards, int64_t group_size, const MaybeTensor& group_ids,
-                             int64_t estimator, double eps, const MaybeTensor& lengths) {
+                             int64_t estimator, double eps, const MaybeTensor& lengths,
+                             const MaybeTensor& weights, bool whiten) {
   const fastpo::bind::CurrentStream stream(rewards);
-  return group_advantages(rewards, group_size, group_ids, estimator, eps, lengths,
+  return group_advantages(rewards, group_size, group_ids, estimator, eps, lengths, weights, whiten,
                           [&](const fastpo::GroupParams& p) {
                             const int error = fastpo_group_advantages_cuda(&p, stream.get());
                             STD_TORCH_CHECK(error == 0, "group_advantages: CUDA error ", error);

@@ -1,5 +1,4 @@
-// Group advantages on CUDA: one launch for any group layout. A latency kernel: with ids, every sample
-// looks at all B, which for the few thousand completions of a batch is cheaper than a sort.
+// Group advantages on CUDA: one launch for any group layout; group_grid.h is what it runs.
 //
 // Deterministic: each thread sums its group in the order of the batch, and only integers meet atomics.
 #include <cooperative_groups.h>
@@ -7,7 +6,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include "group_advantages.h"
+#include "group_grid.h"
 
 namespace fastpo {
 namespace {
@@ -39,82 +38,49 @@ __device__ double reward_at(const GroupParams& p, int64_t i) {
   }
 }
 
-// Calls f(j, reward) for the finite rewards of sample i's group, in the order of the batch.
-template <class F>
-__device__ void for_each_member(const GroupParams& p, const double* rewards, int64_t i, F&& f) {
-  const int64_t id = p.group_of(i);
-  const int64_t begin = p.group_ids ? 0 : id * p.group_size;
-  const int64_t end = p.group_ids ? p.count : begin + p.group_size;
-  for (int64_t j = begin; j < end; ++j)
-    if (p.group_of(j) == id && isfinite(rewards[j])) f(j, rewards[j]);
-}
+// All blocks are resident, and wait for each other; what is summed over the batch every block sums for itself.
+class Grid {
+ public:
+  __device__ Grid(const GroupParams& p, double* shared) : p_(p), shared_(shared) {}
 
-__device__ GroupSums sums_of(const GroupParams& p, const double* rewards, int64_t i) {
-  GroupSums group;
-  for_each_member(p, rewards, i,
-                  [&](int64_t j, double reward) { group.add(j, reward, p.lengths ? p.lengths[j] : 1.0); });
-  return group;
-}
+  template <class F>
+  __device__ void each(F&& f) {
+    const int64_t step = int64_t(gridDim.x) * kThreads;
+    for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < p_.count; i += step) f(i);
+    cg::this_grid().sync();
+  }
 
-// Sum of values[0 ... count) by one block: strided partial sums, then a tree, in a fixed order.
-__device__ double block_sum(const double* values, int64_t count, double* shared) {
-  double sum = 0;
-  for (int64_t i = threadIdx.x; i < count; i += kThreads) sum += values[i];
-  shared[threadIdx.x] = sum;
-  __syncthreads();
-  for (int width = kThreads / 2; width > 0; width /= 2) {
-    if (threadIdx.x < width) shared[threadIdx.x] += shared[threadIdx.x + width];
+  // Strided partial sums, then a tree.
+  template <class F>
+  __device__ double sum(F&& f) {
+    double sum = 0;
+    for (int64_t i = threadIdx.x; i < p_.count; i += kThreads) sum += f(i);
+    shared_[threadIdx.x] = sum;
     __syncthreads();
+    for (int width = kThreads / 2; width > 0; width /= 2) {
+      if (threadIdx.x < width) shared_[threadIdx.x] += shared_[threadIdx.x + width];
+      __syncthreads();
+    }
+    sum = shared_[0];
+    __syncthreads();
+    return sum;
   }
-  sum = shared[0];
-  __syncthreads();
-  return sum;
-}
 
-// The batch's standard deviation; every block finds it for itself, the counted samples in `shared`.
-__device__ double batch_std(const GroupParams& p, const double* rewards, const double* deviations) {
-  __shared__ double shared[kThreads];
-  const double squares = block_sum(deviations, p.count, shared);
-  double counted = 0;
-  for (int64_t i = threadIdx.x; i < p.count; i += kThreads) counted += isfinite(rewards[i]);
-  shared[threadIdx.x] = counted;
-  __syncthreads();
-  counted = block_sum(shared, kThreads, shared);
-  return unbiased_std(squares, int64_t(counted));
-}
+  __device__ double reward(int64_t k) const { return reward_at(p_, k); }
 
-__device__ void write_sample(const GroupParams& p, const double* rewards, int64_t i, double shared_std) {
-  const GroupSums group = sums_of(p, rewards, i);
-  const bool counts = group.informative() && isfinite(rewards[i]);
-  double std = shared_std;
-  if (p.estimator == Estimator::kGrpo || p.estimator == Estimator::kPassk) {
-    double squares = 0;
-    for_each_member(p, rewards, i, [&](int64_t, double r) { squares += squared_deviation(group, r); });
-    std = unbiased_std(squares, group.members);
-  }
-  p.informative[i] = counts;
-  p.advantages[i] = counts ? stored(advantage_of(p, group, rewards[i], std)) : 0.0f;
-  if (counts && group.first_member == i)
-    atomicAdd(reinterpret_cast<unsigned long long*>(p.num_informative), 1ull);
-}
+  __device__ void increment(int64_t* x) const { atomicAdd(reinterpret_cast<unsigned long long*>(x), 1ull); }
+
+ private:
+  const GroupParams& p_;
+  double* shared_;
+};
 
 // One block per processor at least: without it ptxas spills for sm_100, to make room for more.
 __global__ void __launch_bounds__(kThreads, 1) group_advantages_kernel(GroupParams p) {
-  cg::grid_group grid = cg::this_grid();
-  const int64_t first = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  const int64_t step = int64_t(gridDim.x) * kThreads;
-  double *rewards = p.scratch, *deviations = p.scratch + p.count;
-  if (first == 0) *p.num_informative = 0;
-  for (int64_t i = first; i < p.count; i += step) rewards[i] = reward_at(p, i);
-  grid.sync();
-  double std = 0;
-  if (p.estimator == Estimator::kReinforcePp) {
-    for (int64_t i = first; i < p.count; i += step)
-      deviations[i] = isfinite(rewards[i]) ? squared_deviation(sums_of(p, rewards, i), rewards[i]) : 0.0;
-    grid.sync();
-    std = batch_std(p, rewards, deviations);
-  }
-  for (int64_t i = first; i < p.count; i += step) write_sample(p, rewards, i, std);
+  __shared__ double shared[kThreads];
+  Grid grid(p, shared);
+  if (blockIdx.x == 0 && threadIdx.x == 0) *p.num_informative = 0;
+  group_advantages_of(grid, p);
 }
 
 }  // namespace

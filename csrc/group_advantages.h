@@ -1,7 +1,7 @@
 // Advantages of completions over their group, on the CPU and on CUDA. No torch header here.
 //
 // fastpo.advantages.group_advantages is the specification. This header holds the arithmetic that both
-// devices share; group_advantages.cpp and group_advantages.cu bring a group's members together.
+// devices share; group_advantages.cpp and group_grid.h bring a group's members together.
 #pragma once
 
 #include <math.h>
@@ -28,19 +28,38 @@ enum class RewardType : int {
 
 struct GroupParams {
   int64_t count = 0;              // B
-  const void* rewards = nullptr;  // (B,)
+  int64_t columns = 1;            // R, rewards of each sample
+  const void* rewards = nullptr;  // (B, R)
   RewardType reward_type = RewardType::kFloat32;
-  const int64_t* group_ids = nullptr;  // (B,), or null: consecutive groups of group_size
+  const double* column_weights = nullptr;  // (R,), or null: 1
+  const int64_t* group_ids = nullptr;      // (B,), or null: consecutive groups of group_size
   int64_t group_size = 1;
   const double* lengths = nullptr;  // (B,), or null: all alike
   Estimator estimator = Estimator::kGrpo;
   double eps = 0;
+  bool whiten = false;                 // over the batch, at last
   float* advantages = nullptr;         // (B,), out, as all below
   bool* informative = nullptr;         // (B,)
   int64_t* num_informative = nullptr;  // one number
-  double* scratch = nullptr;           // (2, B)
+  double* scratch = nullptr;           // (R + 2, B)
 
   FASTPO_SCALAR_MEMBER int64_t group_of(int64_t i) const { return group_ids ? group_ids[i] : i / group_size; }
+  FASTPO_SCALAR_MEMBER double length(int64_t i) const { return lengths ? lengths[i] : 1.0; }
+  FASTPO_SCALAR_MEMBER double column_weight(int64_t r) const {
+    return column_weights ? column_weights[r] : 1.0;
+  }
+  // Of the scratch: the rewards of one column; deviations from the group's mean; sums over the columns.
+  FASTPO_SCALAR_MEMBER double* column(int64_t r) const { return scratch + r * count; }
+  FASTPO_SCALAR_MEMBER double* deviations() const { return column(columns); }
+  FASTPO_SCALAR_MEMBER double* sums() const { return column(columns + 1); }
+
+  // Whether any reward of sample i is a number.
+  FASTPO_SCALAR_MEMBER bool counts(int64_t i) const {
+    bool any = false;
+    for (int64_t r = 0; r < columns; ++r) any |= is_number(column(r)[i]);
+    return any;
+  }
+  FASTPO_SCALAR_MEMBER static bool is_number(double x) { return x - x == 0; }
 };
 
 // What one pass over the finite rewards of a group gathers. Sums are taken of the differences to the
@@ -69,14 +88,38 @@ struct GroupSums {
   FASTPO_SCALAR_MEMBER bool informative() const { return best > worst; }
 };
 
-// (r - mean)^2 summed in a second pass: no cancellation between large squares.
-FASTPO_SCALAR double squared_deviation(const GroupSums& group, double reward) {
-  const double d = (reward - group.first) - group.mean();
-  return d * d;
+FASTPO_SCALAR double deviation(const GroupSums& group, double reward) {
+  return (reward - group.first) - group.mean();
 }
 
-// The advantage of one member; `std` is the group's (grpo, passk) or the batch's (reinforce_pp).
-FASTPO_SCALAR double advantage_of(const GroupParams& p, const GroupSums& group, double reward, double std) {
+// What deviations are normalized by: of the group (grpo, passk), or of the batch (reinforce_pp).
+struct Spread {
+  double mean = 0;
+  double std = 0;
+};
+
+FASTPO_SCALAR double unbiased_std(double sum_of_squares, double count) {
+  return sqrt(sum_of_squares / fmax(count - 1, 1.0));
+}
+
+// Of values with weights over samples 0 ... count - 1, by `sum(f)`, the sum of f(i). Two passes: no cancellation
+// between large squares. Weights that are all 1 leave deviations of groups a mean of 0.
+template <class Sum, class Value, class Weight>
+FASTPO_SCALAR Spread spread_of(Sum&& sum, Value&& value, Weight&& weight, bool centered) {
+  Spread spread;
+  const double total = sum([&](int64_t i) { return weight(i); });
+  if (!centered) spread.mean = sum([&](int64_t i) { return weight(i) * value(i); }) / fmax(total, 1.0);
+  const double squares = sum([&](int64_t i) {
+    const double d = value(i) - spread.mean;
+    return weight(i) * d * d;
+  });
+  spread.std = unbiased_std(squares, total);
+  return spread;
+}
+
+// The advantage of one member.
+FASTPO_SCALAR double advantage_of(const GroupParams& p, const GroupSums& group, double reward,
+                                  Spread spread) {
   const double d = reward - group.first;
   const double centered = d - group.mean();
   switch (p.estimator) {
@@ -87,11 +130,11 @@ FASTPO_SCALAR double advantage_of(const GroupParams& p, const GroupSums& group, 
     case Estimator::kOpo:
       return group.length > 0 ? d - group.length_weighted / group.length : centered;
     case Estimator::kPassk:
-      return d == group.best ? (d - group.second) / (std + p.eps) : 0.0;
+      return d == group.best ? (d - group.second) / (spread.std + p.eps) : 0.0;
     case Estimator::kMaxrl:
       return centered / (group.first + group.mean() + p.eps);
     default:  // kGrpo, kReinforcePp
-      return centered / (std + p.eps);
+      return (centered - spread.mean) / (spread.std + p.eps);
   }
 }
 
@@ -101,8 +144,11 @@ FASTPO_SCALAR float stored(double advantage) {
   return narrow - narrow == 0 ? narrow : 0.0f;
 }
 
-FASTPO_SCALAR double unbiased_std(double sum_of_squares, int64_t count) {
-  return sqrt(sum_of_squares / double(count > 1 ? count - 1 : 1));
+// From the sums over the columns: whitened over the batch if that is wanted.
+FASTPO_SCALAR float final_advantage(const GroupParams& p, int64_t i, Spread spread) {
+  const float advantage = stored(p.sums()[i]);
+  if (!p.whiten) return advantage;
+  return p.counts(i) ? stored((double(advantage) - spread.mean) / (spread.std + p.eps)) : 0.0f;
 }
 
 void group_advantages_cpu(const GroupParams& p);

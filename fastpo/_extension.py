@@ -82,7 +82,7 @@ def _register_fakes() -> None:
         "cuda_row_grad": nothing,
         "cuda_row_policy_loss": row_policy_loss,
         "cuda_scale_": nothing,
-        "cpp_gae": gae,
+        "gae": gae,
         "group_advantages": group_advantages,
     }.items():
         torch.library.register_fake(f"fastpo::{name}", fake)

@@ -90,68 +90,11 @@ def group_advantages(
     _check_groups(one, group_size, group_ids)
     _check_lengths(one, estimator, lengths)
     weights = _checked_weights(rewards, weights)
-    options = (group_size, group_ids, estimator, eps, lengths)
-    if weights is None:
-        result = _of_one_reward(rewards, *options)
-    else:
-        parts = [_of_one_reward(column, *options) for column in rewards.unbind(1)]
-        advantages = torch.stack([part.advantages for part in parts], 1) @ weights
-        advantages = advantages.where(advantages.isfinite(), 0)
-        informative = torch.stack([part.informative for part in parts], 1).any(1)
-        groups = _Groups(_ids(one, group_size, group_ids), torch.ones_like(informative))
-        result = GroupAdvantages(advantages, informative, groups.number_of(informative))
-    if whiten:
-        counted = rewards.isfinite() if weights is None else rewards.isfinite().any(1)
-        result = result._replace(advantages=_whitened(result.advantages, counted, eps))
-    return result
-
-
-def _of_one_reward(
-    rewards: Tensor,
-    group_size: int | None,
-    group_ids: Tensor | None,
-    estimator: str,
-    eps: float,
-    lengths: Tensor | None,
-) -> GroupAdvantages:
-    by_token = estimator == "reinforce_pp" and lengths is not None
-    if rewards.device.type in _extension.devices() and not by_token:
-        return _compiled(rewards, group_size, group_ids, estimator, eps, lengths)
-    group_ids = _ids(rewards, group_size, group_ids)
-    return _specified(rewards, group_ids, estimator, eps, lengths)
-
-
-def _ids(rewards: Tensor, group_size: int | None, group_ids: Tensor | None) -> Tensor:
-    if group_ids is not None:
-        return group_ids
-    return torch.arange(rewards.numel(), device=rewards.device) // group_size
-
-
-def _whitened(advantages: Tensor, counted: Tensor, eps: float) -> Tensor:
-    """(A - mean) / (unbiased std + eps) over the counted samples; 0 for the others."""
-    wide = advantages if advantages.device.type == "mps" else advantages.double()
-    count = counted.sum()
-    centered = wide - wide.where(counted, 0).sum() / count.clamp(min=1)
-    variance = centered.where(counted, 0).square().sum() / (count - 1).clamp(min=1)
-    whitened = (centered / (variance.sqrt() + eps)).float()
-    return whitened.where(counted & whitened.isfinite(), 0)  # equal ones, and eps = 0: 0
-
-
-def num_excluded(rewards: Tensor) -> Tensor:
-    """How many rewards are NaN or infinite, and so left out by `group_advantages`. 0-d int64."""
-    return (~rewards.isfinite()).sum()
-
-
-def _compiled(
-    rewards: Tensor,
-    group_size: int | None,
-    group_ids: Tensor | None,
-    estimator: str,
-    eps: float,
-    lengths: Tensor | None,
-) -> GroupAdvantages:
-    """The extension's operator: on a GPU one launch, for any layout of the groups."""
-    return GroupAdvantages(
+    if rewards.device.type not in _extension.devices():
+        if group_ids is None:
+            group_ids = torch.arange(one.numel(), device=one.device) // group_size
+        return _specified(rewards, group_ids, estimator, eps, lengths, weights, whiten)
+    return GroupAdvantages(  # on a GPU one launch, for any layout of the groups
         *torch.ops.fastpo.group_advantages(
             rewards.detach().contiguous(),
             group_size or 1,
@@ -159,15 +102,62 @@ def _compiled(
             ESTIMATORS.index(estimator),
             eps,
             None if lengths is None else lengths.double().contiguous(),
+            None if weights is None else weights.double().contiguous(),
+            whiten,
         )
     )
 
 
+def num_excluded(rewards: Tensor) -> Tensor:
+    """How many rewards are NaN or infinite, and so left out by `group_advantages`. 0-d int64."""
+    return (~rewards.isfinite()).sum()
+
+
 def _specified(
+    rewards: Tensor,
+    group_ids: Tensor,
+    estimator: str,
+    eps: float,
+    lengths: Tensor | None = None,
+    weights: Tensor | None = None,
+    whiten: bool = False,
+) -> GroupAdvantages:
+    """The specification, in plain torch on any device: each column on its own, then their sum."""
+    columns = (rewards if rewards.dim() == 2 else rewards[:, None]).unbind(1)
+    parts = [_of_one_reward(column, group_ids, estimator, eps, lengths) for column in columns]
+    result = parts[0]
+    if weights is not None:
+        advantages = torch.stack([part.advantages for part in parts], 1).to(_wide(rewards))
+        advantages = (advantages * weights).sum(1).float()
+        advantages = advantages.where(advantages.isfinite(), 0)
+        informative = torch.stack([part.informative for part in parts], 1).any(1)
+        groups = _Groups(group_ids, torch.ones_like(informative))
+        result = GroupAdvantages(advantages, informative, groups.number_of(informative))
+    if whiten:
+        counted = torch.stack([column.isfinite() for column in columns], 1).any(1)
+        result = result._replace(advantages=_whitened(result.advantages, counted, eps))
+    return result
+
+
+def _wide(values: Tensor) -> torch.dtype:
+    return torch.float32 if values.device.type == "mps" else torch.float64  # MPS has no float64
+
+
+def _whitened(advantages: Tensor, counted: Tensor, eps: float) -> Tensor:
+    """(A - mean) / (unbiased std + eps) over the counted samples; 0 for the others."""
+    wide = advantages.to(_wide(advantages))
+    count = counted.sum()
+    centered = wide - wide.where(counted, 0).sum() / count.clamp(min=1)
+    variance = centered.where(counted, 0).square().sum() / (count - 1).clamp(min=1)
+    whitened = (centered / (variance.sqrt() + eps)).float()
+    return whitened.where(counted & whitened.isfinite(), 0)  # equal ones, and eps = 0: 0
+
+
+def _of_one_reward(
     rewards: Tensor, group_ids: Tensor, estimator: str, eps: float, lengths: Tensor | None
 ) -> GroupAdvantages:
-    """The specification, in plain torch on any device."""
-    wide = torch.float32 if rewards.device.type == "mps" else torch.float64  # MPS has no float64
+    """Of rewards (B,), before any whitening."""
+    wide = _wide(rewards)
     groups = _Groups(group_ids, rewards.isfinite())
     rewards = rewards.detach().to(wide)
     # Sums are of the differences to the group's first reward: exactly 0 for equal rewards.

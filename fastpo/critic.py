@@ -55,7 +55,8 @@ def gae(
     (arXiv 2501.03262). As verl 0.9 `compute_gae_advantage_return`, which whitens always
     (`whiten=True`) and leaves numbers in masked slots, where 0 stands here. TRL 1.16 has no critic.
 
-    The recurrence is evaluated in fp64. No gradient flows; nothing here waits for the device.
+    The recurrence is evaluated in fp64. No gradient flows; nothing here waits for the device. On a
+    GPU it is one launch, a block per sequence: 8,000 tokens are 32 steps of a parallel scan.
 
     Args:
         rewards: [N] or [B, T] per token, floating.
@@ -163,14 +164,14 @@ def _advantages(
     gamma: float,
     lam: float,
 ) -> Tensor:
-    """The recurrence on (N,) fp64 numbers, 0 in masked slots: in C++, or as specified."""
-    if rewards.device.type == "cpu" and "cpu" in _extension.devices():
-        offsets = segments.offsets
-        if offsets is None:
-            offsets = torch.arange(segments.count + 1) * segments.width
-        arguments = (rewards, values, mask, offsets.contiguous())
-        return torch.ops.fastpo.cpp_gae(*arguments, float(gamma), float(lam))
-    return _specified(rewards, values, mask, segments, gamma, lam)
+    """The recurrence on (N,) fp64 numbers, 0 in masked slots: by the extension, or as specified."""
+    if rewards.device.type not in _extension.devices():
+        return _specified(rewards, values, mask, segments, gamma, lam)
+    offsets = segments.offsets
+    if offsets is None:
+        offsets = torch.arange(segments.count + 1, device=rewards.device) * segments.width
+    offsets = offsets.to(rewards.device).contiguous()
+    return torch.ops.fastpo.gae(rewards, values, mask, offsets, float(gamma), float(lam))
 
 
 def _specified(
@@ -185,7 +186,8 @@ def _specified(
     inside = (~segments.is_last).to(values.dtype)  # 0 where a sequence ends
     counted = torch.ones_like(values) if mask is None else mask.to(values.dtype)
     next_value = _times(inside, _shift(_reverse_scan((1 - counted) * inside, values)))
-    delta = (rewards + gamma * next_value - values).where(counted != 0, 0)
+    bootstrap = gamma * next_value if gamma else 0
+    delta = (rewards + bootstrap - values).where(counted != 0, 0)
     return _reverse_scan((1 - counted + gamma * lam * counted) * inside, delta)
 
 

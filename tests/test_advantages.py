@@ -10,6 +10,7 @@ from collections import defaultdict
 from functools import partial
 from types import SimpleNamespace
 
+import advantage_emulation
 import pytest
 import torch
 
@@ -22,13 +23,24 @@ DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 INTEGERS = [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]
 
 
-@pytest.fixture(params=["compiled", "specified"], autouse=True)
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    """The CUDA kernel, its threads being loops."""
+    if advantage_emulation.COMPILER is None:
+        pytest.skip("no C++ compiler")
+    return advantage_emulation.EmulatedAdvantages(tmp_path_factory.mktemp("groups"))
+
+
+@pytest.fixture(params=["compiled", "emulated", "specified"], autouse=True)
 def implementation(request, monkeypatch):
-    """Every test runs on the operator, if it is built, and on plain torch."""
+    """Every test runs on the operator, if it is built, as on a GPU, and on plain torch."""
     if request.param == "specified":
         monkeypatch.setattr(_extension, "devices", lambda: ())
     elif (reason := _extension.load_error()) is not None:
         pytest.skip(reason)
+    elif request.param == "emulated":
+        emulated = request.getfixturevalue("emulated")
+        monkeypatch.setattr(torch.ops.fastpo, "group_advantages", emulated.group_advantages)
     return request.param
 
 
@@ -183,32 +195,40 @@ def test_strided_inputs_and_no_graph():
     assert torch.equal(result.advantages, again.advantages)
 
 
-def test_compiled_equals_specified(implementation):
-    """The two implementations share their arithmetic up to the order of sums."""
+def test_implementations_equal_the_specification(implementation):
+    """They share their arithmetic up to the order of sums: one reward or three, whitened or not."""
     if implementation == "specified":
-        pytest.skip("compared once")
+        pytest.skip("it is what the others are compared with")
     generator = torch.Generator().manual_seed(0)
-    for _ in range(30):
-        rewards = torch.randint(-3, 3, (60,), generator=generator) / 3
+    for trial in range(30):
+        rewards = torch.randint(-3, 3, (60, 3), generator=generator) / 3
         rewards[torch.randint(0, 60, (4,), generator=generator)] = math.nan
+        rewards[torch.randint(0, 60, (9,), generator=generator), 1] = math.nan
         ids = torch.randint(0, 9, (60,), generator=generator)
         lengths = torch.randint(0, 5, (60,), generator=generator)
+        several, whiten = trial % 2 == 0, trial % 3 == 0
+        rewards, weights = (
+            (rewards, torch.tensor([1.0, 0.3, -2.0])) if several else (rewards[:, 0], None)
+        )
         for estimator in ESTIMATORS:
-            weights = lengths if estimator == "opo" else None
-            got = fastpo.group_advantages(
-                rewards, group_ids=ids, estimator=estimator, lengths=weights
-            )
-            want = advantages._specified(rewards, ids, estimator, EPS, weights)
+            sizes = lengths if estimator in ("opo", "reinforce_pp") and trial % 4 else None
+            options = {"lengths": sizes, "weights": weights, "whiten": whiten}
+            got = fastpo.group_advantages(rewards, group_ids=ids, estimator=estimator, **options)
+            want = advantages._specified(rewards, ids, estimator, EPS, **options)
             torch.testing.assert_close(got.advantages, want.advantages, rtol=1e-6, atol=1e-7)
             assert torch.equal(got.informative, want.informative)
             assert got.num_informative == want.num_informative
 
 
 def test_operator_passes_opcheck_and_compiles(implementation):
-    if implementation == "specified":
+    if implementation != "compiled":
         pytest.skip("it is about the operator")
-    arguments = (torch.randn(12), 4, None, 0, EPS, None)
-    torch.library.opcheck(torch.ops.fastpo.group_advantages.default, arguments)
+    weights = torch.ones(2, dtype=torch.float64)
+    for arguments in (
+        (torch.randn(12), 4, None, 0, EPS, None),
+        (torch.randn(12, 2), 4, None, 0, EPS, None, weights, True),
+    ):
+        torch.library.opcheck(torch.ops.fastpo.group_advantages.default, arguments)
     rewards, ids = torch.randn(12), torch.arange(12) % 3
     for options in ({"group_size": 4}, {"group_ids": ids, "estimator": "opo", "lengths": ids + 1}):
         step = partial(fastpo.group_advantages, **options)

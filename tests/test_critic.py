@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import advantage_emulation
 import pytest
 import torch
 
@@ -14,13 +15,24 @@ LENGTHS = [4, 1, 0, 7, 3]
 B, T = len(LENGTHS), 9
 
 
-@pytest.fixture(params=["compiled", "specified"], autouse=True)
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    """The CUDA kernel, its threads being loops."""
+    if advantage_emulation.COMPILER is None:
+        pytest.skip("no C++ compiler")
+    return advantage_emulation.EmulatedAdvantages(tmp_path_factory.mktemp("gae"))
+
+
+@pytest.fixture(params=["compiled", "emulated", "specified"], autouse=True)
 def implementation(request, monkeypatch):
-    """Every test runs on the operator, if it is built, and on plain torch."""
+    """Every test runs on the operator, if it is built, as on a GPU, and on plain torch."""
     if request.param == "specified":
         monkeypatch.setattr(_extension, "devices", lambda: ())
     elif (reason := _extension.load_error()) is not None:
         pytest.skip(reason)
+    elif request.param == "emulated":
+        emulated = request.getfixturevalue("emulated")
+        monkeypatch.setattr(torch.ops.fastpo, "gae", emulated.gae)
     return request.param
 
 
@@ -111,6 +123,11 @@ def test_a_decay_of_zero_looks_no_further(gamma, lam):
     t["rewards"][3, 5] = torch.nan
     got = fastpo.gae(t["rewards"], t["values"], mask=t["mask"], gamma=gamma, lam=lam)
     assert got.advantages.isnan().nonzero().tolist() == [[3, 5]]
+    if gamma == 0:  # nor at the next value
+        t = batch()
+        t["values"][3, 5] = torch.nan
+        got = fastpo.gae(t["rewards"], t["values"], mask=t["mask"], gamma=gamma, lam=lam)
+        assert got.advantages.isnan().nonzero().tolist() == [[3, 5]]
 
 
 def test_gae_of_low_precision_is_computed_in_fp64():
@@ -131,6 +148,38 @@ def test_a_long_constant_sequence_has_the_closed_form():
     got = fastpo.gae(ones, 0 * ones, gamma=gamma, lam=1.0, cu_seqlens=offsets).returns
     left = torch.arange(n, 0, -1, dtype=FP64)
     torch.testing.assert_close(got, (1 - gamma**left) / (1 - gamma), rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("lam", [0.95, 0.0])
+def test_many_sequences_of_every_length(lam):
+    """Around the 256 rows that a GPU's block takes at a time, with every third row masked."""
+    lengths = torch.tensor([1, 255, 256, 257, 0, 511, 512, 513, 1100])
+    offsets = torch.cat([torch.zeros(1).long(), lengths.cumsum(0)])
+    generator = torch.Generator().manual_seed(0)
+    rewards, values = torch.randn(2, int(lengths.sum()), generator=generator, dtype=FP64)
+    mask = torch.rand(rewards.shape, generator=generator) > 1 / 3
+    options = {"mask": mask, "gamma": 0.99, "lam": lam}
+    got = fastpo.gae(rewards, values, cu_seqlens=offsets.int(), **options)
+    columns = [x.split(lengths.tolist()) for x in (rewards, values, mask)]
+    rows = [by_hand(*(x.tolist() for x in one), 0.99, lam) for one in zip(*columns, strict=True)]
+    for found, numbers in zip(got, zip(*rows, strict=True), strict=True):
+        expected = torch.tensor([x for row in numbers for x in row], dtype=FP64)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.gpu
+def test_the_kernel_is_the_specification(implementation):
+    """On a GPU: against the operator on the CPU, twice with the same bits."""
+    if implementation != "compiled" or "cuda" not in _extension.devices():
+        pytest.skip("once, with an extension built with CUDA")
+    rewards, values = torch.randn(2, 40, 3000)
+    mask = torch.rand(40, 3000) > 0.1
+    options = {"gamma": 0.999, "lam": 0.95}
+    want = fastpo.gae(rewards, values, mask=mask, **options)
+    sent = [x.cuda() for x in (rewards, values, mask)]
+    one, two = (fastpo.gae(*sent[:2], mask=sent[2], **options) for _ in range(2))
+    assert torch.equal(one.advantages, two.advantages)
+    torch.testing.assert_close(one.advantages.cpu(), want.advantages, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(0,), (0, 3), (2, 0)])
@@ -312,15 +361,15 @@ def test_refusals(call, error, words):
 
 
 def test_the_operator_passes_opcheck_and_compiles(implementation):
-    if implementation == "specified":
+    if implementation != "compiled":
         pytest.skip("it is about the operator")
     t = batch()
     rows = [(t[key] * t["mask"]).flatten() for key in ("rewards", "values", "mask")]
     offsets = torch.arange(B + 1) * T
-    torch.library.opcheck(torch.ops.fastpo.cpp_gae.default, (*rows, offsets, 0.9, 0.8))
+    torch.library.opcheck(torch.ops.fastpo.gae.default, (*rows, offsets, 0.9, 0.8))
     segments = Segments.padded(B, T, torch.device("cpu"))
     specified = critic._specified(*rows, segments, 0.9, 0.8).where(rows[2], 0)
-    got = torch.ops.fastpo.cpp_gae(*rows, offsets, 0.9, 0.8)
+    got = torch.ops.fastpo.gae(*rows, offsets, 0.9, 0.8)
     torch.testing.assert_close(got, specified, rtol=1e-12, atol=1e-13)
 
     def step(rewards, values, mask):
@@ -331,4 +380,4 @@ def test_the_operator_passes_opcheck_and_compiles(implementation):
     assert torch.equal(compiled(*arguments), step(*arguments))
     for bad in (torch.tensor([0, 5]), torch.tensor([0, 9, 3, 45])):
         with pytest.raises(RuntimeError, match="offsets must"):
-            torch.ops.fastpo.cpp_gae(*rows, bad, 0.9, 0.8)
+            torch.ops.fastpo.gae(*rows, bad, 0.9, 0.8)

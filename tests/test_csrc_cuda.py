@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastpo.advantages import ESTIMATORS
+
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "csrc").glob("*.cu"))
 NVCC = shutil.which("nvcc", path=f"{os.environ.get('CUDA_HOME', '')}/bin:{os.environ['PATH']}")
@@ -75,8 +77,9 @@ def test_links_and_loads_without_a_driver(tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("estimator", ["grpo", "dr_grpo", "rloo", "opo", "passk", "reinforce_pp"])
-def test_the_kernel_is_the_specification(estimator):
+@pytest.mark.parametrize("columns", [1, 3])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_the_kernel_is_the_specification(estimator, columns):
     """On a GPU: every layout against plain torch on the CPU, twice with the same bits."""
     from fastpo import _extension, advantages, group_advantages
 
@@ -84,12 +87,14 @@ def test_the_kernel_is_the_specification(estimator):
         pytest.skip("the extension was built without CUDA")
     for count in (1, 24, 1000, 20_000):
         generator = torch.Generator().manual_seed(count)
-        rewards = torch.randn(count, generator=generator)
+        rewards = torch.randn(count, columns, generator=generator)
         rewards[torch.randint(0, count, (count // 10,), generator=generator)] = torch.nan
         ids = torch.randint(0, count // 6 + 1, (count,), generator=generator) - 3
-        want = advantages._specified(rewards, ids, estimator, 1e-6, None)
+        options = {"weights": torch.rand(columns), "whiten": columns > 1}
+        want = advantages._specified(rewards, ids, estimator, 1e-6, **options)
+        sent = (rewards.cuda(), ids.cuda())
         got = [
-            group_advantages(rewards.cuda(), group_ids=ids.cuda(), estimator=estimator)
+            group_advantages(sent[0], group_ids=sent[1], estimator=estimator, **options)
             for _ in range(2)
         ]
         assert all(torch.equal(a, b) for a, b in zip(*got, strict=True))

@@ -29,10 +29,10 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]  # in the order of DType
 H100_BYTES = 227 * 1024 - 1024  # of a slice, at most
 
 
-def build(compiler: str, folder: Path) -> ctypes.CDLL:
+def build(compiler: str, folder: Path, source: Path = SOURCE) -> ctypes.CDLL:
     """The compiled emulation."""
-    library = folder / "row_cluster_emulation.so"
-    subprocess.run([compiler, *FLAGS, *WARNINGS, str(SOURCE), "-o", str(library)], check=True)
+    library = folder / f"{source.stem}.so"
+    subprocess.run([compiler, *FLAGS, *WARNINGS, str(source), "-o", str(library)], check=True)
     return ctypes.CDLL(str(library))
 
 
