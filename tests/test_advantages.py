@@ -78,6 +78,11 @@ def naive(rewards, ids, estimator, lengths=None, eps=EPS):
     return out
 
 
+def taken(rewards, estimator):
+    """What an estimator takes: maxrl no rewards below 0."""
+    return rewards.abs() if estimator == "maxrl" else rewards
+
+
 def check(rewards, ids, estimator, **options):
     """`group_advantages` against the loops; returns its result."""
     result = fastpo.group_advantages(rewards, group_ids=ids, estimator=estimator, **options)
@@ -93,7 +98,7 @@ def test_any_layout_of_groups(estimator):
     for seed in range(20):
         generator = torch.Generator().manual_seed(seed)
         count = int(torch.randint(1, 200, (), generator=generator))
-        rewards = torch.randn(count, generator=generator)
+        rewards = taken(torch.randn(count, generator=generator), estimator)
         ids = torch.randint(-9, 9, (count,), generator=generator) * 2**58
         result = check(rewards, ids, estimator)
         shuffle = torch.randperm(count, generator=generator)
@@ -105,7 +110,7 @@ def test_any_layout_of_groups(estimator):
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_group_size_is_consecutive_ids(estimator):
-    rewards = torch.randn(24)
+    rewards = taken(torch.randn(24), estimator)
     by_size = fastpo.group_advantages(rewards, group_size=6, estimator=estimator)
     ids = torch.arange(24) // 6
     by_ids = fastpo.group_advantages(rewards, group_ids=ids.int(), estimator=estimator)
@@ -118,7 +123,7 @@ def test_group_size_is_consecutive_ids(estimator):
 def test_equal_rewards_give_exactly_zero(value, estimator):
     """sqrt(E[x^2] - E[x]^2) leaves 1e-4, which eps then magnifies (REGRESSIONS row 11)."""
     for dtype in DTYPES:
-        rewards = torch.full((21,), value, dtype=torch.float64).to(dtype)
+        rewards = taken(torch.full((21,), value, dtype=torch.float64).to(dtype), estimator)
         result = fastpo.group_advantages(rewards, group_size=7, estimator=estimator)
         assert not result.advantages.any() and not result.informative.any()
         assert result.num_informative == 0
@@ -213,8 +218,9 @@ def test_implementations_equal_the_specification(implementation):
         for estimator in ESTIMATORS:
             sizes = lengths if estimator in ("opo", "reinforce_pp") and trial % 4 else None
             options = {"lengths": sizes, "weights": weights, "whiten": whiten}
-            got = fastpo.group_advantages(rewards, group_ids=ids, estimator=estimator, **options)
-            want = advantages._specified(rewards, ids, estimator, EPS, **options)
+            own = taken(rewards, estimator)
+            got = fastpo.group_advantages(own, group_ids=ids, estimator=estimator, **options)
+            want = advantages._specified(own, ids, estimator, EPS, **options)
             torch.testing.assert_close(got.advantages, want.advantages, rtol=1e-6, atol=1e-7)
             assert torch.equal(got.informative, want.informative)
             assert got.num_informative == want.num_informative
@@ -248,6 +254,7 @@ def test_operator_passes_opcheck_and_compiles(implementation):
         ({"group_size": 2, "eps": -1.0}, "eps is -1.0, expected"),
         ({"group_size": 2, "eps": math.nan}, "eps is nan, expected"),
         ({"group_size": 2, "lengths": torch.ones(6)}, "got lengths for estimator='grpo'"),
+        ({"group_size": 2, "eps": 10**400}, "eps is an integer of 1329 bits, expected"),
         ({"group_size": 2, "eps": math.inf}, "eps is inf, expected"),
         ({"group_size": 2, "estimator": "opo", "lengths": torch.ones(5)}, "lengths have shape"),
         ({"group_size": 2, "estimator": "opo", "lengths": -torch.ones(6)}, "below 0 or not"),
@@ -312,6 +319,7 @@ def test_verl(estimator, verl):
 def test_huge_rewards_give_no_nan(big, estimator):
     """Where a square, a difference or the fp32 result overflows, the advantage is 0."""
     rewards = torch.tensor([big, -big, 0.0, 1.0, 1.0, 2.0, 3.0, 5.0], dtype=torch.float64)
+    rewards = taken(rewards, estimator)
     result = fastpo.group_advantages(rewards, group_size=4, estimator=estimator)
     assert result.advantages.isfinite().all()
     alone = fastpo.group_advantages(rewards[4:], group_size=4, estimator=estimator)
@@ -327,14 +335,27 @@ def test_maxrl_is_the_reward_over_its_mean():
     torch.testing.assert_close(got, expected)
 
 
+def test_maxrl_refuses_negative_rewards():
+    """Their mean is no success rate: below 0 it would push good answers down."""
+    rewards = torch.tensor([-1.0, -1, -1, 1])
+    with pytest.raises(ValueError, match=r"rewards hold -1.0, expected none below 0 for 'maxrl'"):
+        fastpo.group_advantages(rewards, group_size=4, estimator="maxrl")
+    # On a GPU nobody looks: such a group gets 0.
+    group = {"group_ids": torch.zeros(4, dtype=torch.int64), "lengths": None, "weights": None}
+    of_op = torch.ops.fastpo.group_advantages(rewards, 4, None, 6, 0.0, None, None, False)[0]
+    of_spec = advantages._specified(rewards, estimator="maxrl", eps=0.0, whiten=False, **group)
+    assert not of_op.any() and not of_spec.advantages.any()
+
+
 def test_rewards_apart_are_normalized_apart_and_summed():
     """GDPO: a reward of small spread is not drowned by one of large spread."""
     rewards = torch.stack([torch.randn(12), 1e3 * torch.randn(12), torch.zeros(12)], 1)
     rewards[3, 1] = math.nan
     for estimator in ESTIMATORS:
         options = {"group_ids": torch.arange(12) % 3, "estimator": estimator}
-        parts = [fastpo.group_advantages(column, **options) for column in rewards.unbind(1)]
-        got = fastpo.group_advantages(rewards, weights=[1.0, 0.5, 7.0], **options)
+        own = taken(rewards, estimator)
+        parts = [fastpo.group_advantages(column, **options) for column in own.unbind(1)]
+        got = fastpo.group_advantages(own, weights=[1.0, 0.5, 7.0], **options)
         expected = parts[0].advantages + 0.5 * parts[1].advantages
         torch.testing.assert_close(got.advantages, expected)
         assert got.informative.all() and got.num_informative == 3

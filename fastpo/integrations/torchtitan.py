@@ -89,16 +89,17 @@ def _objective(config: Any) -> Objective:
         raise ValueError(f"preset is {config.preset!r}, expected one of {presets.__all__}")
     given = {"clip_low": config.clip_low, "clip_high": config.clip_high}
     given = {name: value for name, value in given.items() if value is not None}
-    objective = getattr(presets, config.preset)(**given, aggregation="token_mean")
+    preset = getattr(presets, config.preset)
+    if given and (preset().surrogate == "cispo" or not preset().takes_clip_bounds):
+        raise ValueError(
+            f"{', '.join(given)} with preset {config.preset!r}, which does not clip the ratio at "
+            "1 - clip_low and 1 + clip_high: leave them None"
+        )
+    objective = preset(**given, aggregation="token_mean")
     if not objective.is_token_level or objective.kl_coef:
         raise ValueError(
             f"preset {config.preset!r} needs sequences, which torchtitan does not pass: "
             "expected a token-level one, e.g. dapo"
-        )
-    if given and (objective.surrogate == "cispo" or not objective.takes_clip_bounds):
-        raise ValueError(
-            f"{', '.join(given)} with preset {config.preset!r}, which does not clip the ratio at "
-            "1 - clip_low and 1 + clip_high: leave them None"
         )
     return objective
 
