@@ -13,6 +13,8 @@ from torch import Tensor
 from fastpo.backends.base import Backend, RowInputs, RowLosses
 from fastpo.objective import Objective, token_loss
 
+LossOf = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
 
 def two_step(
     backend: Backend,
@@ -22,24 +24,35 @@ def two_step(
     out: Tensor | None,
     *,
     mask: Tensor | None,
-    loss_of: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    loss_of: LossOf,
 ) -> RowLosses:
     """Statistics, any loss on (N,) numbers by autograd, then the gradient: what `row_policy_loss`
-    does in one launch for the losses that a kernel knows. `loss_of` takes log-probs and entropies,
-    and returns the weighted loss of every row, differentiable in them, and its clip flags."""
-    gradient = out is not None
+    does in one launch for the losses that a kernel knows. `loss_of`: see `differentiate`."""
     stats = backend.row_stats(logits, tokens, temperature, mask)
+    numbers = (stats.logprobs, stats.entropy)
+    loss, clipped, *grads = differentiate(loss_of, *numbers, gradient=out is not None)
+    if out is not None:
+        backend.row_grad(logits, tokens, stats, *grads, temperature, out)
+    return RowLosses(loss, *numbers, clipped)
+
+
+def differentiate(
+    loss_of: LossOf, logprobs: Tensor, entropy: Tensor, *, gradient: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Loss and clip flags of every row, and the gradients of the loss's sum with respect to the
+    log-probs and, unless it does not depend on them, the entropies; without `gradient` None.
+
+    `loss_of` takes log-probs and entropies, and returns the weighted loss of every row,
+    differentiable in them, and its clip flags.
+    """
     with torch.set_grad_enabled(gradient):  # inference mode knows no requires_grad_
-        outputs = [x.detach().requires_grad_(gradient) for x in (stats.logprobs, stats.entropy)]
-        loss, clipped = loss_of(*outputs)
-        if gradient:
-            grads = torch.autograd.grad(loss.sum(), outputs, allow_unused=True)
-    if gradient:
-        logprob_grad, entropy_grad = (None if x is None else x.contiguous() for x in grads)
-        if logprob_grad is None:
-            logprob_grad = torch.zeros_like(stats.logprobs)
-        backend.row_grad(logits, tokens, stats, logprob_grad, entropy_grad, temperature, out)
-    return RowLosses(loss.detach(), stats.logprobs, stats.entropy, clipped)
+        numbers = [x.detach().requires_grad_(gradient) for x in (logprobs, entropy)]
+        loss, clipped = loss_of(*numbers)
+        if not gradient:
+            return loss.detach(), clipped, None, None
+        grads = torch.autograd.grad(loss.sum(), numbers, allow_unused=True)
+    c, e = (None if x is None else x.contiguous() for x in grads)
+    return loss.detach(), clipped, torch.zeros_like(logprobs) if c is None else c, e
 
 
 def two_step_policy_loss(

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from fastpo.ops import checks
+from fastpo.ops.kept import Kept
 from fastpo.ops.tensor_parallel import check_tp_group
 
 
@@ -107,20 +108,58 @@ def _check_logits_dtype(requested: object, operands: torch.dtype) -> None:
 
 def _check_live_rows(live_rows: object, mask: Tensor | None) -> None:
     """None or the number of True in `mask`."""
-    if live_rows is None:
-        return
-    if mask is None:
+    if live_rows is not None and mask is None:
         raise ValueError(
             "live_rows is given without mask: it says on the host what mask says on device, "
             "pass both"
         )
-    if isinstance(live_rows, bool) or not isinstance(live_rows, Integral) or live_rows < 0:
-        got = live_rows if isinstance(live_rows, Integral) else type(live_rows).__name__
-        raise ValueError(f"live_rows is {got}, expected an int, the number of True in mask")
-    if checks.inspects_values(mask) and live_rows != int(mask.sum()):
+    _check_count("live_rows", live_rows, mask, "True in mask")
+
+
+def check_kept_options(
+    dense_rows: object, add_to: object, kept: Kept | None, weight: Tensor, operands: torch.dtype
+) -> None:
+    """What goes with kept sets alone."""
+    for name, value in (("dense_rows", dense_rows), ("add_weight_grad_to", add_to)):
+        if value is not None and kept is None:
+            raise ValueError(
+                f"{name} is given without kept_tokens: it is about tokens with kept sets, pass "
+                "them or leave it None"
+            )
+    if kept is None:
+        return
+    none = torch.zeros(0, dtype=torch.bool)
+    dense = none if kept.dense is None else kept.dense
+    _check_count("dense_rows", dense_rows, dense, "tokens without kept ids")
+    if add_to is None:
+        return
+    checks.check_not_sharded("add_weight_grad_to", add_to)
+    checks.check_tensor("add_weight_grad_to", add_to, weight.shape, weight)
+    allowed = dict.fromkeys((operands, checks.wide_dtype(operands)))
+    if add_to.dtype not in allowed or add_to.stride(-1) != 1 or add_to.requires_grad:
         raise ValueError(
-            f"live_rows is {live_rows}, mask has {int(mask.sum())} True: pass the count of the "
-            "same mask"
+            f"add_weight_grad_to is {add_to.dtype} of strides {add_to.stride()}, requires_grad="
+            f"{add_to.requires_grad}, expected {' or '.join(map(str, allowed))}, stride 1 in the "
+            "last dimension and no gradient of its own: pass weight.grad"
+        )
+    if torch.is_grad_enabled() and not weight.requires_grad:
+        raise ValueError(
+            "add_weight_grad_to with a weight that requires no gradient: there is none to add, "
+            "leave it None"
+        )
+
+
+def _check_count(name: str, count: object, mask: Tensor, what: str) -> None:
+    """None or how many are True in `mask`, where that can be seen."""
+    if count is None:
+        return
+    if isinstance(count, bool) or not isinstance(count, Integral) or count < 0:
+        got = count if isinstance(count, Integral) else type(count).__name__
+        raise ValueError(f"{name} is {got}, expected an int, the number of {what}")
+    if checks.inspects_values(mask) and count != int(mask.sum()):
+        raise ValueError(
+            f"{name} is {count}, expected {int(mask.sum())}, the number of {what}: pass the count "
+            "of the same batch"
         )
 
 
