@@ -98,6 +98,31 @@ def small_layout(monkeypatch: pytest.MonkeyPatch, triton_backend) -> None:
     monkeypatch.setattr(_layout, "_layout", layout)
 
 
+@pytest.fixture(scope="session")
+def emulated_advantages(tmp_path_factory: pytest.TempPathFactory):
+    """The CUDA kernel of group_advantages, its threads being loops."""
+    import advantage_emulation
+
+    if advantage_emulation.COMPILER is None:
+        pytest.skip("no C++ compiler")
+    return advantage_emulation.EmulatedAdvantages(tmp_path_factory.mktemp("groups"))
+
+
+@pytest.fixture(params=["compiled", "emulated", "specified"])
+def implementation(request, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What `group_advantages` runs on: the operator, if built, as on a GPU, or plain torch."""
+    from fastpo import _extension
+
+    if request.param == "specified":
+        monkeypatch.setattr(_extension, "devices", lambda: ())
+    elif (reason := _extension.load_error()) is not None:
+        pytest.skip(reason)
+    elif request.param == "emulated":
+        emulated = request.getfixturevalue("emulated_advantages")
+        monkeypatch.setattr(torch.ops.fastpo, "group_advantages", emulated.group_advantages)
+    return request.param
+
+
 @pytest.fixture
 def tiny(tmp_path, monkeypatch: pytest.MonkeyPatch):
     """See `tiny_runs.trainer`."""
