@@ -22,7 +22,14 @@ if not HAS_GPU and "triton" not in sys.modules:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # decided once, when Triton is imported
 
 
-HELPERS = ("cpp_cases", "objective_cases", "peer_batch", "policy_batch", "tiny_runs")
+HELPERS = (
+    "cpp_cases",
+    "learner_cases",
+    "objective_cases",
+    "peer_batch",
+    "policy_batch",
+    "tiny_runs",
+)
 pytest.register_assert_rewrite(*HELPERS, "tiny_transformers")
 
 
