@@ -286,7 +286,7 @@ def test_maxrl_is_the_reward_over_its_mean():
 
 
 def test_maxrl_refuses_negative_rewards():
-    """REGRESSIONS 53: their mean is no success rate; below 0 it pushes good answers down."""
+    """REGRESSIONS 54: their mean is no success rate; below 0 it pushes good answers down."""
     rewards = torch.tensor([-1.0, -1, -1, 1])
     with pytest.raises(ValueError, match=r"rewards hold -1.0, expected none below 0 for 'maxrl'"):
         fastpo.group_advantages(rewards, group_size=4, estimator="maxrl")

@@ -23,7 +23,7 @@ def stale(monkeypatch):
 
 
 def test_a_stale_extension_says_what_to_run(stale):
-    """REGRESSIONS 54: one warning, since calls without backend= go on; refused where asked for."""
+    """REGRESSIONS 55: one warning, since calls without backend= go on; refused where asked for."""
     with pytest.warns(UserWarning, match=r"has no cpp_of_tomorrow.*run `pip install") as caught:
         assert backends.resolve(None, torch.device("cpu"), torch.float32) == "torch"
     assert len(caught) == 1 and "\n" not in str(caught[0].message)

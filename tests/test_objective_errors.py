@@ -61,7 +61,7 @@ BAD = [
     ids=lambda x: ", ".join(x)[:40] if isinstance(x, dict) else None,
 )
 def test_objective_refuses(fields, error, fragments):
-    """REGRESSIONS 52 among them: fields that mean nothing to the surrogate."""
+    """REGRESSIONS 53 among them: fields that mean nothing to the surrogate."""
     with pytest.raises(error) as raised:
         Objective(**fields)
     message = str(raised.value)
