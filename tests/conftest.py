@@ -7,6 +7,7 @@ import importlib.machinery
 import importlib.util
 import os
 import sys
+from types import ModuleType
 from unittest.mock import MagicMock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -136,6 +137,25 @@ def tiny(tmp_path, monkeypatch: pytest.MonkeyPatch):
     from tiny_runs import trainer
 
     return trainer(tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch):
+    """`stand_in("a.b.c", name=...)`: a module of that path with these names."""
+
+    def make(path: str, **names: object) -> ModuleType:
+        parts = path.split(".")
+        for end in range(1, len(parts) + 1):
+            name = ".".join(parts[:end])
+            if name not in sys.modules:
+                monkeypatch.setitem(sys.modules, name, ModuleType(name))
+                if end > 1:
+                    parent = sys.modules[".".join(parts[: end - 1])]
+                    monkeypatch.setattr(parent, parts[end - 1], sys.modules[name], raising=False)
+        vars(sys.modules[path]).update(names)
+        return sys.modules[path]
+
+    return make
 
 
 class RayStub(importlib.abc.MetaPathFinder, importlib.abc.Loader):
