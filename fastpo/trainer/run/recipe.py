@@ -85,8 +85,8 @@ def _check_together(config: Config) -> None:
         )
     if model.lora.rank and config.algorithm.sync_reference_every:
         raise RecipeError(
-            "algorithm.sync_reference_every moves the reference policy, which with model.lora.rank is "
-            "the model without its adapters: set one of them to 0"
+            "algorithm.sync_reference_every moves the reference policy, which with model.lora.rank "
+            "is the model without its adapters: set one of them to 0"
         )
 
 
