@@ -15,8 +15,12 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fastpo import __version__
+
+if TYPE_CHECKING:
+    from fastpo.trainer.config import Config
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # torch on a GPU, on a CPU
 TRAIN_EXTRA = "the trainer needs more packages: pip install 'fastpo[train]'"
@@ -106,6 +110,8 @@ def _parser(arguments: list[str]) -> argparse.ArgumentParser:
     train.add_argument("overrides", nargs="*", metavar="key=value")
     train.add_argument("--resume", action="store_true", help="go on from the run's checkpoint")
     train.add_argument("--seeds", help="one run for each, one after another: 0,1,2", metavar="N,N")
+    train.add_argument("--dry-run", action="store_true", help="check the recipe, load no weights")
+    _add_ranks(train)
     train.set_defaults(run=_train)
     evaluate = commands.add_parser(
         "eval",
@@ -127,9 +133,16 @@ def _parser(arguments: list[str]) -> argparse.ArgumentParser:
     compare.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="directory of a run")
     compare.set_defaults(run=_compare)
     planned = commands.add_parser(
-        "plan", help="bytes of every buffer of a loss step, for each way to compute it"
+        "plan",
+        help="memory of a recipe's run, or of a loss step for each way to compute it",
+        description="Of a recipe, `fastpo plan RECIPE key=value --ranks N`: bytes per rank of a "
+        "run of it. Without one, of a loss step of the shape given:",
     )
-    if arguments[:1] == ["plan"]:
+    if arguments[:1] == ["plan"] and not (arguments[1:2] or ["-"])[0].startswith("-"):
+        planned.add_argument("recipe", help="TOML file")
+        planned.add_argument("overrides", nargs="*", metavar="key=value")
+        _add_ranks(planned)
+    elif arguments[:1] == ["plan"]:
         from fastpo import plan
 
         plan.add_arguments(planned)
@@ -141,6 +154,12 @@ def _parser(arguments: list[str]) -> argparse.ArgumentParser:
     )
     doctor.set_defaults(run=_doctor)
     return parser
+
+
+def _add_ranks(parser: argparse.ArgumentParser) -> None:
+    most = range(1, 2**20)
+    help_ = "how many, of a plan or a dry run"
+    parser.add_argument("--ranks", type=int, choices=most, default=1, metavar="N", help=help_)
 
 
 def _train(options: argparse.Namespace, command: str) -> int:
@@ -155,6 +174,8 @@ def _train(options: argparse.Namespace, command: str) -> int:
     if "=" in path and not Path(path).exists():  # settings alone
         path, overrides = None, [path, *overrides]
     config = recipe.load(path, overrides)
+    if options.dry_run:
+        return _show_footprint("dry_run", config, options.ranks)
     from fastpo.trainer.run import seeds  # torch: after the recipe's own mistakes
 
     if options.seeds is not None:
@@ -188,7 +209,20 @@ def _compare(options: argparse.Namespace, command: str) -> int:
     return 0
 
 
+def _show_footprint(check: str, config: Config, ranks: int) -> int:
+    from fastpo.trainer import footprint
+    from fastpo.trainer.run import dryrun
+
+    print(footprint.table(getattr(dryrun, check)(config, ranks), config))
+    return 0
+
+
 def _plan(options: argparse.Namespace, command: str) -> int:
+    if hasattr(options, "recipe"):
+        from fastpo.trainer.run import recipe
+
+        config = recipe.load(options.recipe, options.overrides)
+        return _show_footprint("plan", config, options.ranks)
     from fastpo import plan
 
     try:

@@ -296,20 +296,21 @@ def plan_table(
     inputs = (tokens + vocab) * hidden * dtype.itemsize
     lines = [
         f"{tokens} tokens, hidden {hidden}, vocabulary {vocab}, {name}: forward + backward",
-        f"inputs (hidden states and head): {_human(inputs)}",
+        f"inputs (hidden states and head): {human(inputs)}",
     ]
     for each in plans:
         chunk = "" if each.chunk_tokens is None else f", {each.chunk_tokens} tokens at a time"
         lines += ["", f"{each.path}{chunk}"]
         for buffer in each.buffers:
             if buffer.bytes:
-                lines.append(f"  {buffer.name:<40} {_human(buffer.bytes):>11}   {buffer.formula}")
-        lines.append(f"  {'peak beyond the inputs':<40} {_human(each.peak_bytes):>11}")
-        lines.append(f"  {'of which not results':<40} {_human(each.extra_bytes):>11}")
+                lines.append(f"  {buffer.name:<40} {human(buffer.bytes):>11}   {buffer.formula}")
+        lines.append(f"  {'peak beyond the inputs':<40} {human(each.peak_bytes):>11}")
+        lines.append(f"  {'of which not results':<40} {human(each.extra_bytes):>11}")
     return "\n".join(lines)
 
 
-def _human(count: int) -> str:
+def human(count: float) -> str:
+    """A number of bytes with its unit."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.4g} {unit}"

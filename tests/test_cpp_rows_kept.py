@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastpo.backends import cpp as cpp_rows
 from fastpo.backends import torch as torch_rows
-from fastpo.backends.base import KeptGrads, KeptHead, KeptSets
+from fastpo.backends.base import KeptGrads, KeptHead, KeptRows, KeptSets
 from fastpo.testing.budget import assert_within_budget
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
@@ -72,8 +72,8 @@ class KeptCase:
 
     def run(self, backend, *, mask=None, grad_dtype=None, add_to: KeptGrads | None = None):
         """(statistics, logits, gradients); a gradient of 9 stands where none is due."""
-        rows = (self.hidden, self.head, self.tokens, self.kept, self.temperature)
-        stats, logits = backend.kept_stats(*rows, mask)
+        rows = KeptRows(self.hidden, self.head, self.tokens, self.kept, self.temperature)
+        stats, logits = backend.kept_stats(rows, mask)
         dtype = grad_dtype or self.hidden.dtype
         bias = self.head.bias
         grads = add_to or KeptGrads(
@@ -82,7 +82,7 @@ class KeptCase:
             None if bias is None else torch.empty_like(bias, dtype=dtype),
         )
         c, e = ((x if mask is None or x is None else x * mask) for x in (self.c, self.e))
-        backend.kept_grad(*rows, stats, logits, c, e, grads, add=add_to is not None)
+        backend.kept_grad(rows, stats, logits, c, e, grads, add=add_to is not None)
         return stats, logits, grads
 
     def dense(self, dtype: torch.dtype):

@@ -156,6 +156,10 @@ def test_policy_loss_on_logits(name, dtype, backend):
         within(got, want, base, "loss or dlogits")
 
 
+def _assert_equal(x: Tensor, y: Tensor) -> None:
+    assert torch.equal(x, y)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("inputs", ["hidden", "shifted hidden", "logits", "shifted logits"])
 def test_log_probs_are_the_loss_in_two_steps(inputs, backend):
@@ -182,8 +186,10 @@ def test_log_probs_are_the_loss_in_two_steps(inputs, backend):
             )
         result.loss.backward()
         results.append([result.loss.detach(), result.logprobs, result.entropy, leaf.grad])
+    # Dense rows of hidden states are fused: a kernel's own arithmetic, to the last bits.
+    same = torch.testing.assert_close if "hidden" in inputs else _assert_equal
     for x, y in zip(*results, strict=True):
-        assert torch.equal(x, y)
+        same(x, y)
     assert (results[0][1][~batch.mask] == 0).all()
 
 

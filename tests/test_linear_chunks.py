@@ -10,6 +10,7 @@ import torch
 import fastpo
 from fastpo.ops import head as head_module
 from fastpo.ops import linear, linear_chunks, linear_workspace
+from fastpo.ops.linear_checks import LinearOptions
 from fastpo.ops.linear_chunks import LinearCall
 from fastpo.ops.linear_workspace import Workspace
 from fastpo.testing.budget import assert_within_budget
@@ -33,20 +34,9 @@ def test_a_softcap_takes_two_buffers_of_the_budget():
     rows = []
     for options in ({}, {"softcap": 3.0}):
         case = LinearCase.random(shape=(1, 4), width=4, vocabulary=2**15, **options)
-        call = linear._linear_call(
-            case.hidden,
-            case.weight,
-            case.tokens,
-            None,
-            1.0,
-            None,
-            logit_scale=1.0,
-            softcap=case.softcap,
-            logits_dtype=None,
-            chunk_tokens=None,
-            tp_group=None,
-            live_rows=None,
-        )
+        settings = LinearOptions(1.0, case.softcap, None, None, None, None)
+        rows_of = (case.hidden, case.weight, case.tokens, None, 1.0, None)
+        call = linear._linear_call(*rows_of, settings)
         rows.append(call.chunk_rows(10**6, case.weight))
     assert rows == [1024, 512]
 

@@ -98,7 +98,7 @@ def test_compacted_equals_uncompacted(preset, monkeypatch):
     case = LinearCase.random(bias=True, softcap=3.0)
     case = replace(case, temperature=0.5 + torch.rand(case.tokens.shape))
     compact, grads = case.fused(PRESETS[preset])
-    monkeypatch.setattr(linear, "_unmasked_rows", lambda *_: (None, None))
+    monkeypatch.setattr(linear, "unmasked_rows", lambda *_: (None, None))
     monkeypatch.setattr(LinearCall, "reads_values", False)
     case.hidden[~case.mask] = torch.nan
     full, full_grads = case.fused(PRESETS[preset])

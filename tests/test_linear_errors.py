@@ -108,7 +108,7 @@ BAD = {
     "live_count": (
         {"live_rows": 3, "mask": torch.ones(N, dtype=torch.bool)},
         ValueError,
-        "live_rows is 3, mask has 6 True",
+        "live_rows is 3, expected 6, the number of True in mask",
     ),
     "live_negative": (
         {"live_rows": -3, "mask": torch.ones(N, dtype=torch.bool)},

@@ -176,7 +176,7 @@ def test_masked_slots_may_hold_anything(name, monkeypatch):
     for tensor in (case.hidden, case.old_logprobs, case.ref_logprobs, case.advantages):
         tensor[dead] = torch.nan
     close(case.fused(rule_as_objective(rule), **ref), expected)
-    monkeypatch.setattr(linear, "_unmasked_rows", lambda *_: (None, None))
+    monkeypatch.setattr(linear, "unmasked_rows", lambda *_: (None, None))
     monkeypatch.setattr(LinearCall, "reads_values", False)
     close(case.fused(rule_as_objective(rule), **ref), expected)
 

@@ -10,7 +10,7 @@ from fastpo.trainer.algorithm import resolve
 from fastpo.trainer.config import AlgorithmConfig, ModelConfig, OptimConfig
 from fastpo.trainer.experience import Sample
 from fastpo.trainer.metrics import update_metrics
-from fastpo.trainer.policy import make_policy
+from fastpo.trainer.models import make_policy
 from fastpo.trainer.rollout import Sampling, sample
 from fastpo.trainer.run.errors import RecipeError
 from fastpo.trainer.tasks import Problem

@@ -2,6 +2,7 @@
 
 import collections
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -129,6 +130,21 @@ def test_the_cache_is_appended_to_not_concatenated(policy, monkeypatch):
         expected = rescored(policy, prompt, completion.tokens, 0.7)
         found = torch.tensor(completion.logprobs, dtype=torch.float64)
         torch.testing.assert_close(found, expected, atol=5e-5, rtol=0)
+
+
+def test_keys_are_kept_as_attention_takes_them(policy, monkeypatch):
+    """In bfloat16, of half the size, with the same completions and log-probs bit for bit."""
+    low = replace(policy, config=replace(policy.config, dtype="bfloat16"))
+    found, kinds, grow = [], [], rollout.growing
+
+    def growing(cache, dtype):
+        kinds.append((cache.layers[0].keys.dtype, dtype))
+        return grow(cache, dtype if len(kinds) == 1 else torch.float32)
+
+    monkeypatch.setattr(rollout, "growing", growing)
+    for _ in range(2):
+        found.append(draw(low, max_new_tokens=20))
+    assert found[0] == found[1] and kinds == [(torch.float32, torch.bfloat16)] * 2
 
 
 def test_a_greedy_group_is_decoded_once(policy, monkeypatch):

@@ -408,3 +408,13 @@ def test_samples_with_and_without_kept_sets_in_one_batch():
     batch = MicroBatch.of([*kept, *free], CPU)
     scored = learner._score(learner.policy, batch)
     torch.testing.assert_close(scored, batch.sampled_logprobs, atol=2e-5, rtol=0)
+    whole = sum(s.length for s in free)
+    assert batch.kept["dense_rows"] == whole  # what the host tells a GPU
+    for each in (*kept, *free):  # a correction masks every other token
+        each.weights, each.mask = [1.0] * each.length, [i % 2 == 0 for i in range(each.length)]
+        each.old_logprobs = each.completion.logprobs
+    batch = MicroBatch.of([*kept, *free], CPU)
+    options = batch.loss_options()
+    assert options["dense_rows"] == sum(sum(s.mask) for s in free) < whole
+    assert learner._loss(batch, 1, on_policy=False).loss.isfinite()
+    assert learner._loss(batch.idle(), 1, on_policy=False).loss == 0

@@ -11,9 +11,9 @@ where c = dL/dlogprob and e = dL/dH. The maximum and the log of the sum are kept
 
 Every backend module exports `row_stats`, `row_grad`, `row_policy_loss`, `scale_` with the
 signatures of `Backend`, plus `unavailable()`. Two of them are primitives: `row_policy_loss` is
-their composition, `two_step`, unless a backend fuses the three steps into one launch. Callers have
-validated and flattened: logits (N, V) with unit stride in V and any row stride, the rest contiguous
-(N,). Rules all of them keep:
+their composition (two_step.py), unless a backend fuses the three steps into one launch. Callers
+have validated and flattened: logits (N, V) with unit stride in V and any row stride, the rest
+contiguous (N,). Rules all of them keep:
 
 * A masked row is never read and its gradient and outputs are exactly 0, whatever NaN or inf stands
   there. Masked: `mask` False (row_stats); c and e both 0 (row_grad); weight and entropy weight
@@ -43,7 +43,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from fastpo.objective import GATES, KL_ESTIMATORS, TOKEN_SURROGATES, Objective, token_loss
+from fastpo.objective import GATES, KL_ESTIMATORS, TOKEN_SURROGATES, Objective
 
 
 class RowStats(NamedTuple):
@@ -80,6 +80,16 @@ class KeptHead(NamedTuple):
     bias: Tensor | None  # (V,)
     gain: float
     capped: bool  # tanh follows; the outer softcap rides in the temperature
+
+
+class KeptRows(NamedTuple):
+    """Rows of an LM head of which some columns alone are asked for."""
+
+    hidden: Tensor  # (N, D)
+    head: KeptHead
+    tokens: Tensor  # (N,) int64
+    kept: KeptSets
+    temperature: float | Tensor  # or (N,) fp32
 
 
 class KeptGrads(NamedTuple):
@@ -265,16 +275,8 @@ class Backend(Protocol):
         last column to the first never overwrites a logit it has yet to read.
         """
 
-    def kept_stats(
-        self,
-        hidden: Tensor,
-        head: KeptHead,
-        tokens: Tensor,
-        kept: KeptSets,
-        temperature: float | Tensor,
-        mask: Tensor | None = None,
-    ) -> tuple[RowStats, Tensor]:
-        """Statistics of the rows (N, D) with ids, by gathered dot products; z of every id, (M,).
+    def kept_stats(self, rows: KeptRows, mask: Tensor | None = None) -> tuple[RowStats, Tensor]:
+        """Statistics of the rows with ids, by gathered dot products; z of every id, (M,).
 
         u = z / temperature, and everything is as in `row_stats` with -inf at the other columns.
         A row with one id has log-prob and entropy 0 and is never read, nor is a masked row or one
@@ -283,11 +285,7 @@ class Backend(Protocol):
 
     def kept_grad(
         self,
-        hidden: Tensor,
-        head: KeptHead,
-        tokens: Tensor,
-        kept: KeptSets,
-        temperature: float | Tensor,
+        rows: KeptRows,
         stats: RowStats,
         logits: Tensor,
         logprob_grad: Tensor,
@@ -307,56 +305,11 @@ class Backend(Protocol):
         """grad *= factor (0-d, on device); reads and writes nothing when the factor is 1."""
 
 
-def two_step(
-    backend: Backend,
-    logits: Tensor,
-    tokens: Tensor,
-    temperature: float | Tensor,
-    out: Tensor | None,
-    *,
-    mask: Tensor | None,
-    loss_of: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-) -> RowLosses:
-    """Statistics, any loss on (N,) numbers by autograd, then the gradient: what `row_policy_loss`
-    does in one launch for the losses that a kernel knows. `loss_of` takes log-probs and entropies,
-    and returns the weighted loss of every row, differentiable in them, and its clip flags."""
-    gradient = out is not None
-    stats = backend.row_stats(logits, tokens, temperature, mask)
-    with torch.set_grad_enabled(gradient):  # inference mode knows no requires_grad_
-        outputs = [x.detach().requires_grad_(gradient) for x in (stats.logprobs, stats.entropy)]
-        loss, clipped = loss_of(*outputs)
-        if gradient:
-            grads = torch.autograd.grad(loss.sum(), outputs, allow_unused=True)
-    if gradient:
-        logprob_grad, entropy_grad = (None if x is None else x.contiguous() for x in grads)
-        if logprob_grad is None:
-            logprob_grad = torch.zeros_like(stats.logprobs)
-        backend.row_grad(logits, tokens, stats, logprob_grad, entropy_grad, temperature, out)
-    return RowLosses(loss.detach(), stats.logprobs, stats.entropy, clipped)
-
-
-def token_level_loss(
-    inputs: RowInputs, objective: Objective, mask: Tensor
-) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """A token-level objective as the `loss_of` of `two_step`: the specification, weighted."""
-
-    def loss_of(logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor]:
-        terms = token_loss(
-            objective,
-            logprobs,
-            inputs.advantages,
-            old_logprobs=inputs.old_logprobs,
-            ref_logprobs=inputs.ref_logprobs,
-            clip_bounds=inputs.clip_bounds,
-            nll_weights=inputs.nll_weight,
-            mask=mask,
-        )
-        loss = inputs.weight * terms.loss
-        if inputs.entropy_weight is not None:
-            loss = loss - inputs.entropy_weight * entropy
-        return loss, terms.clipped
-
-    return loss_of
+def split_temperature(temperature: float | Tensor) -> tuple[float, Tensor | None]:
+    """The two arguments of a kernel: one number, or one per row, contiguous."""
+    if isinstance(temperature, Tensor):
+        return 1.0, temperature.contiguous()
+    return float(temperature), None
 
 
 def written(tensor: Tensor) -> None:

@@ -11,14 +11,14 @@ from torch import Tensor
 from fastpo import _extension
 from fastpo.backends.base import (
     KeptGrads,
-    KeptHead,
-    KeptSets,
+    KeptRows,
     ObjectiveParams,
     RowDetails,
     RowInputs,
     RowLosses,
     RowStats,
     overwrites,
+    split_temperature,
     written,
 )
 from fastpo.objective import Objective
@@ -37,14 +37,14 @@ def row_stats(
     logits: Tensor, tokens: Tensor, temperature: float | Tensor, mask: Tensor | None = None
 ) -> RowStats:
     """See `fastpo.backends.base.Backend`."""
-    return RowStats(*ops.cpp_row_stats(logits, tokens, *_temperature(temperature), mask))
+    return RowStats(*ops.cpp_row_stats(logits, tokens, *split_temperature(temperature), mask))
 
 
 def row_details(
     logits: Tensor, tokens: Tensor, temperature: float | Tensor, mask: Tensor | None = None
 ) -> tuple[RowStats, RowDetails]:
     """See `fastpo.backends.base.Backend`."""
-    results = ops.cpp_row_details(logits, tokens, *_temperature(temperature), mask)
+    results = ops.cpp_row_details(logits, tokens, *split_temperature(temperature), mask)
     return RowStats(*results[:4]), RowDetails(*results[4:])
 
 
@@ -60,7 +60,7 @@ def row_grad(
     """See `fastpo.backends.base.Backend`."""
     overwrites(logits, out)
     rows = (*stats, logprob_grad, entropy_grad)
-    ops.cpp_row_grad(logits, tokens, *rows, *_temperature(temperature), out)
+    ops.cpp_row_grad(logits, tokens, *rows, *split_temperature(temperature), out)
     written(out)
 
 
@@ -76,35 +76,25 @@ def row_policy_loss(
     if out is not None:
         overwrites(logits, out)
     params = ObjectiveParams.from_objective(objective)
-    arguments = (logits, tokens, *inputs, params, *_temperature(temperature), out)
+    arguments = (logits, tokens, *inputs, params, *split_temperature(temperature), out)
     losses = RowLosses(*ops.cpp_row_policy_loss(*arguments))
     if out is not None:
         written(out)
     return losses
 
 
-def kept_stats(
-    hidden: Tensor,
-    head: KeptHead,
-    tokens: Tensor,
-    kept: KeptSets,
-    temperature: float | Tensor,
-    mask: Tensor | None = None,
-) -> tuple[RowStats, Tensor]:
+def kept_stats(rows: KeptRows, mask: Tensor | None = None) -> tuple[RowStats, Tensor]:
     """See `fastpo.backends.base.Backend`."""
-    rows = (tokens, *kept, *_temperature(temperature))
+    head = rows.head
+    numbers = (rows.tokens, *rows.kept, *split_temperature(rows.temperature))
     *stats, logits = ops.cpp_kept_stats(
-        hidden, head.weight, head.bias, *rows, head.gain, head.capped, mask
+        rows.hidden, head.weight, head.bias, *numbers, head.gain, head.capped, mask
     )
     return RowStats(*stats), logits
 
 
 def kept_grad(
-    hidden: Tensor,
-    head: KeptHead,
-    tokens: Tensor,
-    kept: KeptSets,
-    temperature: float | Tensor,
+    rows: KeptRows,
     stats: RowStats,
     logits: Tensor,
     logprob_grad: Tensor,
@@ -113,20 +103,13 @@ def kept_grad(
     add: bool = False,
 ) -> None:
     """See `fastpo.backends.base.Backend`."""
-    rows = (tokens, *kept, *_temperature(temperature), head.gain, head.capped)
+    head = rows.head
+    numbers = (rows.tokens, *rows.kept, *split_temperature(rows.temperature))
+    incoming = (logits, *stats, logprob_grad, entropy_grad)
     bias_grad = None if grads.bias is None else grads.bias[:, None]
+    outs = (grads.hidden, grads.weight, bias_grad)
     ops.cpp_kept_grad(
-        hidden,
-        head.weight,
-        *rows,
-        logits,
-        *stats,
-        logprob_grad,
-        entropy_grad,
-        grads.hidden,
-        grads.weight,
-        bias_grad,
-        add,
+        rows.hidden, head.weight, *numbers, head.gain, head.capped, *incoming, *outs, add
     )
     for grad in grads:
         if grad is not None:
@@ -137,9 +120,3 @@ def scale_(grad: Tensor, factor: Tensor) -> None:
     """See `fastpo.backends.base.Backend`."""
     ops.cpp_scale_(grad, factor.float())
     written(grad)
-
-
-def _temperature(temperature: float | Tensor) -> tuple[float, Tensor | None]:
-    if isinstance(temperature, Tensor):
-        return 1.0, temperature
-    return float(temperature), None

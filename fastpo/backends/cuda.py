@@ -17,6 +17,7 @@ from fastpo.backends.base import (
     RowLosses,
     RowStats,
     overwrites,
+    split_temperature,
     written,
 )
 from fastpo.objective import Objective
@@ -50,7 +51,7 @@ def row_stats(
     logits: Tensor, tokens: Tensor, temperature: float | Tensor, mask: Tensor | None = None
 ) -> RowStats:
     """See `fastpo.backends.base.Backend`."""
-    rows = _contiguous(tokens), *_temperature(temperature), _contiguous(mask)
+    rows = _contiguous(tokens), *split_temperature(temperature), _contiguous(mask)
     return RowStats(*ops.cuda_row_stats(logits, *rows))
 
 
@@ -66,7 +67,7 @@ def row_grad(
     """See `fastpo.backends.base.Backend`."""
     overwrites(logits, out)
     rows = map(_contiguous, (tokens, *stats, logprob_grad, entropy_grad))
-    ops.cuda_row_grad(logits, *rows, *_temperature(temperature), out)
+    ops.cuda_row_grad(logits, *rows, *split_temperature(temperature), out)
     written(out)
 
 
@@ -83,7 +84,7 @@ def row_policy_loss(
         overwrites(logits, out)
     params = ObjectiveParams.from_objective(objective)
     rows = map(_contiguous, (tokens, *inputs))
-    losses = ops.cuda_row_policy_loss(logits, *rows, params, *_temperature(temperature), out)
+    losses = ops.cuda_row_policy_loss(logits, *rows, params, *split_temperature(temperature), out)
     if out is not None:
         written(out)
     return RowLosses(*losses)
@@ -98,9 +99,3 @@ def scale_(grad: Tensor, factor: Tensor) -> None:
 def _contiguous(rows: Tensor | None) -> Tensor | None:
     """The kernels read neighbouring elements."""
     return None if rows is None else rows.contiguous()
-
-
-def _temperature(temperature: float | Tensor) -> tuple[float, Tensor | None]:
-    if isinstance(temperature, Tensor):
-        return 1.0, temperature.contiguous()
-    return float(temperature), None

@@ -13,15 +13,14 @@ from torch import Tensor
 
 from fastpo.backends.base import (
     KeptGrads,
-    KeptHead,
+    KeptRows,
     KeptSets,
     RowDetails,
     RowInputs,
     RowLosses,
     RowStats,
-    token_level_loss,
-    two_step,
 )
+from fastpo.backends.two_step import two_step_policy_loss
 from fastpo.objective import Objective
 
 
@@ -98,26 +97,18 @@ def row_policy_loss(
     out: Tensor | None,
 ) -> RowLosses:
     """See `fastpo.backends.base.Backend`."""
-    mask = inputs.mask
-    loss_of = token_level_loss(inputs, objective, mask)
     this = sys.modules[__name__]
-    return two_step(this, logits, tokens, temperature, out, mask=mask, loss_of=loss_of)
+    return two_step_policy_loss(this, logits, tokens, inputs, objective, temperature, out)
 
 
-def kept_stats(
-    hidden: Tensor,
-    head: KeptHead,
-    tokens: Tensor,
-    kept: KeptSets,
-    temperature: float | Tensor,
-    mask: Tensor | None = None,
-) -> tuple[RowStats, Tensor]:
+def kept_stats(rows: KeptRows, mask: Tensor | None = None) -> tuple[RowStats, Tensor]:
     """See `fastpo.backends.base.Backend`."""
+    hidden, head, tokens, kept, temperature = rows
     sizes = kept.offsets.diff()
     several = sizes > 1 if mask is None else (sizes > 1) & mask
-    pairs, rows, ids = _pairs(kept, several)
+    pairs, at, ids = _pairs(kept, several)
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    z = (hidden[rows].to(wide) * head.weight[ids].to(wide)).sum(1)  # (pairs,)
+    z = (hidden[at].to(wide) * head.weight[ids].to(wide)).sum(1)  # (pairs,)
     z = head.gain * (z if head.bias is None else z + head.bias[ids].to(wide))
     logits = hidden.new_zeros(kept.ids.numel(), dtype=wide)
     logits[pairs] = z.tanh() if head.capped else z
@@ -165,11 +156,7 @@ def kept_statistics(scaled: Tensor, rows: Tensor, is_token: Tensor, count: int) 
 
 
 def kept_grad(
-    hidden: Tensor,
-    head: KeptHead,
-    tokens: Tensor,
-    kept: KeptSets,
-    temperature: float | Tensor,
+    rows: KeptRows,
     stats: RowStats,
     logits: Tensor,
     logprob_grad: Tensor,
@@ -178,28 +165,29 @@ def kept_grad(
     add: bool = False,
 ) -> None:
     """See `fastpo.backends.base.Backend`."""
+    hidden, head, tokens, kept, temperature = rows
     sizes = kept.offsets.diff()
     mask = logprob_grad != 0 if entropy_grad is None else (logprob_grad != 0) | (entropy_grad != 0)
-    pairs, rows, ids = _pairs(kept, (sizes > 1) & mask)
-    z, divisor = logits[pairs], _of_rows(temperature, rows)
-    log_probs = z / divisor - stats.row_max[rows] - stats.log_sum[rows]
-    probs, is_token = log_probs.exp(), ids == tokens[rows]
-    rest = -torch.expm1(stats.logprobs)[rows]
-    slopes = logprob_grad[rows] * torch.where(is_token, rest, -probs)
+    pairs, at, ids = _pairs(kept, (sizes > 1) & mask)
+    z, divisor = logits[pairs], _of_rows(temperature, at)
+    log_probs = z / divisor - stats.row_max[at] - stats.log_sum[at]
+    probs, is_token = log_probs.exp(), ids == tokens[at]
+    rest = -torch.expm1(stats.logprobs)[at]
+    slopes = logprob_grad[at] * torch.where(is_token, rest, -probs)
     if entropy_grad is not None:
-        deviation = log_probs.masked_fill(probs == 0, 0) + stats.entropy[rows]
-        slopes = slopes - entropy_grad[rows] * probs * deviation
+        deviation = log_probs.masked_fill(probs == 0, 0) + stats.entropy[at]
+        slopes = slopes - entropy_grad[at] * probs * deviation
     slopes = slopes / divisor * head.gain
     slopes = _normal(slopes * (1 - z.square()) if head.capped else slopes)
     if grads.hidden is not None:
         total = torch.zeros(hidden.shape, dtype=slopes.dtype, device=hidden.device)
-        total.index_add_(0, rows, slopes[:, None] * head.weight[ids].to(slopes.dtype))
+        total.index_add_(0, at, slopes[:, None] * head.weight[ids].to(slopes.dtype))
         written = sizes > 0
         grads.hidden[written] = _normal(total[written]).to(grads.hidden.dtype)
     order = ids.argsort(stable=True)  # sums by segments, not index_add: in this order on any device
     touched, counts = ids[order].unique_consecutive(return_counts=True)
     for grad, parts in (
-        (grads.weight, lambda: slopes[:, None] * hidden[rows].to(slopes.dtype)),
+        (grads.weight, lambda: slopes[:, None] * hidden[at].to(slopes.dtype)),
         (grads.bias, lambda: slopes),
     ):
         if grad is not None:

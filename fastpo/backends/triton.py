@@ -14,14 +14,14 @@ from torch import Tensor
 from fastpo import kernels  # a package: its modules, which need triton, come with _triton_ops
 from fastpo.backends.base import (
     KeptGrads,
-    KeptHead,
-    KeptSets,
+    KeptRows,
     ObjectiveParams,
     RowDetails,
     RowInputs,
     RowLosses,
     RowStats,
     overwrites,
+    split_temperature,
     written,
 )
 from fastpo.backends.metrics import MetricInputs
@@ -54,7 +54,7 @@ def row_stats(
 ) -> RowStats:
     """See `fastpo.backends.base.Backend`."""
     tokens, mask = _contiguous(tokens, mask)
-    arguments = (logits, tokens, *_temperature(temperature), mask)
+    arguments = (logits, tokens, *split_temperature(temperature), mask)
     if torch.compiler.is_compiling():
         return RowStats(*ops.triton_row_stats(*arguments))
     return RowStats(*kernels.row_stats.row_stats(*arguments))
@@ -65,7 +65,7 @@ def row_details(
 ) -> tuple[RowStats, RowDetails]:
     """See `fastpo.backends.base.Backend`."""
     tokens, mask = _contiguous(tokens, mask)
-    arguments = (logits, tokens, *_temperature(temperature), mask)
+    arguments = (logits, tokens, *split_temperature(temperature), mask)
     if torch.compiler.is_compiling():
         results = ops.triton_row_details(*arguments)
     else:
@@ -84,7 +84,7 @@ def row_grad(
 ) -> None:
     """See `fastpo.backends.base.Backend`."""
     rows = (tokens, stats.row_max, stats.log_sum, stats.entropy, logprob_grad, entropy_grad)
-    arguments = (logits, *_contiguous(*rows), *_temperature(temperature), out)
+    arguments = (logits, *_contiguous(*rows), *split_temperature(temperature), out)
     overwrites(logits, out)
     if torch.compiler.is_compiling():
         ops.triton_row_grad_out(*arguments)
@@ -104,7 +104,7 @@ def row_policy_loss(
     """See `fastpo.backends.base.Backend`."""
     if out is not None:
         overwrites(logits, out)
-    arguments = (logits, *_contiguous(tokens, *inputs), *_temperature(temperature), out)
+    arguments = (logits, *_contiguous(tokens, *inputs), *split_temperature(temperature), out)
     params = ObjectiveParams.from_objective(objective)._asdict()
     losses = RowLosses(*kernels.row_policy_loss.row_policy_loss(*arguments, **params))
     if out is not None:
@@ -112,28 +112,18 @@ def row_policy_loss(
     return losses
 
 
-def kept_stats(
-    hidden: Tensor,
-    head: KeptHead,
-    tokens: Tensor,
-    kept: KeptSets,
-    temperature: float | Tensor,
-    mask: Tensor | None = None,
-) -> tuple[RowStats, Tensor]:
+def kept_stats(rows: KeptRows, mask: Tensor | None = None) -> tuple[RowStats, Tensor]:
     """See `fastpo.backends.base.Backend`."""
-    rows = (*_contiguous(head.bias, tokens, *kept), *_temperature(temperature))
-    (mask,) = _contiguous(mask)
-    arguments = (hidden, head.weight, *rows, head.gain, head.capped, mask)
+    head = rows.head
+    numbers = _contiguous(head.bias, rows.tokens, *rows.kept)
+    settings = (*split_temperature(rows.temperature), head.gain, head.capped)
+    arguments = (rows.hidden, head.weight, *numbers, *settings, *_contiguous(mask))
     stats, logits = kernels.kept_rows.kept_stats(*arguments)
     return RowStats(*stats), logits
 
 
 def kept_grad(
-    hidden: Tensor,
-    head: KeptHead,
-    tokens: Tensor,
-    kept: KeptSets,
-    temperature: float | Tensor,
+    rows: KeptRows,
     stats: RowStats,
     logits: Tensor,
     logprob_grad: Tensor,
@@ -142,9 +132,11 @@ def kept_grad(
     add: bool = False,
 ) -> None:
     """See `fastpo.backends.base.Backend`."""
-    rows = (*_contiguous(tokens, *kept), *_temperature(temperature), head.gain, head.capped)
-    numbers = (logits, _contiguous(*stats), *_contiguous(logprob_grad, entropy_grad))
-    kernels.kept_rows.kept_grad(hidden, head.weight, *rows, *numbers, *grads, add)
+    head, numbers = rows.head, _contiguous(rows.tokens, *rows.kept)
+    settings = (*split_temperature(rows.temperature), head.gain, head.capped)
+    incoming = (logits, _contiguous(*stats), *_contiguous(logprob_grad, entropy_grad))
+    arguments = (rows.hidden, head.weight, *numbers, *settings, *incoming, *grads, add)
+    kernels.kept_rows.kept_grad(*arguments)
     for grad in grads:
         if grad is not None:
             written(grad)
@@ -169,9 +161,3 @@ def metric_sums(inputs: MetricInputs, objective: Objective | RuleObjective) -> T
 def _contiguous(*rows: Tensor | None) -> tuple[Tensor | None, ...]:
     """The kernels read neighbouring elements: another stride would be a silent wild read."""
     return tuple(None if x is None else x.contiguous() for x in rows)
-
-
-def _temperature(temperature: float | Tensor) -> tuple[float, Tensor | None]:
-    if isinstance(temperature, Tensor):
-        return 1.0, temperature.contiguous()
-    return float(temperature), None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -57,3 +57,15 @@ def row_grads(grad: Tensor | None, mask: Tensor | None, dtype: torch.dtype) -> T
         return None
     grad = grad.to(dtype).contiguous()
     return grad if mask is None else torch.where(mask, grad, 0.0)
+
+
+def hand_over(
+    grads: Iterable[Tensor | None], add_to: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of hidden, weight and bias for autograd; that of the weight is added to `add_to`
+    instead, where there is such a place."""
+    hidden, weight, bias = grads
+    if add_to is not None and weight is not None:
+        add_to.add_(weight)
+        weight = None
+    return hidden, weight, bias

@@ -203,7 +203,7 @@ class LossBatch:
 
 
 def loss_of_rows(batch: LossBatch) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """The loss of a batch as the `loss_of` of `fastpo.backends.base.two_step`."""
+    """The loss of a batch as the `loss_of` of `fastpo.backends.two_step.two_step`."""
 
     def loss_of(logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor]:
         terms = batch.token_loss(logprobs, entropy)

@@ -50,18 +50,8 @@ def policy_loss_from_logprobs(
         ValueError, TypeError: see the message: what was got, what is expected, what to do.
     """
     objective = as_objective(objective)
-    given = LossInputs(
-        objective,
-        advantages,
-        mask,
-        old_logprobs,
-        ref_logprobs,
-        importance_weights,
-        cu_seqlens,
-        normalizer,
-        clip_bounds,
-        nll_weights,
-    )
+    per_token = (advantages, mask, old_logprobs, ref_logprobs, importance_weights)
+    given = LossInputs(objective, *per_token, cu_seqlens, normalizer, clip_bounds, nll_weights)
     _check_logprobs(logprobs, entropy)
     checks.check_loss(given, logprobs.shape, logprobs)
     if objective.entropy_coef != 0 and entropy is None:

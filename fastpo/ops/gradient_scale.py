@@ -19,8 +19,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fastpo.backends.base import RowInputs, RowLosses, RowStats, token_level_loss, two_step
-from fastpo.objective import Objective
+from fastpo.backends.base import RowStats
+from fastpo.backends.two_step import two_step_policy_loss
 from fastpo.ops.linear_workspace import LinearGrads, Workspace
 from fastpo.ops.tensor_parallel import VocabularyShard
 
@@ -64,22 +64,7 @@ class GradientScale:
         scaled = (logprob_grad * scale, None if entropy_grad is None else entropy_grad * scale)
         self.backend.row_grad(logits, tokens, stats, *scaled, temperature, out)
 
-    def row_policy_loss(
-        self,
-        logits: Tensor,
-        tokens: Tensor,
-        inputs: RowInputs,
-        objective: Objective,
-        temperature: float | Tensor,
-        out: Tensor | None,
-    ) -> RowLosses:
-        """Statistics, loss, then the gradient: the scale must be known before it is written."""
-        if out is None:
-            rows = (logits, tokens, inputs, objective, temperature, None)
-            return self.backend.row_policy_loss(*rows)
-        mask = inputs.mask
-        loss_of = token_level_loss(inputs, objective, mask)
-        return two_step(self, logits, tokens, temperature, out, mask=mask, loss_of=loss_of)
+    row_policy_loss = two_step_policy_loss  # the scale must be known before a gradient is written
 
     def follow(self, grads: LinearGrads) -> None:
         """After `row_grad`, before its chunk is kept: bring what is there to the new scale."""

@@ -16,7 +16,8 @@ a training step. Here they exist for one chunk of tokens at a time. Which way a 
                                       backward computes them again               and loss_of_batch
     log-probs                         any loss may follow                   8    LinearTokenLogprobs
     rows with kept_tokens             a few dot products each, no GEMM      0    LinearKeptLogprobs
-                                      (dense rows beside them: 8)                and loss_of_batch
+                                                                                 and loss_of_batch
+    dense rows beside them            as without                            6/8  KeptLoss besides
 
 The first three are `FusedLinearLoss`. A frozen head or trunk saves its GEMM; without any gradient
 one GEMM is left. `tp_group` changes none of this: `VocabularyShard` is a backend.
@@ -25,6 +26,7 @@ one GEMM is left. `tp_group` changes none of this: `VocabularyShard` is a backen
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -39,20 +41,23 @@ from fastpo.ops.checks import LossInputs
 from fastpo.ops.from_logprobs import loss_of_batch
 from fastpo.ops.kept import Kept, check_kept
 from fastpo.ops.linear_autograd import (
+    ChunkLoss,
     FusedLinearLoss,
     LinearTokenLogprobs,
     RuleLoss,
     TokenLevelLoss,
 )
 from fastpo.ops.linear_checks import (
+    LinearOptions,
     autocasts,
     check_exponentials,
+    check_kept_options,
     check_linear_op,
     operand_dtype,
 )
-from fastpo.ops.linear_chunks import LinearCall
+from fastpo.ops.linear_chunks import LinearCall, unmasked_rows
 from fastpo.ops.linear_exp import ExpShard, ExpTokenLogprobs, FusedExpLoss
-from fastpo.ops.linear_kept import LinearKeptLogprobs
+from fastpo.ops.linear_kept import KeptCall, KeptLoss, LinearKeptLogprobs
 from fastpo.ops.linear_sequences import SequenceLevelLoss
 from fastpo.ops.results import PolicyLoss, TokenLogprobs, TokenStatistics
 from fastpo.ops.tensor_parallel import VocabularyShard
@@ -88,6 +93,8 @@ def linear_policy_loss(
     live_rows: int | None = None,
     kept_tokens: Tensor | None = None,
     kept_offsets: Tensor | None = None,
+    dense_rows: int | None = None,
+    add_weight_grad_to: Tensor | None = None,
 ) -> PolicyLoss:
     """Policy loss from hidden states and the LM head; no [N, V] tensor is ever made.
 
@@ -154,65 +161,77 @@ def linear_policy_loss(
             over them. Such rows never enter a GEMM.
         kept_offsets: [N + 1] int64 or int32, rows in flattened order: row i has
             kept_tokens[kept_offsets[i] : kept_offsets[i + 1]]; none = the whole vocabulary.
+        dense_rows: how many tokens under the mask have no kept ids, 0 where all were sampled from a
+            set. On GPU nobody knows without waiting for the device, and without it every row enters
+            the GEMMs. A wrong one raises on CPU and gives NaN on GPU.
+        add_weight_grad_to: [V, D], usually `weight.grad`: with kept sets, the backward adds the
+            weight's gradient to this tensor, the rows of kept ids alone, and hands autograd none.
+            For gradient accumulation: no zeros of [V, D] are written, nor added (at N 2048, D 576,
+            V 49152 in fp32 on one CPU thread 23 ms for 41). Autograd sees nothing of it: hooks on
+            `weight` get None, so not under DDP or FSDP; and every backward adds,
+            `torch.autograd.grad` with respect to other tensors included.
 
     Raises:
         ValueError, TypeError: see the message: what was got, what is expected, what to do.
         RuntimeError: on a second backward through a gradient that the forward pass made.
     """
-    options = {
-        "logit_scale": logit_scale,
-        "softcap": softcap,
-        "logits_dtype": logits_dtype,
-        "chunk_tokens": chunk_tokens,
-        "tp_group": tp_group,
-        "live_rows": live_rows,
-    }
+    options = LinearOptions(logit_scale, softcap, logits_dtype, chunk_tokens, tp_group, live_rows)
     objective = as_objective(objective)
-    given = LossInputs(
-        objective,
-        advantages,
-        mask,
-        old_logprobs,
-        ref_logprobs,
-        importance_weights,
-        cu_seqlens,
-        normalizer,
-        clip_bounds,
-        nll_weights,
-    )
-    check_linear_op(hidden, weight, bias, tokens, mask, temperature, **options)
+    per_token = (advantages, mask, old_logprobs, ref_logprobs, importance_weights)
+    given = LossInputs(objective, *per_token, cu_seqlens, normalizer, clip_bounds, nll_weights)
+    check_linear_op(hidden, weight, bias, tokens, mask, temperature, options)
     leading = hidden.shape[:-1]
     checks.check_loss(given, leading, hidden)
-    call = _linear_call(hidden, weight, tokens, mask, temperature, backend, **options)
-    kept = _kept_sets(call, kept_tokens, kept_offsets, tokens, mask, weight.shape[0])
-    hidden, weight, bias = _operands(hidden, weight, bias)
+    call = _linear_call(hidden, weight, tokens, mask, temperature, backend, options)
+    kept = (kept_tokens, kept_offsets, dense_rows, add_weight_grad_to)
+    kept = _kept_call(call, hidden, weight, tokens, mask, *kept)
+    operands = _operands(hidden, weight, bias)
     batch = LossBatch.from_inputs(given, leading, hidden)
-    if kept is not None:
-        logprobs, entropy = _logprobs(hidden, weight, bias, call, kept)
-        return loss_of_batch(batch, logprobs, entropy, leading=leading, backend=call.backend)
-    if objective.is_token_level:
-        chunk_loss = TokenLevelLoss(inputs=batch.row_inputs(), objective=objective)
-    elif isinstance(objective, RuleObjective) and not objective.couples_sequences:
-        chunk_loss = RuleLoss.from_batch(batch)
-    else:
-        chunk_loss = SequenceLevelLoss.from_batch(batch, call, weight)
+    beside = None
+    if kept is not None and kept.dense is not None:
+        operands = (operands[0].reshape(-1, hidden.shape[-1]), *operands[1:])
+        beside = KeptLoss.of(kept, batch, operands[0], call.head(*operands[1:]))
+        call = kept.dense
+    none = kept is not None and kept.dense is None
+    chunk_loss = None if none else _chunk_loss(batch, call, weight, beside)
     if chunk_loss is None:
-        logprobs, entropy = _logprobs(hidden, weight, bias, call, None)
+        logprobs, entropy = _logprobs(*operands, call, kept)
         return loss_of_batch(batch, logprobs, entropy, leading=leading, backend=call.backend)
-    needs = tuple(
-        torch.is_grad_enabled() and x is not None and x.requires_grad
-        for x in (hidden, weight, bias)
+    needs = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in operands)
+    arguments = (*operands, call, chunk_loss, needs)
+    if call.exponentials:
+        loss, logprobs, entropy, clipped = FusedExpLoss.apply(*arguments)
+    else:
+        loss, logprobs, entropy, clipped = FusedLinearLoss.apply(*arguments, beside)
+    metrics = batch.metrics(
+        logprobs, entropy, clipped, backend=call.backend, **_sequence_terms(batch, logprobs)
     )
-    fused = FusedExpLoss if call.exponentials else FusedLinearLoss
-    loss, logprobs, entropy, clipped = fused.apply(hidden, weight, bias, call, chunk_loss, needs)
-    terms = {}
-    if isinstance(objective, Objective) and not objective.is_token_level:
-        with torch.no_grad():
-            whole = batch.token_loss(logprobs)
-        terms = {"ratio": whole.ratio, "ref_kl": whole.kl}
-    metrics = batch.metrics(logprobs, entropy, clipped, backend=call.backend, **terms)
     (loss,) = call.checked(loss)
     return PolicyLoss(loss, logprobs.view(leading), entropy.view(leading), metrics)
+
+
+def _chunk_loss(
+    batch: LossBatch, call: LinearCall, weight: Tensor, beside: KeptLoss | None
+) -> ChunkLoss | None:
+    """What finishes the loss chunk by chunk, or None where that takes the log-probs of all."""
+    objective = batch.objective
+    if objective.is_token_level:
+        return TokenLevelLoss(inputs=batch.row_inputs(), objective=objective)
+    if isinstance(objective, RuleObjective) and not objective.couples_sequences:
+        return RuleLoss.from_batch(batch)
+    chunk_loss = SequenceLevelLoss.from_batch(batch, call, weight)
+    if chunk_loss is None or beside is None:
+        return chunk_loss
+    return replace(chunk_loss, others=(beside.stats.logprobs, beside.stats.entropy))
+
+
+def _sequence_terms(batch: LossBatch, logprobs: Tensor) -> dict[str, Tensor | None]:
+    """What the metrics of a sequence-level objective do not follow from a token's own numbers."""
+    if batch.objective.is_token_level or isinstance(batch.objective, RuleObjective):
+        return {}
+    with torch.no_grad():
+        whole = batch.token_loss(logprobs)
+    return {"ratio": whole.ratio, "ref_kl": whole.kl}
 
 
 @_untraced
@@ -233,6 +252,8 @@ def linear_token_logprobs(
     live_rows: int | None = None,
     kept_tokens: Tensor | None = None,
     kept_offsets: Tensor | None = None,
+    dense_rows: int | None = None,
+    add_weight_grad_to: Tensor | None = None,
     statistics: Sequence[str] = (),
 ) -> TokenLogprobs | TokenStatistics:
     """Log-prob and entropy of every token from hidden states, both differentiable.
@@ -247,24 +268,18 @@ def linear_token_logprobs(
     Raises:
         ValueError, TypeError: see the message: what was got, what is expected, what to do.
     """
-    options = {
-        "logit_scale": logit_scale,
-        "softcap": softcap,
-        "logits_dtype": logits_dtype,
-        "chunk_tokens": chunk_tokens,
-        "tp_group": tp_group,
-        "live_rows": live_rows,
-    }
-    check_linear_op(hidden, weight, bias, tokens, mask, temperature, **options)
+    options = LinearOptions(logit_scale, softcap, logits_dtype, chunk_tokens, tp_group, live_rows)
+    check_linear_op(hidden, weight, bias, tokens, mask, temperature, options)
     leading = hidden.shape[:-1]
-    call = _linear_call(hidden, weight, tokens, mask, temperature, backend, **options)
-    kept = _kept_sets(call, kept_tokens, kept_offsets, tokens, mask, weight.shape[0])
+    call = _linear_call(hidden, weight, tokens, mask, temperature, backend, options)
+    kept = (kept_tokens, kept_offsets, dense_rows, add_weight_grad_to)
+    kept = _kept_call(call, hidden, weight, tokens, mask, *kept)
     _check_statistics(statistics, call, kept)
     outputs = _logprobs(*_operands(hidden, weight, bias), call, kept, bool(statistics))
     return TokenStatistics.from_rows(outputs, statistics, leading)
 
 
-def _check_statistics(statistics: object, call: LinearCall, kept: Kept | None) -> None:
+def _check_statistics(statistics: object, call: LinearCall, kept: KeptCall | None) -> None:
     checks.check_statistics(statistics)
     whole = kept is None and not call.exponentials and hasattr(call.backend, "row_details")
     if statistics and not whole:
@@ -280,7 +295,7 @@ def _logprobs(
     weight: Tensor,
     bias: Tensor | None,
     call: LinearCall,
-    kept: Kept | None,
+    kept: KeptCall | None,
     with_details: bool = False,
 ) -> tuple[Tensor, ...]:
     """Log-probs and entropies (N,), differentiable; with details also those, which are not."""
@@ -290,30 +305,36 @@ def _logprobs(
         score = ExpTokenLogprobs if call.exponentials else LinearTokenLogprobs
         outputs = score.apply(hidden, weight, bias, call)
     else:
-        rows = hidden.reshape(-1, hidden.shape[-1])
-        outputs = LinearKeptLogprobs.apply(rows, weight, bias, call, kept)
+        call, rows = kept.rows, hidden.reshape(-1, hidden.shape[-1])
+        outputs = LinearKeptLogprobs.apply(rows, weight, bias, kept)
     return call.checked(*outputs)
 
 
-def _kept_sets(
+def _kept_call(
     call: LinearCall,
-    kept_tokens: Tensor | None,
-    kept_offsets: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
     tokens: Tensor,
     mask: Tensor | None,
-    columns: int,
-) -> Kept | None:
-    """Checked, if the backend knows what to do with them; the weight here makes `columns`."""
+    kept_tokens: Tensor | None,
+    kept_offsets: Tensor | None,
+    dense_rows: int | None,
+    add_to: Tensor | None,
+) -> KeptCall | None:
+    """Checked, if the backend knows what to do with kept sets."""
     rows = call.backend
     sharded = isinstance(rows, VocabularyShard)
-    check_kept(kept_tokens, kept_offsets, tokens, mask, rows.vocabulary if sharded else columns)
+    vocabulary = rows.vocabulary if sharded else weight.shape[0]
+    check_kept(kept_tokens, kept_offsets, tokens, mask, vocabulary)
     backend = rows.backend if sharded else rows
     if kept_tokens is not None and not hasattr(backend, "kept_stats"):
         raise ValueError(
             f"kept_tokens with {backend.__name__}, which has no gathered rows of a head: expected "
             "one of the backends 'torch', 'cpp' and 'triton'"
         )
-    return Kept.from_inputs(kept_tokens, kept_offsets, call.mask)
+    kept = Kept.from_inputs(kept_tokens, kept_offsets, call.mask)
+    check_kept_options(dense_rows, add_to, kept, weight, operand_dtype(hidden))
+    return None if kept is None else KeptCall.split(call, kept, dense_rows, add_to)
 
 
 def _linear_call(
@@ -323,33 +344,27 @@ def _linear_call(
     mask: Tensor | None,
     temperature: float | Tensor,
     backend: str | None,
-    *,
-    logit_scale: float,
-    softcap: float | None,
-    logits_dtype: torch.dtype | None,
-    chunk_tokens: int | None,
-    tp_group: ProcessGroup | None,
-    live_rows: int | None,
+    options: LinearOptions,
 ) -> LinearCall:
     """What `check_linear_op` has checked, as rows."""
     exponentials = backend in backends.LINEAR_BACKENDS
     if exponentials:
-        check_exponentials(backend, operand_dtype(hidden), logits_dtype)
-    logits_dtype = logits_dtype or checks.wide_dtype(operand_dtype(hidden))
+        check_exponentials(backend, operand_dtype(hidden), options.logits_dtype)
+    logits_dtype = options.logits_dtype or checks.wide_dtype(operand_dtype(hidden))
     rows = backends.load(backends.resolve(backend, hidden.device, logits_dtype, linear=True))
-    if tp_group is not None:
+    if options.tp_group is not None:
         shard = ExpShard if exponentials else VocabularyShard
-        rows = shard.of_head(rows, tp_group, weight)
+        rows = shard.of_head(rows, options.tp_group, weight)
         checks.check_token_range(tokens, rows.vocabulary, mask)
     mask = flat_mask(mask)
-    index, wrong_count = _unmasked_rows(mask, live_rows)
+    index, wrong_count = unmasked_rows(mask, options.live_rows)
     return LinearCall(
         tokens=flat_rows(tokens, torch.int64),
         temperature=flat_temperature(temperature, hidden),
-        logit_scale=float(logit_scale),
-        softcap=None if softcap is None else float(softcap),
+        logit_scale=float(options.logit_scale),
+        softcap=None if options.softcap is None else float(options.softcap),
         logits_dtype=logits_dtype,
-        chunk_tokens=chunk_tokens,
+        chunk_tokens=options.chunk_tokens,
         backend=rows,
         mask=mask,
         index=index,
@@ -357,25 +372,6 @@ def _linear_call(
         exponentials=exponentials,
         keeps_exponentials=backend == "triton-exp-kept" and torch.is_grad_enabled(),
     )
-
-
-def _unmasked_rows(
-    mask: Tensor | None, live_rows: int | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """(n,) rows under the mask, or None for all, and whether `live_rows` is wrong (0-d bool).
-
-    On GPU, counting them would wait for the device: there it takes the caller's count, and whether
-    that is right is left on the device.
-    """
-    if mask is None or (live_rows is None and mask.device.type != "cpu"):
-        return None, None
-    if mask.device.type == "cpu" and checks.inspects_values(mask):
-        index, wrong_count = mask.nonzero()[:, 0], None
-    else:
-        size = min(live_rows, mask.numel())
-        index = torch.nonzero_static(mask, size=size, fill_value=0)[:, 0]
-        wrong_count = mask.sum() != live_rows
-    return None if index.numel() == mask.numel() else index, wrong_count
 
 
 def _operands(

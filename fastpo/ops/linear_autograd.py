@@ -8,9 +8,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fastpo.backends.base import RowDetails, RowInputs, RowLosses, RowStats, two_step
+from fastpo.backends.base import RowDetails, RowInputs, RowLosses, RowStats
+from fastpo.backends.two_step import two_step
 from fastpo.objective import Objective
-from fastpo.ops.autograd import first_order, row_grads, save, saved
+from fastpo.ops.autograd import first_order, hand_over, row_grads, save, saved
 from fastpo.ops.batch import LossBatch, loss_of_rows, of_rows
 from fastpo.ops.checks import wide_dtype
 from fastpo.ops.gradient_scale import GradientScale
@@ -35,6 +36,19 @@ class ChunkLoss(Protocol):
         """Losses of a chunk's rows; fills `chunk.grad` where there is one."""
 
 
+class LossBeside(Protocol):
+    """Rows that enter no chunk: their losses, and their gradients, added to those of the chunks."""
+
+    @property
+    def add_to(self) -> Tensor | None:
+        """Where the weight's gradient is added, in place of handing it to autograd."""
+
+    def finish(
+        self, head: Head, hidden: Tensor, losses: RowLosses, grads: LinearGrads | None
+    ) -> RowLosses:
+        """The losses of all rows from those of the chunks; adds to `grads`."""
+
+
 class FusedLinearLoss(torch.autograd.Function):
     """loss, logprobs, entropy, clip flags of (hidden, weight, bias). One backward only.
 
@@ -51,12 +65,13 @@ class FusedLinearLoss(torch.autograd.Function):
         call: LinearCall,
         chunk_loss: ChunkLoss,
         needs: tuple[bool, bool, bool],
+        beside: LossBeside | None = None,
     ):
         head, hidden = call.head(weight, bias), hidden.detach()
         with_gradient, without = chunk_loss.chunks(call, head, gradient=any(needs))
         workspace = Workspace(call, head, with_gradient, without, weight_grad=needs[1])
 
-        scale = _scale_of(workspace)
+        scale = _scale_of(workspace) if any(needs) else None
         through = call if scale is None else replace(call, backend=scale)
 
         def losses_of(rows: ChunkRows, *, gradient: bool) -> RowLosses:
@@ -72,7 +87,8 @@ class FusedLinearLoss(torch.autograd.Function):
         idle = [losses_of(rows, gradient=False) for rows in without]
         if any(needs):
             covers = call.index is None and not without
-            grads = LinearGrads(workspace, hidden, needs, all_rows=covers)
+            wide = beside is not None
+            grads = LinearGrads(workspace, hidden, needs, all_rows=covers, wide=wide)
             for group in workspace.groups:
                 parts += [losses_of(rows, gradient=True) for rows in group]
                 if len(parts) == len(with_gradient):
@@ -83,7 +99,10 @@ class FusedLinearLoss(torch.autograd.Function):
             grads.finish(call.backend)
         parts += idle
         losses = _gather_rows(call, hidden, with_gradient + without, parts)
+        if beside is not None:
+            losses = beside.finish(head, hidden, losses, grads)
         ctx.grads, ctx.backend = grads, call.backend
+        ctx.add_to = None if beside is None else beside.add_to
         ctx.mark_non_differentiable(losses.logprobs, losses.entropy, losses.clipped)
         ctx.set_materialize_grads(False)
         return losses.loss.sum(), losses.logprobs, losses.entropy, losses.clipped
@@ -92,7 +111,7 @@ class FusedLinearLoss(torch.autograd.Function):
     @first_order
     def backward(ctx, loss_grad: Tensor | None, *_):
         if loss_grad is None:
-            return (None,) * 6
+            return (None,) * 7
         grads, ctx.grads = ctx.grads, None
         if grads is None:
             raise RuntimeError(
@@ -101,7 +120,8 @@ class FusedLinearLoss(torch.autograd.Function):
             )
         # Where looking costs nothing, the usual factor costs nothing either.
         is_one = loss_grad.device.type == "cpu" and loss_grad.item() == 1
-        return *grads.scaled(None if is_one else loss_grad, ctx.backend), None, None, None
+        scaled = grads.scaled(None if is_one else loss_grad, ctx.backend)
+        return *hand_over(scaled, ctx.add_to), None, None, None, None
 
 
 def _gather_rows(

@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 from numbers import Integral
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from fastpo.ops import checks
+from fastpo.ops.kept import Kept
 from fastpo.ops.tensor_parallel import check_tp_group
+
+
+class LinearOptions(NamedTuple):
+    """How a linear op makes its logits, as the user said; see `fastpo.linear_policy_loss`."""
+
+    logit_scale: float
+    softcap: float | None
+    logits_dtype: torch.dtype | None
+    chunk_tokens: int | None
+    tp_group: ProcessGroup | None
+    live_rows: int | None
 
 
 def check_linear_op(
@@ -18,32 +32,29 @@ def check_linear_op(
     tokens: object,
     mask: object,
     temperature: object,
-    *,
-    logit_scale: object,
-    softcap: object,
-    logits_dtype: object,
-    chunk_tokens: object,
-    tp_group: object,
-    live_rows: object,
+    options: LinearOptions,
 ) -> None:
     """What the linear ops share. Ids beyond this rank's shard of a head are for others to check."""
     _check_head(hidden, weight, bias)
     checks.check_rows(tokens, mask, temperature, hidden)
-    checks.check_positive("logit_scale", logit_scale)
-    if softcap is not None:
-        checks.check_positive("softcap", softcap)
-    _check_logits_dtype(logits_dtype, operand_dtype(hidden))
-    if chunk_tokens is not None:
-        if isinstance(chunk_tokens, bool) or not isinstance(chunk_tokens, Integral):
-            raise TypeError(
-                f"chunk_tokens is {type(chunk_tokens).__name__}, expected an int or None"
-            )
-        if chunk_tokens < 1:
-            raise ValueError(f"chunk_tokens is {chunk_tokens}, expected at least 1, or None")
-    check_tp_group(tp_group, "weight is")
-    if tp_group is None:
+    checks.check_positive("logit_scale", options.logit_scale)
+    if options.softcap is not None:
+        checks.check_positive("softcap", options.softcap)
+    _check_logits_dtype(options.logits_dtype, operand_dtype(hidden))
+    _check_chunk_tokens(options.chunk_tokens)
+    check_tp_group(options.tp_group, "weight is")
+    if options.tp_group is None:
         checks.check_token_range(tokens, weight.shape[0], mask)
-    _check_live_rows(live_rows, mask)
+    _check_live_rows(options.live_rows, mask)
+
+
+def _check_chunk_tokens(chunk_tokens: object) -> None:
+    if chunk_tokens is None:
+        return
+    if isinstance(chunk_tokens, bool) or not isinstance(chunk_tokens, Integral):
+        raise TypeError(f"chunk_tokens is {type(chunk_tokens).__name__}, expected an int or None")
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens is {chunk_tokens}, expected at least 1, or None")
 
 
 def _check_head(hidden: object, weight: object, bias: object) -> None:
@@ -97,20 +108,58 @@ def _check_logits_dtype(requested: object, operands: torch.dtype) -> None:
 
 def _check_live_rows(live_rows: object, mask: Tensor | None) -> None:
     """None or the number of True in `mask`."""
-    if live_rows is None:
-        return
-    if mask is None:
+    if live_rows is not None and mask is None:
         raise ValueError(
             "live_rows is given without mask: it says on the host what mask says on device, "
             "pass both"
         )
-    if isinstance(live_rows, bool) or not isinstance(live_rows, Integral) or live_rows < 0:
-        got = live_rows if isinstance(live_rows, Integral) else type(live_rows).__name__
-        raise ValueError(f"live_rows is {got}, expected an int, the number of True in mask")
-    if checks.inspects_values(mask) and live_rows != int(mask.sum()):
+    _check_count("live_rows", live_rows, mask, "True in mask")
+
+
+def check_kept_options(
+    dense_rows: object, add_to: object, kept: Kept | None, weight: Tensor, operands: torch.dtype
+) -> None:
+    """What goes with kept sets alone."""
+    for name, value in (("dense_rows", dense_rows), ("add_weight_grad_to", add_to)):
+        if value is not None and kept is None:
+            raise ValueError(
+                f"{name} is given without kept_tokens: it is about tokens with kept sets, pass "
+                "them or leave it None"
+            )
+    if kept is None:
+        return
+    none = torch.zeros(0, dtype=torch.bool)
+    dense = none if kept.dense is None else kept.dense
+    _check_count("dense_rows", dense_rows, dense, "tokens without kept ids")
+    if add_to is None:
+        return
+    checks.check_not_sharded("add_weight_grad_to", add_to)
+    checks.check_tensor("add_weight_grad_to", add_to, weight.shape, weight)
+    allowed = dict.fromkeys((operands, checks.wide_dtype(operands)))
+    if add_to.dtype not in allowed or add_to.stride(-1) != 1 or add_to.requires_grad:
         raise ValueError(
-            f"live_rows is {live_rows}, mask has {int(mask.sum())} True: pass the count of the "
-            "same mask"
+            f"add_weight_grad_to is {add_to.dtype} of strides {add_to.stride()}, requires_grad="
+            f"{add_to.requires_grad}, expected {' or '.join(map(str, allowed))}, stride 1 in the "
+            "last dimension and no gradient of its own: pass weight.grad"
+        )
+    if torch.is_grad_enabled() and not weight.requires_grad:
+        raise ValueError(
+            "add_weight_grad_to with a weight that requires no gradient: there is none to add, "
+            "leave it None"
+        )
+
+
+def _check_count(name: str, count: object, mask: Tensor, what: str) -> None:
+    """None or how many are True in `mask`, where that can be seen."""
+    if count is None:
+        return
+    if isinstance(count, bool) or not isinstance(count, Integral) or count < 0:
+        got = count if isinstance(count, Integral) else type(count).__name__
+        raise ValueError(f"{name} is {got}, expected an int, the number of {what}")
+    if checks.inspects_values(mask) and count != int(mask.sum()):
+        raise ValueError(
+            f"{name} is {count}, expected {int(mask.sum())}, the number of {what}: pass the count "
+            "of the same batch"
         )
 
 

@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from fastpo.ops import checks
 from fastpo.ops.head import Head, wide_gemm
 from fastpo.ops.tensor_parallel import VocabularyShard
 
@@ -195,3 +196,22 @@ class LinearCall:
         """The temperature of a chunk's rows, as the row primitives take it."""
         per_token = isinstance(self.temperature, Tensor)
         return head.temperature(self.temperature[rows] if per_token else self.temperature)
+
+
+def unmasked_rows(
+    mask: Tensor | None, live_rows: int | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """(n,) rows under the mask, or None for all, and whether `live_rows` is wrong (0-d bool).
+
+    On GPU, counting them would wait for the device: there it takes the caller's count, and whether
+    that is right is left on the device.
+    """
+    if mask is None or (live_rows is None and mask.device.type != "cpu"):
+        return None, None
+    if mask.device.type == "cpu" and checks.inspects_values(mask):
+        index, wrong_count = mask.nonzero()[:, 0], None
+    else:
+        size = min(live_rows, mask.numel())
+        index = torch.nonzero_static(mask, size=size, fill_value=0)[:, 0]
+        wrong_count = mask.sum() != live_rows
+    return None if index.numel() == mask.numel() else index, wrong_count

@@ -95,18 +95,8 @@ def policy_loss(
         ValueError, TypeError: see the message: what was got, what is expected, what to do.
     """
     objective = as_objective(objective)
-    given = LossInputs(
-        objective,
-        advantages,
-        mask,
-        old_logprobs,
-        ref_logprobs,
-        importance_weights,
-        cu_seqlens,
-        normalizer,
-        clip_bounds,
-        nll_weights,
-    )
+    per_token = (advantages, mask, old_logprobs, ref_logprobs, importance_weights)
+    given = LossInputs(objective, *per_token, cu_seqlens, normalizer, clip_bounds, nll_weights)
     checks.check_logits_op(logits, tokens, mask, temperature, inplace=inplace)
     leading = logits.shape[:-1]
     checks.check_loss(given, leading, logits)

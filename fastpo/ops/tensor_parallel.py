@@ -11,16 +11,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastpo.backends.base import (
     KeptGrads,
-    KeptHead,
+    KeptRows,
     KeptSets,
-    RowInputs,
-    RowLosses,
     RowStats,
-    token_level_loss,
-    two_step,
 )
 from fastpo.backends.torch import kept_stats_of
-from fastpo.objective import Objective
+from fastpo.backends.two_step import two_step_policy_loss
 
 _FAR_BELOW = -1e18  # of a logit: p = 0, and its square is finite
 
@@ -105,45 +101,21 @@ class VocabularyShard:
             out,
         )
 
-    def row_policy_loss(
-        self,
-        logits: Tensor,
-        tokens: Tensor,
-        inputs: RowInputs,
-        objective: Objective,
-        temperature: float | Tensor,
-        out: Tensor | None,
-    ) -> RowLosses:
-        """Statistics, then the specification's loss on (n,) numbers, then the gradient."""
-        mask = inputs.mask
-        loss_of = token_level_loss(inputs, objective, mask)
-        return two_step(self, logits, tokens, temperature, out, mask=mask, loss_of=loss_of)
+    row_policy_loss = two_step_policy_loss  # statistics must be merged before there is a loss
 
-    def kept_stats(
-        self,
-        hidden: Tensor,
-        head: KeptHead,
-        tokens: Tensor,
-        kept: KeptSets,
-        temperature: float | Tensor,
-        mask: Tensor | None = None,
-    ) -> tuple[RowStats, Tensor]:
+    def kept_stats(self, rows: KeptRows, mask: Tensor | None = None) -> tuple[RowStats, Tensor]:
         """Every rank's own ids, then one sum of a float per id. Ids of other ranks are computed as
         another one, all rows of the weight the same, for how many they are the host does not know.
         """
-        local = self._local_sets(kept, tokens)
-        _, logits = self.backend.kept_stats(hidden, head, tokens, local, temperature, mask)
-        logits = logits.masked_fill_(~self.owns(kept.ids), 0)
+        local = self._local_sets(rows.kept, rows.tokens)
+        _, logits = self.backend.kept_stats(rows._replace(kept=local), mask)
+        logits = logits.masked_fill_(~self.owns(rows.kept.ids), 0)
         dist.all_reduce(logits, group=self.group)
-        return kept_stats_of(logits, tokens, kept, temperature, mask), logits
+        return kept_stats_of(logits, rows.tokens, rows.kept, rows.temperature, mask), logits
 
     def kept_grad(
         self,
-        hidden: Tensor,
-        head: KeptHead,
-        tokens: Tensor,
-        kept: KeptSets,
-        temperature: float | Tensor,
+        rows: KeptRows,
         stats: RowStats,
         logits: Tensor,
         logprob_grad: Tensor,
@@ -152,17 +124,18 @@ class VocabularyShard:
         add: bool = False,
     ) -> None:
         """The gradient of the local ids, and of the hidden states the sum over all ranks."""
-        logits = logits.masked_fill(~self.owns(kept.ids), _FAR_BELOW)  # p = 0
+        logits = logits.masked_fill(~self.owns(rows.kept.ids), _FAR_BELOW)  # p = 0
         total = grads.hidden
         if total is not None:
             total = torch.zeros_like(total, dtype=torch.promote_types(total.dtype, torch.float32))
-        local, tokens = self._local_sets(kept, tokens), self._local_tokens(tokens)
-        rows = (temperature, stats, logits, logprob_grad, entropy_grad)
-        own = grads._replace(hidden=total)
-        self.backend.kept_grad(hidden, head, tokens, local, *rows, own, add=add)
+        local = rows._replace(
+            kept=self._local_sets(rows.kept, rows.tokens), tokens=self._local_tokens(rows.tokens)
+        )
+        incoming = (stats, logits, logprob_grad, entropy_grad)
+        self.backend.kept_grad(local, *incoming, grads._replace(hidden=total), add=add)
         if total is not None:
             self.sum_(total)
-            has_ids = kept.offsets.diff() > 0
+            has_ids = rows.kept.offsets.diff() > 0
             grads.hidden.copy_(total.where(has_ids[:, None], grads.hidden))
 
     def owns(self, ids: Tensor) -> Tensor:

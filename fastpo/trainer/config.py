@@ -240,6 +240,8 @@ class Config:
     """Seeds weights, problems and sampling."""
     steps: Count = 100
     """Rollout batches to train on."""
+    replicas: Count = 1
+    """Of the weights over all ranks: one per machine keeps gathers inside of it (HYBRID_SHARD)."""
     device: str | None = None
     """none = cuda where there is one, else cpu."""
     threads: Annotated[int, Ge(0), Le(1024)] = 0

@@ -104,12 +104,11 @@ def raised_by_all(error: Exception) -> bool:
     return size() == 1 or isinstance(error, TrainerError)
 
 
-def check(settings: dict[str, Any], prompts: int, critic: bool) -> None:
+def check(settings: dict[str, Any], critic: bool) -> None:
     """Refuse what several ranks cannot do.
 
     Raises:
-        RecipeError: ranks that differ in a setting, prompts that they cannot share evenly, a
-            critic.
+        RecipeError: ranks that differ in a setting; or what `check_size` raises.
     """
     if size() == 1:
         return
@@ -121,14 +120,26 @@ def check(settings: dict[str, Any], prompts: int, critic: bool) -> None:
                     f"{key} is {first[1]!r} on rank {first[0]} and {second[1]!r} on rank "
                     f"{second[0]}: start all ranks by the same command and recipe"
                 )
-    if prompts % size():
+    check_size(settings, critic, size())
+
+
+def check_size(settings: dict[str, Any], critic: bool, ranks: int) -> None:
+    """Refuse a recipe that so many ranks cannot share.
+
+    Raises:
+        RecipeError: prompts or replicas that do not divide evenly; a critic.
+    """
+    prompts, replicas = settings["rollout.prompts"], settings["replicas"]
+    if prompts % ranks:
         raise RecipeError(
-            f"rollout.prompts is {prompts}, expected a multiple of the {size()} ranks: change it, "
+            f"rollout.prompts is {prompts}, expected a multiple of the {ranks} ranks: change it, "
             "or torchrun's --nproc-per-node or --nnodes"
         )
-    if critic:
+    if ranks % replicas:
+        raise RecipeError(f"replicas is {replicas}, expected a divisor of the {ranks} ranks")
+    if critic and ranks > 1:
         raise RecipeError(
-            f"algorithm.critic trains on one process, and there are {size()} ranks: start "
+            f"algorithm.critic trains on one process, and there are {ranks} ranks: start "
             "without torchrun, or set algorithm.critic=false"
         )
 
@@ -200,24 +211,33 @@ class Inside(nn.Module):
         return work()
 
 
-def shard(policy: Policy) -> Policy:
+def units(model: nn.Module) -> list[nn.Module]:
+    """The decoder layers, each of which is gathered as one; the rest belongs to the root."""
+    layers = model._no_split_modules or ()
+    return [module for module in model.modules() if type(module).__name__ in layers]
+
+
+def shard(policy: Policy, replicas: int = 1) -> Policy:
     """Spread a policy over the ranks: float32 shards, products in `policy.dtype`.
 
-    Every decoder layer is a unit; embeddings and the head, tied or not, belong to the root.
+    Every decoder layer is a unit; embeddings and the head, tied or not, belong to the root. With
+    `replicas`, ranks next to each other hold one of them.
     """
     if size() == 1:
         return policy
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    mesh = init_device_mesh(policy.device.type, (size(),))
+    shape, names = (replicas, size() // replicas), ("replicate", "shard")
+    dry = policy.device.type == "meta"  # a dry run, of shapes
+    mesh = init_device_mesh("cpu" if dry else policy.device.type, shape, mesh_dim_names=names)
+    mesh = mesh if replicas > 1 else mesh["shard"]
     precision = MixedPrecisionPolicy(param_dtype=policy.dtype, reduce_dtype=torch.float32)
-    layers = policy.model._no_split_modules or ()
     root = Inside(policy.model)
-    units = [m for m in policy.model.modules() if type(m).__name__ in layers]
-    for unit in (*units, root):
+    for unit in (*units(policy.model), root):
         fully_shard(unit, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
-    root(lambda: None)  # FSDP2 takes the first module that runs for the root
+    if not dry:
+        root(lambda: None)  # FSDP2 takes the first module that runs for the root
     return replace(policy, root=root)
 
 

@@ -121,7 +121,7 @@ class Trainer:
         quiet_transformers()
         self.device = default_device(config.device)
         self.algorithm = resolve(config.algorithm, config.rollout.max_new_tokens)
-        distributed.check(recipe.flatten(config), config.rollout.prompts, self.algorithm.critic)
+        distributed.check(recipe.flatten(config), self.algorithm.critic)
         # On the CPU whatever the device: draws depend neither on it nor on the batch size.
         self.generator = torch.Generator().manual_seed(config.seed)
         self.order = torch.Generator().manual_seed(config.seed)  # which samples share an update
@@ -193,7 +193,7 @@ class Trainer:
         """Refuse what cannot be trained, before anything is written, and draw the problems."""
         config = self.config
         selfcheck.check(policy, config.optim)
-        self.policy = policy = distributed.shard(policy)
+        self.policy = policy = distributed.shard(policy, config.replicas)
         fits = policy.fits(config.rollout.max_prompt_tokens)
         self.held_out = held_out(self.verifier, config.eval.problems, fits)
         policy.encode_all(self.held_out, config.rollout.max_new_tokens)
@@ -365,9 +365,8 @@ class Trainer:
                 f"algorithm.objective.kl_coef is {kl_coef}, but the run began without a KL penalty "
                 "and kept no reference policy: set it to 0, or train anew"
             )
-        return distributed.shard(
-            load_policy(directory, self.config.model, self.device, stop=self.verifier.stop)
-        )
+        reference = load_policy(directory, self.config.model, self.device, stop=self.verifier.stop)
+        return distributed.shard(reference, self.config.replicas)
 
     def evaluate(self) -> dict[str, Any]:
         """Numbers and first answers on the held-out problems; logged."""

@@ -7,6 +7,7 @@ all of its completions (`SharedPrompts`).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -127,8 +128,8 @@ class MicroBatch:
     advantages: Tensor  # (B,), or (N,) by a critic
     sampled_logprobs: Tensor  # (N,) as the sampler computed them
     old_logprobs: Tensor  # (N,) of the policy that sampled
-    kept: dict[str, Tensor]  # what the tokens were drawn from, as the ops take it; {} = anything
-    correction: dict[str, Tensor]  # importance_weights, mask (N,), as the loss takes it; {} = none
+    kept: dict[str, Tensor | int]  # what the tokens were drawn from, as the ops take it; {} = any
+    correction: dict[str, Tensor | int]  # of importance, with its mask; {} = none
 
     @classmethod
     def of(
@@ -160,6 +161,10 @@ class MicroBatch:
         """Hidden states (N, D) that predict completion tokens: no other row meets the head."""
         return self.layout.hidden(policy).to(policy.dtype)
 
+    def loss_options(self) -> dict[str, Tensor | int]:
+        """Kept sets and correction as the loss takes them: counts are those under its mask."""
+        return self.kept | self.correction
+
     def idle(self) -> MicroBatch:
         """The same forward pass with no token to learn from."""
         rows, columns = self.layout.rows[:0], self.layout.columns[:0]
@@ -170,8 +175,8 @@ class MicroBatch:
             advantages=self.advantages[:0],
             sampled_logprobs=self.sampled_logprobs[:0],
             old_logprobs=self.old_logprobs[:0],
-            kept={k: v[:1] if k == "kept_offsets" else v[:0] for k, v in self.kept.items()},
-            correction={k: v[:0] for k, v in self.correction.items()},
+            kept=_no_rows(self.kept),
+            correction=_no_rows(self.correction),
         )
 
 
@@ -182,22 +187,43 @@ def advantages_of(samples: list[Sample]) -> Tensor:
     return torch.tensor([s.advantage for s in samples])
 
 
-def _kept(completions: list[Completion], device: torch.device) -> dict[str, Tensor]:
+def _no_rows(options: dict[str, Tensor | int]) -> dict[str, Tensor | int]:
+    return {
+        name: 0 if isinstance(value, int) else value[: name == "kept_offsets"]
+        for name, value in options.items()
+    }
+
+
+def _kept(completions: list[Completion], device: torch.device) -> dict[str, Tensor | int]:
+    """With the number of tokens that were drawn from anything: a GPU would have to be asked."""
     if not any(c.kept_offsets for c in completions):
         return {}
     offsets = [c.kept_offsets or [0] * (len(c.tokens) + 1) for c in completions]
-    ids = [c.kept_tokens for c in completions]
-    return fastpo.kept_from_arrays(ids, offsets, device=device)._asdict()
+    kept = fastpo.kept_from_arrays([c.kept_tokens for c in completions], offsets, device=device)
+    return kept._asdict() | {"dense_rows": sum(_draws_from_anything(completions))}
 
 
-def _correction(samples: list[Sample], device: torch.device) -> dict[str, Tensor]:
+def _draws_from_anything(completions: list[Completion]) -> list[bool]:
+    """Of every token."""
+    offsets = [c.kept_offsets or [0] * (len(c.tokens) + 1) for c in completions]
+    return [a == b for each in offsets for a, b in itertools.pairwise(each)]
+
+
+def _correction(samples: list[Sample], device: torch.device) -> dict[str, Tensor | int]:
+    """importance_weights and mask (N,), and what the host knows of the mask."""
     if not any(s.weights for s in samples):
         return {}
-    columns = {
-        "importance_weights": [w for s in samples for w in s.weights or [1.0] * s.length],
-        "mask": [m for s in samples for m in s.mask or [True] * s.length],
+    weights = [w for s in samples for w in s.weights or [1.0] * s.length]
+    mask = [m for s in samples for m in s.mask or [True] * s.length]
+    correction = {
+        "importance_weights": torch.tensor(weights, device=device),
+        "mask": torch.tensor(mask, device=device),
+        "live_rows": sum(mask),
     }
-    return {name: torch.tensor(column, device=device) for name, column in columns.items()}
+    if any(s.completion.kept_offsets for s in samples):
+        dense = _draws_from_anything([s.completion for s in samples])
+        correction["dense_rows"] = sum(a and b for a, b in zip(mask, dense, strict=True))
+    return correction
 
 
 def layout_of(policy: Policy, config: OptimConfig) -> dict[str, bool]:

@@ -5,7 +5,8 @@ Adapters and gradient checkpointing are put on here; `distributed.shard` comes a
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,35 @@ def make_policy(
     """
     if config.path is not None:
         return load_policy(config.path, config, device, stop=stop)
+    model, tokenizer = _small_llama(config, alphabet)
+    return _wrap(model.to(device), tokenizer, config, device, stop)
+
+
+def outline(config: ModelConfig, *, alphabet: str | None, stop: str | None) -> Policy:
+    """What `make_policy` makes, on the device `meta`: shapes without weights.
+
+    Nothing but the model's config and the tokenizer is read.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    meta = torch.device("meta")
+    with meta:
+        if config.path is None:
+            model, tokenizer = _small_llama(config, alphabet)
+        else:
+            with _loading(config.path):
+                tokenizer = AutoTokenizer.from_pretrained(config.path, trust_remote_code=False)
+                shape = AutoConfig.from_pretrained(config.path, trust_remote_code=False)
+                model = AutoModelForCausalLM.from_config(
+                    shape, dtype=_weight_dtype(config), attn_implementation="sdpa"
+                )
+        return _wrap(model, tokenizer, config, meta, stop)
+
+
+def _small_llama(config: ModelConfig, alphabet: str | None) -> tuple[nn.Module, Any]:
+    """A Llama of the config's sizes with random weights, and its tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     if alphabet is None:
         raise RecipeError("this task needs a real tokenizer: set model.path")
     tokenizer = character_tokenizer(alphabet)
@@ -38,11 +68,25 @@ def make_policy(
             f"model.heads = {config.heads}"
         )
     try:
-        model = _small_llama(config, tokenizer)
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=config.hidden_size,
+                intermediate_size=4 * config.hidden_size,
+                num_hidden_layers=config.layers,
+                num_attention_heads=config.heads,
+                num_key_value_heads=config.heads,
+                max_position_embeddings=1024,
+                tie_word_embeddings=True,
+                pad_token_id=tokenizer.pad_token_id,
+                bos_token_id=None,
+                eos_token_id=tokenizer.eos_token_id,
+                attn_implementation=config.attention,
+            )
+        )
     except Exception as error:  # transformers raises many kinds
-        reason = str(error).strip().split("\n")[0]
-        raise RecipeError(f"cannot build a model from these sizes: {reason}") from error
-    return _wrap(model, tokenizer, config, device, stop)
+        raise RecipeError(f"cannot build a model from these sizes: {reason_of(error)}") from error
+    return model, tokenizer
 
 
 def load_policy(
@@ -51,21 +95,15 @@ def load_policy(
     """Load a model and its tokenizer from a Hugging Face directory or hub id."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    if config.lora.rank and find_spec("peft") is None:
-        raise RecipeError("model.lora.rank needs peft: pip install 'fastpo[lora]'")
-    try:
+    with _loading(path):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         model, found = AutoModelForCausalLM.from_pretrained(
             path,
-            dtype=getattr(torch, config.dtype) if config.lora.rank else torch.float32,
+            dtype=_weight_dtype(config),
             attn_implementation=config.attention or _default_attention(device),
             output_loading_info=True,
             trust_remote_code=False,  # None would ask on the terminal
         )
-    except Exception as error:  # transformers and safetensors raise many kinds
-        raise RecipeError(f"cannot load a model from {str(path)!r}: {reason_of(error)}") from error
-    if config.lora.rank:
-        add_adapters(model, config.lora)
     if found["missing_keys"]:  # transformers would go on with random weights
         missing = ", ".join(sorted(found["missing_keys"])[:3])
         raise RecipeError(f"the model at {str(path)!r} is incomplete: no weights for {missing}")
@@ -73,7 +111,20 @@ def load_policy(
         # safetensors maps files at any offset, and CPU GEMMs round differently on memory that is
         # not 64-byte aligned (seen: 2e-8): a resumed run would not be bit-exact without a copy.
         parameter.data = parameter.data.clone()
-    return _wrap(model, tokenizer, config, device, stop)
+    return _wrap(model.to(device), tokenizer, config, device, stop)
+
+
+@contextmanager
+def _loading(path: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # transformers and safetensors raise many kinds
+        raise RecipeError(f"cannot load a model from {str(path)!r}: {reason_of(error)}") from error
+
+
+def _weight_dtype(config: ModelConfig) -> torch.dtype:
+    """Of weights as they are loaded: float32 where they are trained."""
+    return getattr(torch, config.dtype) if config.lora.rank else torch.float32
 
 
 def add_adapters(model: nn.Module, config: LoraConfig) -> None:
@@ -82,13 +133,15 @@ def add_adapters(model: nn.Module, config: LoraConfig) -> None:
     Raises:
         RecipeError: there are no such layers.
     """
-    import peft
-
     try:
+        import peft
+
         if not getattr(model, "peft_config", None):
             shape = {"r": config.rank, "lora_alpha": config.alpha, "task_type": "CAUSAL_LM"}
             model.add_adapter(peft.LoraConfig(**shape, target_modules=config.target_modules))
         model.set_adapter("default")  # loaded ones are frozen
+    except ImportError:
+        raise RecipeError("model.lora.rank needs peft: pip install 'fastpo[lora]'") from None
     except ValueError as error:
         raise RecipeError(f"model.lora: {reason_of(error)}") from error
 
@@ -112,36 +165,17 @@ def character_tokenizer(alphabet: str) -> Any:
     )
 
 
-def _small_llama(config: ModelConfig, tokenizer: Any) -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=config.hidden_size,
-            intermediate_size=4 * config.hidden_size,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.heads,
-            num_key_value_heads=config.heads,
-            max_position_embeddings=1024,
-            tie_word_embeddings=True,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            attn_implementation=config.attention,
-        )
-    )
-
-
 def _wrap(
     model: nn.Module, tokenizer: Any, config: ModelConfig, device: torch.device, stop: str | None
 ) -> Policy:
-    """Put a model where it belongs. (`distributed.shard` comes after the self-check.)"""
+    """A policy of a model, with adapters and layers checkpointed as the recipe says."""
     ids = stop_ids(model, tokenizer, stop)
+    if config.lora.rank:
+        add_adapters(model, config.lora)
     if config.gradient_checkpointing:
-        _checkpoint_layers(model)
+        checkpoint_layers(model)
     return Policy(
-        model=model.to(device).eval(),
+        model=model.eval(),
         tokenizer=tokenizer,
         device=device,
         config=config,
@@ -150,7 +184,7 @@ def _wrap(
     )
 
 
-def _checkpoint_layers(model: nn.Module) -> None:
+def checkpoint_layers(model: nn.Module) -> None:
     """Transformers' own gradient checkpointing; `Policy.forward_pass` switches it on."""
     enable = getattr(model, "activation_checkpointing_enable", None)  # from 5.20 or so on
     try:

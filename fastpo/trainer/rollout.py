@@ -102,7 +102,7 @@ class _Decoding:
         self.mask = None if padding is None else ~padding  # [R, T]; None = no row is padded
         positions = self._positions(ids)
         output = self._forward(ids, positions, None)
-        self.cache = growing(output.past_key_values)
+        self.cache = growing(output.past_key_values, policy.dtype)
         self.logits, self.position = output.logits[:, -1], positions[:, -1:]  # [R, V], [R, 1]
         owner = torch.arange(len(prompts), device=policy.device)
         self._select(owner.repeat_interleave(sampling.group_size))
@@ -184,12 +184,17 @@ class _Decoding:
         return (self.mask.long().cumsum(1) - 1).clamp(min=0)
 
 
-def growing(cache: Any) -> Any:
-    """Give every layer of a DynamicCache that concatenates a `_Buffer`; others are bounded."""
+def growing(cache: Any, dtype: torch.dtype) -> Any:
+    """Give every layer of a DynamicCache that concatenates a `_Buffer`; others are bounded.
+
+    Autocast hands on float32 keys, rotated, and rounds all of them to `dtype` for every product:
+    they are kept in `dtype`, once.
+    """
     from transformers.cache_utils import DynamicLayer
 
     for layer in cache.layers:
         if type(layer) is DynamicLayer:
+            layer.keys, layer.values = layer.keys.to(dtype), layer.values.to(dtype)
             layer.update = _Buffer(layer).update
     return cache
 

@@ -170,8 +170,7 @@ class Learner:
                 temperature=self.temperature,
                 cu_seqlens=batch.cu_seqlens,
                 normalizer=normalizer,
-                **batch.kept,
-                **batch.correction,
+                **batch.loss_options(),
                 **self.policy.head(),
             )
         )

@@ -1,0 +1,190 @@
+"""What a recipe takes of a rank's memory, before anything is loaded: `fastpo plan RECIPE`.
+
+Weights, gradients and moments follow from the model's config. Activations are what autograd saves
+in a pass of fake tensors, which have shapes and no data, with attention taken for fused (what is
+[T, T] is left out); the loss is `fastpo.plan`'s. Other buffers of a few MiB are not counted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastpo import plan
+from fastpo.trainer import distributed
+from fastpo.trainer.algorithm import resolve
+from fastpo.trainer.config import Config
+from fastpo.trainer.models import checkpoint_layers, outline
+from fastpo.trainer.policy import Policy
+
+PHASES = {"load": "while loading", "rollout": "of a rollout", "update": "of an update"}
+EVER = tuple(PHASES)
+CPU = torch.device("cpu")  # of the fake tensors
+TOKENS = 61  # of the pass that is measured, and twice as many: no width of a model
+
+
+class Part(NamedTuple):
+    """Some bytes of a rank, and when they are alive."""
+
+    name: str
+    bytes: float
+    phases: tuple[str, ...] = ("rollout", "update")
+
+
+class Footprint(NamedTuple):
+    """What a run takes of every rank."""
+
+    model: str
+    parameters: int
+    trained: int
+    ranks: int
+    parts: list[Part]
+    activations: dict[bool, float]  # bytes, by whether layers are checkpointed
+
+    def peak(self, phase: str) -> float:
+        """Bytes in a phase."""
+        return sum(part.bytes for part in self.parts if phase in part.phases)
+
+
+def footprint(config: Config, ranks: int, *, alphabet: str | None, stop: str | None) -> Footprint:
+    """The parts of a run of `config` on so many ranks; nothing but the model's config is read."""
+    from torch._subclasses import FakeTensorMode
+
+    policy = outline(config.model, alphabet=alphabet, stop=stop)
+    if policy.model.supports_gradient_checkpointing:
+        checkpoint_layers(policy.model)  # both ways are measured
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        policy.model.to_empty(device="cpu").tie_weights()
+        fake = replace(policy, device=CPU)
+        activations, casts = _activations(fake, config.optim.token_budget)
+        cache = _cache_bytes(fake)
+    model, size = policy.model, policy.dtype.itemsize
+    shards = ranks // config.replicas
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    weights = sum(p.numel() * p.itemsize for p in model.parameters())
+    total = sum(p.numel() for p in model.parameters())
+    algorithm = resolve(config.algorithm, config.rollout.max_new_tokens)
+    parts = [
+        Part("the model as it is read", weights if ranks > 1 else 0, ("load",)),
+        Part("weights", weights / shards, EVER),
+        Part("moments of AdamW", 8 * trained / shards),
+        Part("gradients", 4 * trained / shards),
+    ]
+    if algorithm.objective.kl_coef and not config.model.lora.rank:
+        parts.append(Part("reference policy", weights / shards))
+    if algorithm.critic:
+        parts.append(Part("critic: weights, moments, gradients", 4 * weights))
+    if ranks > 1:
+        layers = [sum(p.numel() for p in m.parameters()) for m in distributed.units(model)]
+        casts = size * (total - sum(layers) + 3 * max(layers, default=0))
+        parts.append(Part("whole model to sample from", total * size, ("rollout",)))
+    elif size < 4:
+        parts.append(Part("weights, cast to sample from", trained * size, ("rollout",)))
+    head = model.get_output_embeddings().weight
+    loss = plan.plan(
+        vocab=head.shape[0],
+        hidden=head.shape[1],
+        tokens=config.optim.token_budget,
+        dtype=policy.dtype,
+        device="cuda" if "cuda" in (config.device or "cuda") else "cpu",
+    )
+    if not head.requires_grad:
+        learned = (buffer for buffer in loss.buffers if not buffer.name.endswith("dW"))
+        loss = replace(loss, buffers=tuple(learned))
+    kept = config.model.gradient_checkpointing
+    return Footprint(
+        type(model).__name__,
+        total,
+        trained,
+        ranks,
+        [
+            *parts,
+            *_of_rollout(config, ranks, cache, head.shape[0], size),
+            Part("weights, cast or gathered", casts, ("update",)),
+            Part("activations" + ", checkpointed" * kept, activations[kept], ("update",)),
+            Part("the loss", loss.peak_bytes, ("update",)),
+        ],
+        activations,
+    )
+
+
+def _of_rollout(config: Config, ranks: int, cache: float, vocab: int, size: int) -> list[Part]:
+    rollout = config.rollout
+    rows = min(rollout.batch_size, -(-rollout.prompts // ranks) * rollout.group_size)
+    prompt = room = rollout.max_prompt_tokens or 0
+    while room < prompt + rollout.max_new_tokens:
+        room = 2 * (room + 1)  # as the cache grows
+    return [
+        Part(f"KV cache, {rows} x {room} tokens", rows * room * cache, ("rollout",)),
+        Part(f"logits of {rows} rows", rows * vocab * (size + 20), ("rollout",)),
+    ]
+
+
+def _activations(policy: Policy, tokens: int) -> tuple[dict[bool, float], float]:
+    """Bytes that `tokens` tokens save for the backward pass, without and with checkpointed layers;
+    and those of cast weights."""
+    found, casts = {}, 0.0
+    for kept in (False, True):
+        one = replace(policy, config=replace(policy.config, gradient_checkpointing=kept))
+        short, long = (_saved(one, count) for count in (TOKENS, 2 * TOKENS))
+        found[kept] = (long - short) / TOKENS * tokens
+        if not kept:
+            casts = 2 * short - long
+    layers = sum(bool(getattr(m, "gradient_checkpointing", 0)) for m in policy.model.modules())
+    # A layer runs again; gradients inside of it take another third of that, as measured.
+    found[True] += 4 / 3 * found[False] / max(layers, 1)
+    return found, casts
+
+
+def _saved(policy: Policy, tokens: int) -> int:
+    own = {p.untyped_storage()._cdata for p in policy.model.parameters()}
+    saved: dict[int, Tensor] = {}
+
+    def pack(value: Tensor) -> Tensor:
+        key = value.untyped_storage()._cdata
+        if key not in own and value.shape[-2:] != (tokens, tokens):
+            saved[key] = value
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+        policy.hidden_states(torch.zeros(1, tokens, dtype=torch.long))
+    return sum(value.untyped_storage().nbytes() for value in saved.values())
+
+
+@torch.no_grad()
+def _cache_bytes(policy: Policy) -> float:
+    """Keys and values of one token."""
+    ids = torch.zeros(1, TOKENS, dtype=torch.long)
+    with policy.forward_pass():
+        cache = policy.model.base_model(input_ids=ids, use_cache=True).past_key_values
+    elements = sum(
+        value.numel()
+        for layer in getattr(cache, "layers", ())
+        for value in (getattr(layer, "keys", None), getattr(layer, "values", None))
+        if isinstance(value, Tensor)
+    )
+    return elements * policy.dtype.itemsize / TOKENS
+
+
+def table(found: Footprint, config: Config) -> str:
+    """The plan as text."""
+    lines = [
+        f"{found.model}, {found.parameters / 1e6:,.1f} M parameters, {found.trained / 1e6:,.1f} M "
+        f"of them trained, on {found.ranks} rank{'s' * (found.ranks > 1)}; every rank takes"
+    ]
+    for part in found.parts:
+        if part.bytes:
+            when = "" if part.phases == EVER else f"   {', '.join(part.phases)}"
+            lines.append(f"  {part.name:<44} {plan.human(part.bytes):>11}{when}")
+    for phase, name in PHASES.items():
+        lines.append(f"  {'peak ' + name:<44} {plan.human(found.peak(phase)):>11}")
+    kept = config.model.gradient_checkpointing
+    other = found.peak("update") + found.activations[not kept] - found.activations[kept]
+    switch = f"  with model.gradient_checkpointing = {str(not kept).lower()}"
+    lines.append(f"{switch:<46} {plan.human(other):>11}")
+    if config.rollout.max_prompt_tokens is None:
+        lines.append("  prompts are not in the KV cache: rollout.max_prompt_tokens is not given")
+    return "\n".join(lines)

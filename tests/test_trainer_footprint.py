@@ -1,0 +1,180 @@
+"""`fastpo plan RECIPE` says what a run takes, and a run takes it. `--dry-run` finds mistakes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from peak_bytes import peak_bytes
+
+import fastpo
+from fastpo.cli import main
+from fastpo.trainer.experience import Sample
+from fastpo.trainer.footprint import footprint
+from fastpo.trainer.models import character_tokenizer, make_policy
+from fastpo.trainer.rollout import Completion, Sampling, sample
+from fastpo.trainer.run import recipe
+from fastpo.trainer.tasks import Problem
+from fastpo.trainer.update import Learner, Sums
+
+CPU = torch.device("cpu")
+ALPHABET = "0123456789="
+RECIPES = Path(__file__).parents[1] / "recipes"
+SIZES = ("model.hidden_size=128", "model.layers=4", "device=cpu", "rollout.max_prompt_tokens=30")
+slow = pytest.mark.slow
+SHARE = 0.15  # that plan and measurement may differ by
+
+
+def planned(*overrides, ranks=1):
+    config = recipe.load(None, [*SIZES, *overrides])
+    return config, footprint(config, ranks, alphabet=ALPHABET, stop=None)
+
+
+@pytest.mark.parametrize(
+    ("kept", "dtype"),
+    [
+        ("true", "bfloat16"),
+        *(pytest.param(*case, marks=slow) for case in (("true", "float32"), ("false", "bfloat16"))),
+        pytest.param("false", "float32", marks=slow),
+    ],
+)
+def test_an_update_takes_what_was_planned(dtype, kept):
+    config, plan = planned(
+        *(f"model.dtype={dtype}", f"model.gradient_checkpointing={kept}"), "optim.token_budget=2048"
+    )
+    policy = make_policy(config.model, CPU, alphabet=ALPHABET, stop=None)
+    learner = Learner(policy, config.optim, fastpo.dapo(), 1.0)
+    samples = [
+        Sample(
+            problem=Problem(""),
+            prompt=[3] * 8,
+            completion=Completion(tokens=[4] * 120, logprobs=[-1.0] * 120, finished=True),
+            text="",
+            score=0.0,
+            reward=0.0,
+            advantage=float(index % 2),
+        )
+        for index in range(32)  # two micro-batches
+    ]
+    learner.update(samples, Sums(), on_policy=True)
+    moments = [value for of in learner.optimizer.state.values() for value in of.values()]
+    peak = peak_bytes(
+        lambda: learner.update(samples, Sums(), on_policy=True), [*learner.parameters, *moments]
+    )
+    assert plan.peak("update") == pytest.approx(peak, rel=SHARE)
+
+
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=slow)])
+def test_a_rollout_takes_what_was_planned(dtype):
+    config, plan = planned(
+        *(f"model.dtype={dtype}", "rollout.prompts=32", "rollout.group_size=8"),
+        "rollout.max_new_tokens=40",
+    )
+    policy = make_policy(config.model, CPU, alphabet=ALPHABET, stop=None)
+    policy.stop_ids = policy.stop_ids[:0]
+    sampling, generator = Sampling.of(config.rollout), torch.Generator()
+    peak = peak_bytes(
+        lambda: sample(policy, [[3] * 30] * 32, sampling, generator), policy.model.parameters()
+    )
+    learning = {"moments of AdamW", "gradients"}
+    parts = [part for part in plan.parts if part.name not in learning]
+    assert plan._replace(parts=parts).peak("rollout") == pytest.approx(peak, rel=SHARE)
+
+
+def sizes(plan):
+    return {part.name: part.bytes for part in plan.parts}
+
+
+def test_what_is_shared_and_what_is_not(tmp_path):
+    """The figures one can work out by hand."""
+    alone, shared = planned()[1], planned(ranks=4)[1]
+    count = alone.parameters
+    assert count == sum(
+        p.numel()
+        for p in make_policy(
+            planned()[0].model, CPU, alphabet=ALPHABET, stop=None
+        ).model.parameters()
+    )
+    assert sizes(alone)["weights"] == 4 * count == 4 * sizes(shared)["weights"]
+    assert sizes(alone)["moments of AdamW"] == 8 * count == 4 * sizes(shared)["moments of AdamW"]
+    assert sizes(shared)["whole model to sample from"] == 4 * count
+    assert sizes(planned("replicas=2", ranks=4)[1])["weights"] == 2 * count
+    kl = planned("algorithm.objective.kl_coef=0.1", "algorithm.critic=true")[1]
+    assert kl.peak("rollout") - alone.peak("rollout") == (4 + 16) * count
+    policy = make_policy(planned()[0].model, CPU, alphabet=ALPHABET, stop=None)
+    policy.save(tmp_path)
+    lora = planned(f"model.path={tmp_path}", "model.lora.rank=2", "model.dtype=bfloat16")[1]
+    adapters = 2 * 4 * (4 * 2 * 128 + 3 * (128 + 512))
+    assert lora.trained == adapters and lora.parameters == count + adapters
+    assert sizes(lora)["weights"] == 2 * count + 4 * adapters
+
+
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    """A tiny Qwen3 (its config and a tokenizer alone) and rows in the columns of every recipe."""
+    monkeypatch.chdir(tmp_path)
+    config = transformers.Qwen3Config(
+        vocab_size=16,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        eos_token_id=1,
+    )
+    config.save_pretrained("model")
+    tokenizer = character_tokenizer(ALPHABET)
+    tokenizer.chat_template = "{{ messages[-1]['content'] }}="
+    tokenizer.save_pretrained("model")
+    rows = [{"prompt": f"{n}", "question": f"{n}", "answer": f"{n}"} for n in range(10, 50)]
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return [
+        *("task=jsonl", "task_args.train=rows.jsonl", "task_args.test=rows.jsonl"),
+        *("task_args.reward=numeric", "model.path=model", "model.system_prompt=none"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks"),
+    [("gsm8k-0.6b", 1), ("dapo-8gpu", 8), ("dapo-2nodes", 16), ("dapo-2nodes", 64)],
+)
+def test_recipes_for_gpus_pass_a_dry_run(offline, capsys, name, ranks):
+    path = str(RECIPES / f"{name}.toml")
+    assert main(["train", path, *offline, "--dry-run", "--ranks", str(ranks)]) == 0
+    checked = capsys.readouterr().out
+    assert f"on {ranks} rank" in checked and "peak of an update" in checked
+    assert main(["plan", path, *offline, "--ranks", str(ranks)]) == 0
+    assert capsys.readouterr().out == checked
+    assert sorted(p.name for p in Path().iterdir()) == ["model", "rows.jsonl"]  # nothing is written
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["rollout.prompts=12"], "rollout.prompts is 12, expected a multiple of the 8 ranks"),
+        (["replicas=3"], "replicas is 3, expected a divisor of the 8 ranks"),
+        (["algorithm.preset=ppo"], "algorithm.critic trains on one process"),
+        (["task=absent:Task", "task_args={}"], "cannot import task 'absent:Task'"),
+        (["task_args.reward=absent"], "absent"),
+        (["model.path=./absent"], "cannot load a model from './absent'"),
+        (["rollout.max_new_tokens=50000"], "exceed the 32768 positions"),
+        (["rollout.max_prompt_tokens=1"], "no test row fits"),
+        (["run_dir=model"], "model exists"),
+        (["algorithm.preset=absent"], "algorithm.preset is 'absent'"),
+        (["model.lora.rank=2", "model.lora.target_modules=absent"], "model.lora: "),
+    ],
+)
+def test_a_dry_run_says_what_a_run_would_refuse(offline, capsys, overrides, line):
+    arguments = ["rollout.prompts=16", *offline, *overrides, "--dry-run", "--ranks", "8"]
+    assert main(["train", *arguments]) in (1, 2)
+    errors = capsys.readouterr().err
+    assert errors.startswith("fastpo: ") and line in errors and errors.count("\n") == 1
+
+
+def test_ranks_are_counted_from_one(capsys):
+    with pytest.raises(SystemExit):
+        main(["plan", str(RECIPES / "demo.toml"), "--ranks", "0"])
+    assert "--ranks" in capsys.readouterr().err
