@@ -99,7 +99,7 @@ def small_layout(monkeypatch: pytest.MonkeyPatch, triton_backend) -> None:
     """
     from fastpo.kernels import _layout
 
-    def layout(V: int, itemsize: int, aligned: bool) -> _layout.RowLayout:
+    def layout(V: int, itemsize: int, aligned: bool, amd: bool) -> _layout.RowLayout:
         constants = _layout.RowLayout(LANES=64, WIDTH=2, ADJACENT=aligned, STEP=2, KEPT=1)
         return constants.with_tail(V, most=4)
 

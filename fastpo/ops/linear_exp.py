@@ -27,7 +27,10 @@ from fastpo.ops.linear_autograd import (
 )
 from fastpo.ops.linear_chunks import ChunkRows, LinearCall, length, put, take
 from fastpo.ops.linear_workspace import LinearGrads
+from fastpo.ops.results import PolicyLoss
 from fastpo.ops.tensor_parallel import VocabularyShard
+
+LOG_LARGEST_SUM = 60  # of kernels/exp_sums.py
 
 
 class ExpShard(VocabularyShard):
@@ -41,6 +44,15 @@ class ExpShard(VocabularyShard):
     def max_(self, x: Tensor) -> None:
         """See `fastpo.backends.triton_exp.Shard`."""
         dist.all_reduce(x, dist.ReduceOp.MAX, group=self.group)
+
+
+def count_redone(result: PolicyLoss) -> PolicyLoss:
+    """With `redone` among the metrics: tokens whose row was made a second time, from its maximum.
+
+    Those are the ones whose S, 1 / p of the token, passed e^60: log-prob below -60, or NaN.
+    """
+    redone = (result.logprobs >= -LOG_LARGEST_SUM).logical_not_().sum()
+    return result._replace(metrics=result.metrics | {"redone": redone})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +186,7 @@ class FusedExpLoss(FusedLinearLoss):
         if grads is not None:
             grads.finish(call.backend)
         losses = _gather_rows(call, hidden, chunks, parts)
-        ctx.grads, ctx.backend = grads, call.backend
+        ctx.grads, ctx.backend, ctx.add_to = grads, call.backend, None
         ctx.mark_non_differentiable(losses.logprobs, losses.entropy, losses.clipped)
         return losses.loss.sum(), losses.logprobs, losses.entropy, losses.clipped
 

@@ -99,6 +99,11 @@ def _check_together(config: Config) -> None:
             "model.lora adapts a model that has learned something, which is also its reference: "
             "set model.path, and warmup.max_steps=0"
         )
+    if model.lora.rank and config.algorithm.sync_reference_every:
+        raise RecipeError(
+            "algorithm.sync_reference_every moves the reference policy, which with model.lora.rank "
+            "is the model without its adapters: set one of them to 0"
+        )
 
 
 def dump(config: Config) -> str:
