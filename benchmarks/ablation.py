@@ -222,7 +222,7 @@ def ladder(axis, runs: list[list[dict]]) -> None:
         axis.errorbar(mean, -place, xerr=half, fmt="o", color=colour, capsize=3)
         axis.plot(values, [-place + 0.2] * len(values), ".", color="#999999", markersize=5)
     axis.set_yticks([-place for place in range(len(runs))], list(RUNGS))
-    axis.set_title("Held-out accuracy at the end, mean and 95 %", loc="left", fontsize=10.5)
+    axis.set_title("Held-out accuracy, mean and 95 %", loc="left", fontsize=10.5)
 
 
 if __name__ == "__main__":

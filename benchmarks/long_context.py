@@ -153,6 +153,7 @@ def main() -> None:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192, 32768, 131072])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--point", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.point:
@@ -160,12 +161,13 @@ def main() -> None:
         return
     points = json.loads(RECORDS.read_text()) if RECORDS.exists() else []
     for tokens in sorted(options.tokens):
-        for method in METHODS:
+        for method in options.methods:
             if any((p["method"], p["tokens"]) == (method, tokens) for p in points):
                 continue
             points.append(measure_apart(method, tokens))
             print(points[-1], flush=True)
             RECORDS.write_text(json.dumps(points, indent=1) + "\n")
+    points.sort(key=lambda point: (point["tokens"], list(METHODS).index(point["method"])))
     draw(points)
     TABLE.write_text(table(points))
     print(TABLE.read_text())

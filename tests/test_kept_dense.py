@@ -124,7 +124,7 @@ def test_fused_equals_two_steps(objective, backend):
 
 
 def test_the_host_may_know_how_many_rows_are_dense(monkeypatch):
-    """On a GPU every row enters the GEMMs unless `dense_rows` says how many there are."""
+    """REGRESSIONS 51: on a GPU every row enters the GEMMs unless `dense_rows` says how many are."""
     batch, none = Mixed(), Mixed(dense=False)
     options = {"live_rows": int(batch.mask.sum()), "mask": batch.mask}
     as_on_gpu(monkeypatch)
@@ -152,6 +152,7 @@ def test_a_wrong_number_of_dense_rows(monkeypatch):
     assert batch.loss(live_rows=live - 1, dense_rows=LIVE).loss.isnan()
 
 
+@pytest.mark.usefixtures("poisoned_empty")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize(
@@ -168,17 +169,19 @@ def test_the_gradient_is_added_where_the_user_says(dtype, place, dense, backend)
     total = torch.zeros(V, D, dtype=place)
     for seed in range(3):
         batch = Mixed(dtype, dense=dense, seed=seed)
-        batch.hidden.requires_grad_()
-        hidden, weight = torch.autograd.grad(
-            batch.loss(backend=backend).loss, [batch.hidden, batch.weight]
-        )
+        bias = torch.randn(V).to(dtype).requires_grad_()
+        leaves = [batch.hidden.requires_grad_(), batch.weight, bias]
+        options = {"backend": backend, "bias": bias}
+        hidden, weight, of_bias = torch.autograd.grad(batch.loss(**options).loss, leaves)
         plain += weight.to(place)
-        batch.loss(backend=backend, add_weight_grad_to=total).loss.backward()
-        assert batch.weight.grad is None and torch.equal(batch.hidden.grad, hidden)
+        batch.loss(**options, add_weight_grad_to=total).loss.backward()
+        assert batch.weight.grad is None
+        assert torch.equal(batch.hidden.grad, hidden) and torch.equal(bias.grad, of_bias)
         batch.hidden, batch.weight = (
             x.detach().double().requires_grad_() for x in (batch.hidden, batch.weight)
         )
-        exact += torch.autograd.grad(batch.loss(backend="torch").loss, batch.weight)[0]
+        loss = batch.loss(backend="torch", bias=bias.detach().double()).loss
+        exact += torch.autograd.grad(loss, batch.weight)[0]
     if dtype == place == torch.float32 and not dense:
         assert torch.equal(total, plain)
     if (total.double() - exact).norm() > LEAST_ERROR * exact.norm():

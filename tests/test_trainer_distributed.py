@@ -30,7 +30,8 @@ class Digits:
     def reward(self, problem, completion):
         return sum(a == b for a, b in zip(problem.answer, completion)) / len(problem.answer)
 """
-# Mini-batches, a KL penalty, shared prompts, recomputed log-probs, refilled groups.
+# Mini-batches, a KL penalty whose reference moves, shared prompts, recomputed log-probs, tokens
+# rejected by them, refilled groups and what they leave over.
 RECIPE = """
 task = "digits_task:Digits"
 steps = 4
@@ -48,6 +49,9 @@ max_new_tokens = 5
 preset = "dapo"
 dynamic_sampling_by = "reward"
 objective = { kl_coef = 0.05 }
+sync_reference_every = 2
+carry_surplus = true
+correction = { mode = "none", reject = { token_k1 = [0.5, 2.0] } }
 [optim]
 learning_rate = 2e-3
 updates_per_batch = 2
