@@ -121,11 +121,13 @@ def one(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [(), ("replicas=2", "optim.token_budget=1")], ids=str)
+@pytest.mark.parametrize(
+    "more", [("optim.share_prompts=true",), ("replicas=2", "optim.token_budget=1")], ids=str
+)
 def test_two_ranks_train_as_one_process_does(tmp_path, one, more):
     """REGRESSIONS 16, 32: the same completions, curves and weights; in another layout, as two
     replicas, and with a micro-batch per sample, too."""
-    output, _ = train(tmp_path, "run", "optim.share_prompts=true", *more)
+    output, _ = train(tmp_path, "run", *more)
     assert output.count("Held-out accuracy before") == 1  # rank 0 alone speaks
     same(tmp_path / "run", one)
     two, right = (

@@ -158,6 +158,8 @@ class OptimConfig:
     """Decay of the first moment."""
     beta2: Share = 0.95
     """Decay of the second moment."""
+    fused: bool = False
+    """One kernel for the step of AdamW: faster, with fewer temporaries; rounds otherwise."""
     max_grad_norm: Positive = 1.0
     """Gradients are clipped to this norm."""
     updates_per_batch: Count = 1

@@ -84,6 +84,11 @@ def _check_together(config: Config) -> None:
             "model.lora adapts a model that has learned something, which is also its reference: "
             "set model.path, and warmup.max_steps=0"
         )
+    if model.lora.rank and config.algorithm.sync_reference_every:
+        raise RecipeError(
+            "model.lora has the model without adapters for its reference, which stays as it is: "
+            "set algorithm.sync_reference_every=0"
+        )
 
 
 def _check_engine(config: Config) -> None:
