@@ -19,10 +19,28 @@ N, D, V = 120, 16, 300
 DENSE = 40  # of them over the whole vocabulary, 8 masked rows among these
 LIVE = DENSE - 8
 PPO = fastpo.Objective(entropy_coef=0.1, kl_coef=0.2)
+GSPO = fastpo.gspo(clip_low=0.9, clip_high=9.0)
 
 
 def a_rule(logprobs: Tensor, entropy: Tensor, tokens: fastpo.TokenInputs) -> Tensor:
     return -(logprobs - tokens.old_logprobs).exp() * tokens.advantages - 0.1 * entropy
+
+
+@fastpo.loss_rule(couples_sequences=True)
+def a_rule_of_sequences(logprobs: Tensor, entropy: Tensor, tokens: fastpo.TokenInputs) -> Tensor:
+    total = torch.zeros(2).index_add(0, tokens.sequence_ids, logprobs - tokens.old_logprobs)
+    return -(total / 50).exp()[tokens.sequence_ids] * tokens.advantages - 0.1 * entropy
+
+
+OBJECTIVES = {
+    "ppo": PPO,
+    "rule": a_rule,
+    "aspo": fastpo.aspo(),
+    "gspo": GSPO,
+    "gmpo": fastpo.gmpo(entropy_coef=0.1),
+    "vespo": fastpo.vespo(),
+    "rule of sequences": a_rule_of_sequences,
+}
 
 
 class Mixed:
@@ -49,23 +67,18 @@ class Mixed:
         given = (self.hidden, self.weight, self.tokens)
         return fastpo.linear_token_logprobs(*given, **self.kept).logprobs
 
+    def options(self, objective) -> dict[str, object]:
+        return {
+            "objective": objective,
+            "mask": self.mask,
+            "old_logprobs": self.old,
+            "ref_logprobs": self.ref if objective is PPO else None,
+            "cu_seqlens": torch.tensor([0, len(self.mask) // 3, len(self.mask)], dtype=torch.int32),
+        }
+
     def loss(self, objective=PPO, **options) -> fastpo.PolicyLoss:
-        if not isinstance(objective, fastpo.Objective):
-            ref = None
-        else:
-            ref = self.ref if objective.kl_coef else None
-        if objective is not PPO and getattr(objective, "needs_sequences", False):
-            options["cu_seqlens"] = torch.tensor([0, 40, N], dtype=torch.int32)
-        return fastpo.linear_policy_loss(
-            self.hidden,
-            self.weight,
-            self.tokens,
-            self.advantages,
-            **{"objective": objective, "mask": self.mask, "old_logprobs": self.old}
-            | {"ref_logprobs": ref}
-            | self.kept
-            | options,
-        )
+        given = (self.hidden, self.weight, self.tokens, self.advantages)
+        return fastpo.linear_policy_loss(*given, **self.options(objective) | self.kept | options)
 
 
 def gemms(function) -> float:
@@ -81,12 +94,18 @@ def as_on_gpu(monkeypatch):
     monkeypatch.setattr(LinearCall, "reads_values", False)
 
 
-@pytest.mark.parametrize("chunk_tokens", [None, 16])
 @pytest.mark.parametrize(
-    ("objective", "products"), [(PPO, 3), (a_rule, 3), (fastpo.gspo(clip_high=9.0), 4)]
+    ("objective", "chunk_tokens", "products"),
+    [
+        (PPO, None, 3),
+        (PPO, 16, 3),
+        (a_rule, 16, 3),
+        (GSPO, None, 3),
+        (GSPO, 16, 4),
+    ],
 )
-def test_operations_of_dense_rows(objective, products, chunk_tokens):
-    """6 N D V for the rows without ids, alone, as without any kept set; 8 by sequences."""
+def test_operations_of_dense_rows(objective, chunk_tokens, products):
+    """6 N D V for the rows without ids, as without any kept set: 8 if a sequence fits no chunk."""
     batch = Mixed()
     batch.hidden.requires_grad_()
 
@@ -97,13 +116,12 @@ def test_operations_of_dense_rows(objective, products, chunk_tokens):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("objective", [PPO, a_rule, fastpo.aspo()], ids=["ppo", "rule", "aspo"])
-def test_fused_equals_two_steps(objective, backend):
-    """REGRESSIONS 3: with an upstream factor, a bias and a softcap."""
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_fused_equals_two_steps(name, backend):
+    """REGRESSIONS 3: with an upstream factor, a bias and a softcap; sequences of both kinds."""
     batch, found = Mixed(), []
     head = {"bias": torch.randn(V), "softcap": 5.0, "backend": backend}
-    options = {"objective": objective, "mask": batch.mask, "old_logprobs": batch.old}
-    options["ref_logprobs"] = batch.ref if objective is PPO else None
+    options = batch.options(OBJECTIVES[name])
     for fused in (True, False):
         leaves = [x.clone().detach().requires_grad_() for x in (batch.hidden, batch.weight)]
         leaves.append(head["bias"].clone().requires_grad_())
@@ -111,6 +129,7 @@ def test_fused_equals_two_steps(objective, backend):
         shared = batch.kept | head | {"bias": leaves[2]}
         if fused:
             result = fastpo.linear_policy_loss(*given, batch.advantages, **options | shared)
+            assert "FusedLinearLoss" in str(result.loss.grad_fn)
         else:
             scored = fastpo.linear_token_logprobs(*given, mask=batch.mask, **shared)
             result = fastpo.policy_loss_from_logprobs(
@@ -119,6 +138,20 @@ def test_fused_equals_two_steps(objective, backend):
         grads = torch.autograd.grad(-3.5 * result.loss, leaves)
         metrics = [result.metrics[name] for name in sorted(result.metrics)]
         found.append((result.loss, result.logprobs, result.entropy, *grads, *metrics))
+    for x, y in zip(*found, strict=True):
+        assert (x - y).norm() <= 2e-6 * y.norm()
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_rows_that_all_enter_change_nothing(name, monkeypatch):
+    """As on a GPU whose host knows nothing: the rows with ids stand among the others, masked."""
+    batch, found = Mixed(), []
+    batch.hidden.requires_grad_()
+    for _ in range(2):
+        loss = batch.loss(OBJECTIVES[name]).loss
+        found.append((loss, *torch.autograd.grad(loss, [batch.hidden, batch.weight])))
+        monkeypatch.setattr(linear_kept, "unmasked_rows", lambda *_: (None, None))
+        monkeypatch.setattr(LinearCall, "reads_values", False)
     for x, y in zip(*found, strict=True):
         assert (x - y).norm() <= 2e-6 * y.norm()
 

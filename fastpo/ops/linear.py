@@ -17,7 +17,7 @@ a training step. Here they exist for one chunk of tokens at a time. Which way a 
     log-probs                         any loss may follow                   8    LinearTokenLogprobs
     rows with kept_tokens             a few dot products each, no GEMM      0    LinearKeptLogprobs
                                                                                  and loss_of_batch
-    dense rows beside them            as without, sequence-level losses 8   6    KeptLoss besides
+    dense rows beside them            as without                            6/8  KeptLoss besides
 
 The first three are `FusedLinearLoss`. A frozen head or trunk saves its GEMM; without any gradient
 one GEMM is left. `tp_group` changes none of this: `VocabularyShard` is a backend.
@@ -26,6 +26,7 @@ one GEMM is left. `tp_group` changes none of this: `VocabularyShard` is a backen
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -186,19 +187,22 @@ def linear_policy_loss(
     kept = _kept_call(call, hidden, weight, tokens, mask, *kept)
     operands = _operands(hidden, weight, bias)
     batch = LossBatch.from_inputs(given, leading, hidden)
-    chunk_loss = _chunk_loss(batch, call, weight, kept)
+    beside = None
+    if kept is not None and kept.dense is not None:
+        operands = (operands[0].reshape(-1, hidden.shape[-1]), *operands[1:])
+        beside = KeptLoss.of(kept, batch, operands[0], call.head(*operands[1:]))
+        call = kept.dense
+    none = kept is not None and kept.dense is None
+    chunk_loss = None if none else _chunk_loss(batch, call, weight, beside)
     if chunk_loss is None:
         logprobs, entropy = _logprobs(*operands, call, kept)
         return loss_of_batch(batch, logprobs, entropy, leading=leading, backend=call.backend)
     needs = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in operands)
-    if kept is None:
-        fused = FusedExpLoss if call.exponentials else FusedLinearLoss
-        results = fused.apply(*operands, call, chunk_loss, needs)
+    arguments = (*operands, call, chunk_loss, needs)
+    if call.exponentials:
+        loss, logprobs, entropy, clipped = FusedExpLoss.apply(*arguments)
     else:
-        call, beside = kept.dense, KeptLoss(kept=kept, batch=batch)
-        rows = operands[0].reshape(-1, hidden.shape[-1])
-        results = FusedLinearLoss.apply(rows, *operands[1:], call, chunk_loss, needs, beside)
-    loss, logprobs, entropy, clipped = results
+        loss, logprobs, entropy, clipped = FusedLinearLoss.apply(*arguments, beside)
     metrics = batch.metrics(
         logprobs, entropy, clipped, backend=call.backend, **_sequence_terms(batch, logprobs)
     )
@@ -207,19 +211,18 @@ def linear_policy_loss(
 
 
 def _chunk_loss(
-    batch: LossBatch, call: LinearCall, weight: Tensor, kept: KeptCall | None
+    batch: LossBatch, call: LinearCall, weight: Tensor, beside: KeptLoss | None
 ) -> ChunkLoss | None:
     """What finishes the loss chunk by chunk, or None where that takes the log-probs of all."""
     objective = batch.objective
-    if kept is not None and kept.dense is None:
-        return None  # no chunks
     if objective.is_token_level:
         return TokenLevelLoss(inputs=batch.row_inputs(), objective=objective)
     if isinstance(objective, RuleObjective) and not objective.couples_sequences:
         return RuleLoss.from_batch(batch)
-    if kept is not None:
-        return None  # a sequence may have rows of both kinds
-    return SequenceLevelLoss.from_batch(batch, call, weight)
+    chunk_loss = SequenceLevelLoss.from_batch(batch, call, weight)
+    if chunk_loss is None or beside is None:
+        return chunk_loss
+    return replace(chunk_loss, others=(beside.stats.logprobs, beside.stats.entropy))
 
 
 def _sequence_terms(batch: LossBatch, logprobs: Tensor) -> dict[str, Tensor | None]:

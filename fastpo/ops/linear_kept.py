@@ -1,9 +1,9 @@
 """Kept sets from hidden states: those rows never enter a GEMM.
 
 A call splits in two: the rows with ids, and a `LinearCall` of the dense ones, over the whole
-vocabulary. Where the loss of a token depends on that token alone, `FusedLinearLoss` finishes the
-dense rows (6 N D V for them) and `KeptLoss` adds the others' gradient to its sums; else
-`LinearKeptLogprobs` makes the log-probs of all, for any loss (8 N D V for the dense ones).
+vocabulary. `FusedLinearLoss` finishes the loss of the dense ones chunk by chunk (6 N D V for them),
+and `KeptLoss` adds the others' gradient to its sums. Where all rows have ids, or a sequence fits no
+chunk, `LinearKeptLogprobs` makes the log-probs of all (8 N D V for the dense ones).
 """
 
 from __future__ import annotations
@@ -57,10 +57,19 @@ class KeptCall:
 
 @dataclass(frozen=True, kw_only=True)
 class KeptLoss:
-    """The loss of the rows with kept sets, where that of a token depends on it alone."""
+    """The loss of the rows with kept sets, beside dense ones that are finished chunk by chunk."""
 
     kept: KeptCall
     batch: LossBatch
+    stats: RowStats  # of the rows with sets
+    logits: Tensor  # of their ids
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, kept: KeptCall, batch: LossBatch, hidden: Tensor, head: Head) -> KeptLoss:
+        """hidden (N, D)."""
+        stats, logits = kept.rows.backend.kept_stats(kept.of_ids(hidden, head), kept.rows.mask)
+        return cls(kept=kept, batch=batch, stats=stats, logits=logits)
 
     @property
     def add_to(self) -> Tensor | None:
@@ -71,19 +80,16 @@ class KeptLoss:
         self, head: Head, hidden: Tensor, dense: RowLosses, grads: LinearGrads | None
     ) -> RowLosses:
         """See `fastpo.ops.linear_autograd.LossBeside`."""
-        rows, over_all = self.kept.of_ids(hidden, head), self.kept.dense.mask
-        backend = self.kept.rows.backend
-        stats, logits = backend.kept_stats(rows, self.kept.rows.mask)
-        pairs = ((dense.logprobs, stats.logprobs), (dense.entropy, stats.entropy))
-        numbers = [torch.where(over_all, x, y) for x, y in pairs]
+        pairs = ((dense.logprobs, self.stats.logprobs), (dense.entropy, self.stats.entropy))
+        numbers = [torch.where(self.kept.dense.mask, x, y) for x, y in pairs]
         loss, clipped, *incoming = differentiate(
             loss_of_rows(self.batch), *numbers, gradient=grads is not None
         )
         if grads is not None:
+            rows = self.kept.of_ids(hidden, head)
             places = KeptGrads(grads.hidden, grads.weight, grads.bias)
-            backend.kept_grad(rows, stats, logits, *incoming, places, add=True)
-        pairs = ((dense.loss, loss), (dense.clipped, clipped))
-        loss, clipped = (torch.where(over_all, x, y) for x, y in pairs)
+            numbers_of_ids = (self.stats, self.logits, *incoming)
+            self.kept.rows.backend.kept_grad(rows, *numbers_of_ids, places, add=True)
         return RowLosses(loss, *numbers, clipped)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastpo.backends.base import RowLosses
 from fastpo.backends.two_step import two_step
-from fastpo.ops.batch import PER_TOKEN, LossBatch
+from fastpo.ops.batch import PER_TOKEN, LossBatch, loss_of_rows
 from fastpo.ops.head import Head
 from fastpo.ops.linear_chunks import ChunkRows, LinearCall
 from fastpo.ops.linear_workspace import Chunk
@@ -25,6 +25,8 @@ class SequenceLevelLoss:
     batch: LossBatch
     offsets: list[int]  # B + 1, of the sequences among all rows
     unmasked_offsets: list[int]  # B + 1, among the rows that enter the GEMMs
+    others: tuple[Tensor | None, Tensor | None] = (None, None)
+    """Log-probs and entropies (N,) of rows that enter none and count all the same."""
 
     @property
     def has_entropy_gradient(self) -> bool:
@@ -69,36 +71,35 @@ class SequenceLevelLoss:
     def losses(self, call: LinearCall, chunk: Chunk, temperature: float | Tensor) -> RowLosses:
         """See `fastpo.ops.linear_autograd.ChunkLoss`."""
         rows = chunk.rows
-        part, inside = self._sequences_of(rows)
+        part, span, inside = self._sequences_of(rows)
+        mask, is_rule = call.row_mask(rows), isinstance(part.objective, RuleObjective)
+
+        def of_all(values: Tensor, known: Tensor | None) -> Tensor:
+            """With the sequences' rows that are in no chunk: masked (0), or known beforehand."""
+            full = torch.zeros_like(part.weight) if known is None else known[span].clone()
+            full[inside] = values if mask is None else torch.where(mask, values, full[inside])
+            return full
 
         def loss_of(logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor]:
-            # 0 in the sequences' masked rows, which are not in this chunk
-            full, full_entropy = torch.zeros_like(part.weight), None
-            full[inside] = logprobs
-            is_rule = isinstance(part.objective, RuleObjective)
-            if is_rule:
-                full_entropy = torch.zeros_like(part.weight)
-                full_entropy[inside] = entropy
-            terms = part.token_loss(full, full_entropy)
-            loss = (part.weight * terms.loss)[inside]
+            full = [of_all(*x) for x in zip((logprobs, entropy), self.others, strict=True)]
+            loss, clipped = loss_of_rows(part)(*full)
             if is_rule and chunk.grad is not None:
                 part.objective.check_depends_only_on(loss, logprobs, entropy)
-            if part.entropy_weight is not None:
-                loss = loss - part.entropy_weight[inside] * entropy
-            return loss, terms.clipped[inside]
+            return loss, clipped
 
-        return two_step(
+        losses = two_step(
             call.backend,
             chunk.logits,
             call.tokens[rows],
             temperature,
             chunk.grad,
-            mask=call.row_mask(rows),
+            mask=mask,
             loss_of=loss_of,
         )
+        return losses._replace(loss=losses.loss[inside], clipped=losses.clipped[inside])
 
-    def _sequences_of(self, rows: ChunkRows) -> tuple[LossBatch, ChunkRows]:
-        """The batch of the sequences that `rows` belong to, and where in it they are."""
+    def _sequences_of(self, rows: ChunkRows) -> tuple[LossBatch, slice, ChunkRows]:
+        """The batch of the sequences that `rows` belong to, its rows, and where in it they are."""
         if isinstance(rows, slice):
             first, last = rows.start, rows.stop - 1
         else:
@@ -112,7 +113,7 @@ class SequenceLevelLoss:
             inside = slice(first - span.start, last + 1 - span.start)
         else:
             inside = rows - span.start
-        return _cut(self.batch, begin - 1, end, span), inside
+        return _cut(self.batch, begin - 1, end, span), span, inside
 
 
 def _host_offsets(segments: Segments) -> list[int] | None:
