@@ -179,8 +179,11 @@ def test_what_does_not_go_together_is_one_line(base, tmp_path):
     for overrides, line in (
         (["model.gradient_checkpointing=true", "optim.share_prompts=true"], "set one of them to"),
         (["model.lora.rank=4"], r"set model\.path"),
-        (["model.lora.rank=4", "model.path=x", "algorithm.sync_reference_every=2"], "stays as it"),
         (["model.lora.rank=4", "model.path=x", "warmup.max_steps=3"], r"warmup\.max_steps=0"),
+        (
+            ["model.lora.rank=4", "model.path=x", "algorithm.sync_reference_every=2"],
+            "without its adapters: set one of them to 0",
+        ),
     ):
         with pytest.raises(RecipeError, match=line) as caught:
             recipe.load(None, overrides)

@@ -317,7 +317,7 @@ class Trainer:
             if self.critic and state["critic"]:
                 self.critic.load_state_dict(state["critic"])
             self.problems.load_state(state["problems"])
-            self.surplus = experience.from_plain(state["surplus"])
+            self.surplus = experience.from_plain(state["surplus"], self.config.rollout)
             self.generator.set_state(state["generator"])
             self.order.set_state(state["order"])
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
