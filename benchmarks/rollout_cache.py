@@ -24,11 +24,11 @@ from provenance import provenance  # noqa: E402
 
 from fastpo.trainer import rollout  # noqa: E402
 from fastpo.trainer.config import ModelConfig  # noqa: E402
-from fastpo.trainer.policy import make_policy  # noqa: E402
+from fastpo.trainer.models import make_policy  # noqa: E402
 
 TABLE = HERE / "results" / "rollout_cache.md"
 SHAPES = ((64, 256), (64, 768), (512, 256))  # completions, tokens
-CACHES = {"copied": lambda cache: cache, "doubled": rollout.growing}
+CACHES = {"copied": lambda cache, dtype: cache, "doubled": rollout.growing}
 
 
 def measure(policy, rows: int, tokens: int, cache: str) -> tuple[float, list[list[int]]]:
