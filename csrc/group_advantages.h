@@ -132,7 +132,8 @@ FASTPO_SCALAR double advantage_of(const GroupParams& p, const GroupSums& group, 
     case Estimator::kPassk:
       return d == group.best ? (d - group.second) / (spread.std + p.eps) : 0.0;
     case Estimator::kMaxrl:
-      return centered / (group.first + group.mean() + p.eps);
+      // Below 0 the mean is no success rate, and would turn every sign.
+      return group.first + group.mean() < 0 ? 0.0 : centered / (group.first + group.mean() + p.eps);
     default:  // kGrpo, kReinforcePp
       return (centered - spread.mean) / (spread.std + p.eps);
   }

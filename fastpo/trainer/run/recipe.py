@@ -29,6 +29,7 @@ else:
 
 
 BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
+TAKES_BOOLEANS = re.compile(r"\b(bool|dict)\b")  # in a setting's type
 BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 
@@ -62,12 +63,27 @@ def load(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
 
 def build(values: dict[str, Any]) -> Config:
     """Check nested values (as TOML gives them) and make a Config of them."""
+    _check_booleans(values)
     try:
         config = TypeAdapter(Config).validate_python(values)
     except ValidationError as error:
         raise RecipeError(_explain(error.errors()[0])) from None
     _check_together(config)
     return config
+
+
+def _check_booleans(values: dict[str, Any]) -> None:
+    """Refuse true and false where a number is expected: to Python they are 1 and 0."""
+    for setting in settings():
+        try:
+            value = reduce(getitem, setting.key.split("."), values)
+        except (KeyError, TypeError):  # not given, or no table: for others to refuse
+            continue
+        several = value if isinstance(value, list) else [value]
+        if any(isinstance(x, bool) for x in several) and not TAKES_BOOLEANS.search(setting.type):
+            raise RecipeError(
+                f"{setting.key} is {json.dumps(value)}, expected {setting.type} ({setting.help})"
+            )
 
 
 def _check_together(config: Config) -> None:
