@@ -89,7 +89,7 @@ class ExpPass:
             self._head,
             call.tokens[rows],
             mask,
-            _temperature(call, rows),
+            of_rows(call.temperature, rows),
             self._room(part.shape[0]) if gradient else None,
             shard=call.backend if isinstance(call.backend, ExpShard) else None,
             tanh_slope=self._tanh_slope,
@@ -102,11 +102,6 @@ class ExpPass:
         if self._e is None:
             self._e = triton_exp.empty_e(self._rows, self._head.weight)
         return self._e[:rows]
-
-
-def _temperature(call: LinearCall, rows: ChunkRows) -> float | Tensor:
-    per_token = isinstance(call.temperature, Tensor)
-    return call.temperature[rows] if per_token else call.temperature
 
 
 class ExpGrads(LinearGrads):
@@ -185,7 +180,7 @@ class FusedExpLoss(FusedLinearLoss):
         parts = []
         for number, rows in enumerate(chunks):
             chunk = one_pass.load(hidden, rows, gradient=number < len(with_gradient))
-            parts.append(chunk_loss.losses(call, chunk, _temperature(call, rows)))
+            parts.append(chunk_loss.losses(call, chunk, of_rows(call.temperature, rows)))
             if chunk.grad is not None:
                 grads.add(chunk)
         if grads is not None:
@@ -259,7 +254,7 @@ def _chunk_grads(
             None,  # statistics: they are in the chunk
             logprob_grad[rows],
             of_rows(entropy_grad, rows),
-            _temperature(call, rows),
+            of_rows(call.temperature, rows),
             chunk.grad,
         )
         grads.add(chunk)
