@@ -69,6 +69,7 @@ def build(values: dict[str, Any]) -> Config:
     except ValidationError as error:
         raise RecipeError(_explain(error.errors()[0])) from None
     _check_together(config)
+    _check_engine(config)
     return config
 
 
@@ -104,6 +105,22 @@ def _check_together(config: Config) -> None:
             "algorithm.sync_reference_every moves the reference policy, which with model.lora.rank "
             "is the model without its adapters: set one of them to 0"
         )
+
+
+def _check_engine(config: Config) -> None:
+    """What another sampler needs: a model that it can read, and a correction of its ratios."""
+    rollout = config.rollout
+    if rollout.engine == "own":
+        return
+    if config.model.path is None or config.model.lora.rank or config.warmup.max_steps:
+        raise RecipeError(
+            "rollout.engine=vllm reads the model itself: set model.path, model.lora.rank=0 and "
+            "warmup.max_steps=0"
+        )
+    if not rollout.kept_sets and (rollout.top_k or rollout.top_p < 1 or rollout.min_p):
+        raise RecipeError("rollout.engine=vllm gives log-probs over kept sets: set kept_sets=true")
+    if not config.algorithm.correction:
+        config.algorithm.correction = {"mode": "truncate"}
 
 
 def dump(config: Config) -> str:
