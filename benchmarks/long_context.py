@@ -182,6 +182,7 @@ def table(points: list[dict]) -> str:
         "| trunk, CPU s | norm of the head's gradient |",
         "|---|---|---|---|---|---|---|",
         *map(_row, points),
+        *(f"| {n:,} | {METHODS[method]} | not measured | | | | |" for n, method in missing(points)),
         "",
         f"A Llama of {LAYERS} layers, D {WIDTH}, V {VOCAB:,}, fp32, one thread. The tokens are "
         f"sequences of at most {LONGEST:,}, packed without padding, and the trunk is checkpointed "
@@ -196,6 +197,12 @@ def table(points: list[dict]) -> str:
         provenance("python benchmarks/long_context.py"),
     ]
     return "\n".join(lines) + "\n"
+
+
+def missing(points: list[dict]) -> list[tuple[int, str]]:
+    """Sizes and methods without a record."""
+    found = {(point["tokens"], point["method"]) for point in points}
+    return [(n, m) for n in sorted({n for n, _ in found}) for m in METHODS if (n, m) not in found]
 
 
 def eager_bytes(tokens: int) -> int:
