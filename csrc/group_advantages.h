@@ -108,7 +108,9 @@ template <class Sum, class Value, class Weight>
 FASTPO_SCALAR Spread spread_of(Sum&& sum, Value&& value, Weight&& weight, bool centered) {
   Spread spread;
   const double total = sum([&](int64_t i) { return weight(i); });
-  if (!centered) spread.mean = sum([&](int64_t i) { return weight(i) * value(i); }) / fmax(total, 1.0);
+  if (!centered) {
+    spread.mean = sum([&](int64_t i) { return weight(i) * value(i); }) / fmax(total, 1.0);
+  }
   const double squares = sum([&](int64_t i) {
     const double d = value(i) - spread.mean;
     return weight(i) * d * d;
