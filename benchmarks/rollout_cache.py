@@ -27,7 +27,7 @@ from fastpo.trainer.config import ModelConfig  # noqa: E402
 from fastpo.trainer.models import make_policy  # noqa: E402
 
 TABLE = HERE / "results" / "rollout_cache.md"
-SHAPES = ((64, 256), (64, 768), (512, 256))  # completions, tokens
+SHAPES = ((64, 256), (64, 768))  # completions, tokens of each
 CACHES = {"copied": lambda cache, *_: cache, "doubled": rollout.growing}
 
 

@@ -24,8 +24,10 @@ from fastpo.trainer.update import Learner
         ["warmup.max_steps=2", "checkpoint_every=1", "algorithm.preset=grpo"],
         ["algorithm.preset=ppo", "optim.updates_per_batch=2", "critic.warmup_steps=1"],
         ["algorithm.carry_surplus=true", "rollout.prompts=5", "seed=2"],
-        ["algorithm.objective.kl_coef=0.1", "algorithm.sync_reference_every=1"],
-        ["algorithm.correction.mode=mask", "algorithm.correction.high=1.0001"],
+        [
+            *("algorithm.objective.kl_coef=0.1", "algorithm.sync_reference_every=1"),
+            *("algorithm.correction.mode=mask", "algorithm.correction.high=1.0001"),
+        ],
     ],
 )
 def test_resuming_is_bit_exact(tiny, options):
