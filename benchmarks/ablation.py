@@ -25,7 +25,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 from provenance import provenance  # noqa: E402
 
 from fastpo.trainer.loop import train  # noqa: E402
-from fastpo.trainer.policy import make_policy, quiet_transformers  # noqa: E402
+from fastpo.trainer.models import make_policy, quiet_transformers  # noqa: E402
 from fastpo.trainer.run import directory, recipe, report  # noqa: E402
 from fastpo.trainer.tasks import ProblemStream, held_out, load_task  # noqa: E402
 from fastpo.trainer.verifier import Verifier  # noqa: E402

@@ -1,7 +1,7 @@
 """The row primitives on one CPU thread, against the floor (an in-place scale) and eager PyTorch.
 
-    python benchmarks/bench_cpu_rows.py            ratios from one run, as a table
-    pytest benchmarks/bench_cpu_rows.py            the same methods under pytest-benchmark
+    python benchmarks/bench_cpu_rows.py [--rounds N] [--write]   ratios from one run, as a table
+    pytest benchmarks/bench_cpu_rows.py                          the same under pytest-benchmark
 
 A method is one PPO loss of N tokens with its gradient on the logits. All methods run with one
 malloc, tuned to keep freed memory, so that page faults do not slow eager PyTorch down.
@@ -9,8 +9,10 @@ malloc, tuned to keep freed memory, so that page faults do not slow eager PyTorc
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import math
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +27,12 @@ from fastpo.backends import cpp as cpp_rows
 from fastpo.backends.base import RowInputs
 from fastpo.objective import Objective
 
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+from provenance import provenance  # noqa: E402
+
+TABLE = HERE / "results" / "cpu_rows.md"
 SHAPES = [(512, 32768), (128, 151936)]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PPO = Objective(clip_low=0.2, clip_high=0.28)
@@ -208,19 +216,36 @@ def table(shape: tuple[int, int], dtype: str, rounds: int, spread: float = 2.0) 
     return lines
 
 
-def main(rounds: int = 15) -> None:
-    """Print the table."""
+def main() -> None:
+    """Print the tables, and write them with --write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--write", action="store_true", help=f"write {TABLE.name}")
+    options = parser.parse_args()
     if (reason := _extension.load_error()) is not None:
         raise SystemExit(reason)
     keep_freed_memory()
     torch.set_num_threads(1)
-    print(f"One thread, {_extension.build_info()['simd']}, torch {torch.__version__}\n")
-    print("| logits | method | ms | x floor | eager / it | extra memory / logits |")
-    print("|---|---|---|---|---|---|")
+    lines = [
+        "# Loss and gradient from logits on CPU, one thread",
+        "",
+        "One PPO loss of N tokens with its gradient on the logits, N x V. The floor is an in-place "
+        "scale of the same tensor: one read and one write. Malloc is tuned alike for all. Minimum "
+        f"of {options.rounds} interleaved rounds; {_extension.build_info()['simd']}.",
+        "",
+        "| logits | method | ms | x floor | eager / it | extra memory / logits |",
+        "|---|---|---|---|---|---|",
+    ]
+    print("\n".join(lines), flush=True)
     for dtype in DTYPES:
-        for shape in SHAPES:
-            print("\n".join(table(shape, dtype, rounds)), flush=True)
-        print("\n".join(table(SHAPES[0], dtype, rounds, PEAKED)), flush=True)
+        for shape, spread in (*((shape, 2.0) for shape in SHAPES), (SHAPES[0], PEAKED)):
+            rows = table(shape, dtype, options.rounds, spread)
+            print("\n".join(rows), flush=True)
+            lines += rows
+    lines += ["", provenance("OMP_NUM_THREADS=1 python benchmarks/bench_cpu_rows.py --write"), ""]
+    print("\n".join(lines[-3:]))
+    if options.write:
+        TABLE.write_text("\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,9 @@ import torch
 from torch import Tensor
 
 import fastpo
+from fastpo.backends import cuda as cuda_rows
+from fastpo.backends import triton as triton_rows
+from fastpo.backends.base import Backend, RowInputs
 
 VOCABULARIES = (32000, 128256, 151936, 262144)
 LOGITS_BYTES = 2 << 30
@@ -61,7 +64,7 @@ class Problem:
         return -torch.min(ratio * advantages, clipped * advantages).mean()
 
 
-Peer = Callable[[Problem, Tensor], Tensor]  # (problem, leaf logits) -> loss; row_kernel: gradient
+Peer = Callable[[Problem, Tensor], Tensor]  # (problem, leaf logits) -> loss; of ALONE: gradient
 
 
 def eager(problem: Problem, logits: Tensor) -> Tensor:
@@ -123,25 +126,35 @@ def fastpo_separate(problem: Problem, logits: Tensor) -> Tensor:
     return _fastpo(problem, logits, inplace=False)
 
 
-def row_kernel(problem: Problem, logits: Tensor) -> Tensor:
+def row_kernel(problem: Problem, logits: Tensor, rows: Backend = triton_rows) -> Tensor:
     """fastpo's one launch without the op around it: what the op adds is the difference.
 
     Returns the gradient, which has overwritten the logits.
-    """
-    from fastpo.backends import triton as rows
-    from fastpo.backends.base import RowInputs
 
-    assert rows.unavailable(logits.device) is None
+    Raises:
+        RuntimeError: the backend `rows` cannot run here.
+    """
+    reason = rows.unavailable(logits.device)
+    if reason is not None:
+        raise RuntimeError(reason)
     tokens, old = problem.tokens.flatten(), problem.old_logprobs.flatten()
     ones = torch.ones_like(old)
-    inputs = RowInputs(ones / old.numel(), problem.advantages.expand_as(old), old, None, None)
+    advantages = problem.advantages.expand_as(old).contiguous()
+    inputs = RowInputs(ones / old.numel(), advantages, old, None, None)
     flat = logits.detach()[0]
     rows.row_policy_loss(flat, tokens, inputs, fastpo.ppo(clip_low=CLIP, clip_high=CLIP), 1.0, flat)
     return flat[None]
 
 
+def resident_kernel(problem: Problem, logits: Tensor) -> Tensor:
+    """The same of backend "cuda", which reads a logit once."""
+    return row_kernel(problem, logits, cuda_rows)
+
+
+ALONE = (row_kernel, resident_kernel)  # their result is the gradient
 PEERS: dict[str, Peer] = {
     "row kernel alone, in place": row_kernel,
+    "row-resident kernel alone, in place": resident_kernel,
     "fastpo, in place": fastpo_inplace,
     "fastpo": fastpo_separate,
     "TRL kernels": trl,
@@ -153,8 +166,8 @@ PEERS: dict[str, Peer] = {
 
 def gradient(peer: Peer, problem: Problem) -> Tensor:
     """dloss/dlogits of one run. The peers that work in place overwrite `problem.logits`."""
-    if peer is row_kernel:
-        return row_kernel(problem, problem.logits)
+    if peer in ALONE:
+        return peer(problem, problem.logits)
     leaf = problem.logits.detach().requires_grad_()
     (grad,) = torch.autograd.grad(peer(problem, leaf), leaf)
     return grad

@@ -24,11 +24,18 @@ from provenance import provenance  # noqa: E402
 
 from fastpo.trainer import rollout  # noqa: E402
 from fastpo.trainer.config import ModelConfig  # noqa: E402
-from fastpo.trainer.policy import make_policy  # noqa: E402
+from fastpo.trainer.models import make_policy  # noqa: E402
 
 TABLE = HERE / "results" / "rollout_cache.md"
 SHAPES = ((64, 256), (64, 768), (512, 256))  # completions, tokens
-CACHES = {"copied": lambda cache: cache, "doubled": rollout.growing}
+CACHES = {"copied": lambda cache, dtype: cache, "doubled": rollout.growing}
+
+
+def endless():
+    """The demo's model, whose completions only end where they are cut off."""
+    torch.manual_seed(0)
+    policy = make_policy(ModelConfig(), torch.device("cpu"), alphabet="0123456789=", stop=None)
+    return replace(policy, stop_ids=torch.tensor([], dtype=torch.long))
 
 
 def measure(policy, rows: int, tokens: int, cache: str) -> tuple[float, list[list[int]]]:
@@ -47,9 +54,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     rounds = parser.parse_args().rounds
     torch.set_num_threads(1)
-    torch.manual_seed(0)
-    policy = make_policy(ModelConfig(), torch.device("cpu"), alphabet="0123456789=", stop=None)
-    policy = replace(policy, stop_ids=torch.tensor([], dtype=torch.long))
+    policy = endless()
     lines = [
         "# Rollouts: buffers that double against caches copied for every token",
         "",

@@ -6,6 +6,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include "group_advantages.h"
 #include "group_grid.h"
 
 namespace fastpo {

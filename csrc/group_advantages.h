@@ -108,7 +108,9 @@ template <class Sum, class Value, class Weight>
 FASTPO_SCALAR Spread spread_of(Sum&& sum, Value&& value, Weight&& weight, bool centered) {
   Spread spread;
   const double total = sum([&](int64_t i) { return weight(i); });
-  if (!centered) spread.mean = sum([&](int64_t i) { return weight(i) * value(i); }) / fmax(total, 1.0);
+  if (!centered) {
+    spread.mean = sum([&](int64_t i) { return weight(i) * value(i); }) / fmax(total, 1.0);
+  }
   const double squares = sum([&](int64_t i) {
     const double d = value(i) - spread.mean;
     return weight(i) * d * d;
@@ -132,7 +134,8 @@ FASTPO_SCALAR double advantage_of(const GroupParams& p, const GroupSums& group, 
     case Estimator::kPassk:
       return d == group.best ? (d - group.second) / (spread.std + p.eps) : 0.0;
     case Estimator::kMaxrl:
-      return centered / (group.first + group.mean() + p.eps);
+      // Below 0 the mean is no success rate, and would turn every sign.
+      return group.first + group.mean() < 0 ? 0.0 : centered / (group.first + group.mean() + p.eps);
     default:  // kGrpo, kReinforcePp
       return (centered - spread.mean) / (spread.std + p.eps);
   }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import NamedTuple
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastpo import _extension
+from fastpo.objective import FLOAT_MAX, shown
 
 _REWARD_DTYPES = (
     *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
@@ -48,7 +48,11 @@ def group_advantages(
         opo           r - sum(length * r) / sum(length)                arXiv 2505.23585
         passk         (r - second best) / (std + eps) for the best, else 0     arXiv 2503.19595
         reinforce_pp  (r - mean) / (std of r - mean over the batch + eps)      arXiv 2501.03262
-        maxrl         (r - mean) / (mean + eps), for rewards >= 0              arXiv 2602.02710
+        maxrl         (r - mean) / (mean + eps), rewards >= 0                  arXiv 2602.02710
+
+    maxrl's mean is the estimated success rate of the prompt, which a negative reward is no part of:
+    below 0 it would turn every sign. Negative rewards are refused on CPU; on a GPU, where looking
+    would wait for it, a group whose mean is below 0 gets 0.
 
     With `lengths`, reinforce_pp is over tokens: every completion counts with its length, and the
     token mean of r - mean is subtracted too (whitening), as verl's reinforce_plus_plus_baseline.
@@ -81,11 +85,13 @@ def group_advantages(
     Raises:
         ValueError: not exactly one of `group_size` and `group_ids`, wrong shapes or devices, a
             group size that does not divide B, an unknown estimator, an `eps` that is negative or
-            not finite, or `lengths` where they have no meaning or, on CPU, below 0 or not finite.
+            not finite, `lengths` where they have no meaning; on CPU, `lengths` below 0 or not
+            finite, and negative rewards for maxrl.
         TypeError: no tensor where one is expected, complex rewards, ids that are not integers, a
             mask as lengths, a `group_size` or an `eps` that is no number.
     """
     _check_numbers(rewards, weights, estimator, eps)
+    _check_signs(rewards, estimator)
     one = rewards if rewards.dim() == 1 else rewards[:, 0]
     _check_groups(one, group_size, group_ids)
     _check_lengths(one, estimator, lengths)
@@ -188,8 +194,8 @@ def _of_one_reward(
         second = groups.reduce(offsets.masked_fill(~others, -torch.inf), "max")
         advantages = ((offsets - groups.broadcast(second)) / (std + eps)).where(is_best & alone, 0)
     elif estimator == "maxrl":
-        mean = rewards[groups.first] + groups.mean(offsets)
-        advantages = centered / (groups.broadcast(mean) + eps)
+        mean = groups.broadcast(rewards[groups.first] + groups.mean(offsets))
+        advantages = (centered / (mean + eps)).where(mean >= 0, 0)
     else:
         deviation, std = _over_the_batch(centered, groups.counted, lengths)
         advantages = deviation / (std + eps)
@@ -284,8 +290,19 @@ def _check_numbers(rewards: Tensor, weights: object, estimator: str, eps: float)
         raise ValueError(f"estimator is {estimator!r}, expected one of {', '.join(ESTIMATORS)}")
     if isinstance(eps, bool) or not isinstance(eps, Real):
         raise TypeError(f"eps is {type(eps).__name__}, expected a number >= 0")
-    if not 0 <= eps < math.inf:
-        raise ValueError(f"eps is {eps}, expected a finite number >= 0")
+    if not 0 <= eps <= FLOAT_MAX:
+        raise ValueError(f"eps is {shown(eps)}, expected a finite number >= 0")
+
+
+def _check_signs(rewards: Tensor, estimator: str) -> None:
+    if estimator != "maxrl" or rewards.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    negative = (rewards < 0) & rewards.isfinite()
+    if negative.any():
+        raise ValueError(
+            f"rewards hold {rewards[negative][0].item()}, expected none below 0 for 'maxrl', which "
+            "divides by their mean: shift them, or use estimator='grpo'"
+        )
 
 
 def _check_groups(rewards: Tensor, group_size: int | None, group_ids: Tensor | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from numbers import Real
 from typing import NamedTuple
 
@@ -246,9 +245,6 @@ def _check_clip(clip: object, old_values: object, values: Tensor) -> None:
         raise ValueError(f"got {given} alone, expected clip and old_values together, or neither")
     if clip is None:
         return
-    if isinstance(clip, bool) or not isinstance(clip, Real):
-        raise TypeError(f"clip is {type(clip).__name__}, expected a number > 0, or None")
-    if not 0 < clip < math.inf:
-        raise ValueError(f"clip is {clip}, expected a finite number > 0; None = no clipping")
+    checks.check_positive("clip", clip, what="a number > 0, or None")
     checks.check_tensor("old_values", old_values, values.shape, values)
     checks.check_floating("old_values", old_values)

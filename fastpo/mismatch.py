@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastpo.objective import MAX_LOG_RATIO
+from fastpo.objective import FLOAT_MAX, MAX_LOG_RATIO, shown
 from fastpo.ops import checks
 from fastpo.ops.batch import flat_mask
 from fastpo.segments import Segments
@@ -228,7 +228,7 @@ def _check_settings(
             raise ValueError(f"{name} is {value!r}, expected one of {', '.join(allowed)}")
     for name, bound in (("low", low), ("high", high)):
         if bound is not None:
-            _check_positive(name, bound)
+            checks.check_positive(name, bound, what="a number > 0")
     if low is not None and high is not None and low > high:
         raise ValueError(f"low is {low} and high {high}, expected low <= high")
     if not isinstance(reject, Mapping):
@@ -243,16 +243,9 @@ def _check_settings(
             wanted = "(low, high), two numbers" if name.endswith("k1") else "one number"
             raise ValueError(f"reject[{name!r}] is {bound!r}, expected {wanted} > 0")
         for number in bound if pair else (bound,):
-            _check_positive(f"reject[{name!r}]", number)
+            checks.check_positive(f"reject[{name!r}]", number, what="a number > 0")
         if pair and bound[0] > bound[1]:
             raise ValueError(f"reject[{name!r}] is {bound!r}, expected low <= high")
-
-
-def _check_positive(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} is {type(value).__name__}, expected a number > 0")
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} is {value}, expected a finite number > 0")
 
 
 def _check_tensors(
@@ -277,5 +270,6 @@ def _check_off_policy(threshold: object, advantages: object) -> None:
             f"got {given} alone, expected off_policy_threshold and advantages together, or neither"
         )
     number = isinstance(threshold, Real) and not isinstance(threshold, bool)
-    if threshold is not None and not (number and math.isfinite(threshold)):
-        raise ValueError(f"off_policy_threshold is {threshold!r}, expected a finite number of nats")
+    if threshold is not None and not (number and abs(threshold) <= FLOAT_MAX):
+        got = shown(threshold) if number else repr(threshold)
+        raise ValueError(f"off_policy_threshold is {got}, expected a finite number of nats")

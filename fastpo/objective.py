@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import sys
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import NamedTuple
@@ -27,6 +28,7 @@ KL_ESTIMATORS = ("k1", "k2", "k3", "abs", "k1+", "k3+")
 AGGREGATIONS = ("token_mean", "sequence_mean", "sequence_sum", "constant")
 RATIO_LEVELS = ("token", "sequence", "sequence_token")
 
+FLOAT_MAX = sys.float_info.max  # to compare with: isfinite() fails on an int that is no float
 MAX_LOG_RATIO = 20.0  # |log r| is clamped here before exp: 0 * inf would be NaN for clipped tokens
 VESPO_MIN_LOG_WEIGHT = math.log(1e-8)
 VESPO_MIN_RATE = 1e-4
@@ -34,6 +36,11 @@ BINARY_KL_EPS = 1e-8  # added to both 1 - p, as in verl: p = 1 has a finite dive
 
 # Fields that mean something to some surrogates only; elsewhere they must keep their default.
 _ONLY_FOR = {
+    **dict.fromkeys(("clip_low", "clip_high"), ("clip", "gmpo", "gate")),
+    **dict.fromkeys(("sapo_tau_pos", "sapo_tau_neg"), ("sapo",)),
+    **dict.fromkeys(
+        ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"), ("vespo",)
+    ),
     "ratio_max": ("clip", "cispo", "gate"),
     "ratio_min": ("cispo", "gate"),
     **dict.fromkeys(
@@ -171,8 +178,8 @@ class Objective:
                 raise TypeError(
                     f"{field.name} is {value!r} ({type(value).__name__}), expected {field.type}"
                 )
-            if wanted == "float" and not math.isfinite(value):
-                raise ValueError(f"{field.name} is {value}, expected a finite number")
+            if wanted in ("float", "int") and not -FLOAT_MAX <= value <= FLOAT_MAX:
+                raise ValueError(f"{field.name} is {shown(value)}, expected a finite number")
 
     def _check_numbers(self) -> None:
         vespo = [field.name for field in fields(self) if field.name.startswith("vespo_")]
@@ -207,11 +214,22 @@ class Objective:
             value = getattr(self, field)
             if value is not None and value <= lowest:
                 raise ValueError(f"{field} is {value}, expected more than {lowest:g}")
+        if self.surrogate == "gate" and self.gate == "none":
+            self._check_has_no_clip()
         if self.gate != "ratio" and (self.gate_keep_low or self.gate_keep_high):
             raise ValueError(
                 f"gate_keep_low and gate_keep_high scale a bound on the ratio, got gate="
                 f"{self.gate!r}: leave them 0 (outside tokens are dropped), or use gate='ratio'"
             )
+
+    def _check_has_no_clip(self) -> None:
+        for field in ("clip_low", "clip_high"):
+            value, default = getattr(self, field), self.__dataclass_fields__[field].default
+            if value != default:
+                raise ValueError(
+                    f"{field} is {value!r} but has no meaning for gate='none', which has no "
+                    f"bounds; leave it {default!r}, or set gate"
+                )
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -656,6 +674,12 @@ def _max_length(objective: Objective, segments: Segments) -> int:
             "completion in tokens, e.g. fastpo.dr_grpo(max_length=4096)"
         )
     return segments.width
+
+
+def shown(value: Real) -> str:
+    """A number in a message of one line."""
+    huge = isinstance(value, int) and abs(value) > FLOAT_MAX
+    return f"an integer of {value.bit_length()} bits" if huge else str(value)
 
 
 def count_or_one(count: Tensor | float, like: Tensor) -> Tensor | float:

@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from fastpo.objective import AGGREGATIONS, Objective
+from fastpo.objective import AGGREGATIONS, FLOAT_MAX, Objective, shown
 
 
 class TokenInputs(NamedTuple):
@@ -90,8 +91,10 @@ def loss_rule(
     if max_length is not None:
         if isinstance(max_length, bool) or not isinstance(max_length, Integral):
             raise TypeError(f"max_length is {max_length!r}, expected a number of tokens, or None")
-        if max_length <= 0:
-            raise ValueError(f"max_length is {max_length}, expected a positive number of tokens")
+        if not 0 < max_length <= FLOAT_MAX:
+            raise ValueError(
+                f"max_length is {shown(max_length)}, expected a positive number of tokens"
+            )
 
     def decorate(rule: LossRule) -> LossRule:
         if inspect.ismethod(rule):
@@ -137,6 +140,26 @@ class RuleObjective:
     def needs_sequences(self) -> bool:
         """See `fastpo.Objective`."""
         return self.couples_sequences or self.aggregation != "token_mean"
+
+    def check_signature(self) -> None:
+        """The rule can be called with its three arguments.
+
+        Raises:
+            TypeError: it takes fewer, or needs more.
+        """
+        if torch.compiler.is_compiling():
+            return
+        try:
+            signature = inspect.signature(self.rule)
+        except ValueError:  # something built in, which does not say
+            return
+        try:
+            signature.bind(None, None, None)
+        except TypeError as error:
+            raise TypeError(
+                f"objective is {self.name}{signature}, expected a rule that can be called with "
+                f"(logprobs, entropy, tokens): {error}"
+            ) from None
 
     def losses(self, logprobs: Tensor, entropy: Tensor | None, tokens: TokenInputs) -> Tensor:
         """The rule's per-token losses (n,), checked.

@@ -4,17 +4,25 @@ A *wave* is one load by every lane: LANES x WIDTH columns. A row is a *body*, wa
 STEP waves at a time, and a *kept* tail of KEPT waves. The tail, read last by the first sweep, stays
 in registers until the second sweep, which runs from the last column to the first: it is read once.
 
-Registers decide how much is kept (figures from ahead-of-time compilation, tests/test_aot.py):
+Registers decide how much is kept: 512 threads leave 128 each, so one row's program fills an SM
+(figures from ahead-of-time compilation for five targets under two Tritons, `make aot-all`):
 
     logits                  kept per thread     why
-    2 bytes, 16-byte loads  64, two a register  fits a whole row of 32,768; 96 spill on sm_80
-    4 bytes, 16-byte loads  48                  64 spill on sm_100
-    not aligned             24                  one register and one address each; 32 spill on sm_80
+    2 bytes, 16-byte loads  96, two a register  128 registers with every option; V <= 49,152 whole
+      on AMD                64                  215 of 256 with Triton 3.6, which spills 12 at 80
+    4 bytes, 16-byte loads  64                  128 registers; V <= 32,768 whole
+      on AMD                48                  64 leave 9 of 256
+    not aligned             24                  one register and one address each; 64 registers
 
-512 threads leave 128 registers each, so one row's program fills an SM. What one row touches between
-a first and a second read (fastpo/testing/traffic.py counts it), times 132 SMs, must fit the 50 MB
-of L2 of an H100 for the second read to cost no DRAM traffic: in place in bf16 it is 38 MB at
-V = 151,936 and 66 MB at V = 262,144. Shorter rows take fewer threads, several rows to an SM.
+The first sweep adds a tail up in pieces of 16 columns a thread. In pieces of 32, as the body's
+blocks are, the exponentials beside the tail made these layouts spill 8 to 16 bytes: 48 of 4 bytes,
+8 waves (V = 16,384, sm_80 and sm_90); 64 of 2 bytes with a gate and every option (V = 32,000,
+sm_100); 24 not aligned, likewise (sm_90). Shorter rows take fewer threads, several rows to an SM;
+they may use 255 registers, so 64 columns of either width are kept.
+
+What one row touches between a first and a second read (fastpo/testing/traffic.py counts it), times
+132 SMs, must fit the 50 MB of L2 of an H100 for the second read to cost no DRAM traffic: in place
+in bf16 it is 39 MB at V = 151,936 and 68 MB at V = 262,144.
 """
 
 from __future__ import annotations
@@ -25,6 +33,7 @@ from typing import NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 MAX_LANES = 512
@@ -55,16 +64,19 @@ class RowLayout(NamedTuple):
 
 
 @functools.cache
-def _layout(V: int, itemsize: int, aligned: bool) -> RowLayout:
+def _layout(V: int, itemsize: int, aligned: bool, amd: bool) -> RowLayout:
     packed = aligned and itemsize == 2
-    kept_per_lane = (64 if packed else 48) if aligned else 24
+    whole = 64 if aligned else 24
     lanes = 128
-    while lanes < MAX_LANES and lanes * kept_per_lane < V:
+    while lanes < MAX_LANES and lanes * whole < V:
         lanes *= 2
-    width = 16 // itemsize if aligned else 8
+    most = whole
+    if aligned and lanes == MAX_LANES:
+        most = (64 if amd else 96) if packed else (48 if amd else 64)
+    width = 16 // itemsize if aligned else 4
     step = (32 if packed else 16) // width
     layout = RowLayout(LANES=lanes, WIDTH=width, ADJACENT=aligned, STEP=step, KEPT=1)
-    return layout.with_tail(V, kept_per_lane // width)
+    return layout.with_tail(V, most // width)
 
 
 def row_stride(matrix: Tensor) -> int:
@@ -81,14 +93,23 @@ def row_layout(logits: Tensor) -> RowLayout:
     """
     V = logits.shape[1]
     aligned = V % 16 == 0 and row_stride(logits) % 16 == 0 and logits.data_ptr() % 16 == 0
-    return _layout(V, logits.element_size(), aligned)
+    target = _target()
+    return _layout(
+        V, logits.element_size(), aligned, target is not None and target.backend == "hip"
+    )
 
 
-def _warp_size(kernel) -> int:
+def _target():
+    """What Triton compiles for: `backend`, `warp_size`; None under its interpreter."""
+    if not isinstance(tl.sum, triton.JITFunction):
+        return None
+    return triton.runtime.driver.active.get_current_target()
+
+
+def _warp_size() -> int:
     """Threads of a warp: 64 on AMD's CDNA, 32 elsewhere; the interpreter has none."""
-    if not isinstance(kernel, triton.JITFunction):
-        return 32
-    return triton.runtime.driver.active.get_current_target().warp_size
+    target = _target()
+    return 32 if target is None else target.warp_size
 
 
 def launch_rows(
@@ -112,7 +133,7 @@ def launch_rows(
         kernel[(programs,)](
             *arguments,
             **constants,
-            num_warps=layout.LANES // _warp_size(kernel),
+            num_warps=layout.LANES // _warp_size(),
             enable_fp_fusion=False,
         )
 

@@ -4,9 +4,10 @@ The first sweep keeps statistics per thread (a *lane*) of its own columns, so th
 row has no barrier; one merge at the end makes them the row's. `row_stats` and `row_policy_loss`
 compile this same code with the same layout (_layout.py), which makes them agree bit by bit.
 
-A wave is a tensor (LANES, WIDTH), a block of several waves a tuple of them. One tensor (waves,
-LANES, WIDTH) would leave it to the compiler which of its axes become threads: Triton 3.9 makes them
-the lanes, 3.6 lanes and waves, which costs 24 shuffles and 8 rescales a step.
+LAYOUT is a `RowLayout` of _layout.py. A wave is a tensor (LANES, WIDTH), a block of several waves a
+tuple of them. One tensor (waves, LANES, WIDTH) would leave it to the compiler which of its axes
+become threads: Triton 3.9 makes them the lanes, 3.6 lanes and waves, which costs 24 shuffles and 8
+rescales a step.
 """
 
 import triton
@@ -20,6 +21,7 @@ _LOWEST: tl.constexpr = tl.constexpr(-200.0)
 _MINUS_INF_BF16: tl.constexpr = tl.constexpr(-8323200)  # 0xFF80FF80
 _MINUS_INF_FP16: tl.constexpr = tl.constexpr(-67044352)  # 0xFC00FC00
 _SMALLEST_NORMAL: tl.constexpr = tl.constexpr(2.0**-126)
+_TAIL_COLUMNS: tl.constexpr = tl.constexpr(16)  # of a lane, that are summed up at a time
 _LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
@@ -53,55 +55,43 @@ def load_token_logit(row_ptr, token, V):
 
 
 @triton.jit
-def wave_columns(start, LANES: tl.constexpr, WIDTH: tl.constexpr, ADJACENT: tl.constexpr):
-    """Columns start ... start + LANES * WIDTH - 1 as (LANES, WIDTH).
+def wave_columns(start, LAYOUT: tl.constexpr, PER_WORD: tl.constexpr = 1):
+    """Columns start ... start + LANES * WIDTH - 1 as (LANES, WIDTH); `start` and they in words.
 
     ADJACENT: a lane's are neighbours, one wide load. Else they lie LANES apart, and each is a load
     that neighbouring lanes share a cache line in.
     """
+    LANES: tl.constexpr = LAYOUT.LANES  # a field itself is no tl.constexpr in Triton 3.6
+    WIDTH: tl.constexpr = LAYOUT.WIDTH // PER_WORD
     lanes = tl.arange(0, LANES)[:, None]
     own = tl.arange(0, WIDTH)[None, :]
-    if ADJACENT:
+    if LAYOUT.ADJACENT:
         return start + lanes * WIDTH + own
     else:
         return start + lanes + own * LANES
 
 
 @triton.jit
-def load_block(
-    row_ptr,
-    start,
-    WAVES: tl.constexpr,
-    LANES: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ADJACENT: tl.constexpr,
-):
-    """WAVES waves from column `start` on, all of them within the row."""
+def load_block(row_ptr, start, LAYOUT: tl.constexpr):
+    """The STEP waves from column `start` on, all of them within the row."""
+    STEP: tl.constexpr = LAYOUT.STEP
     waves = ()
-    for i in tl.static_range(WAVES):
-        columns = wave_columns(start + i * LANES * WIDTH, LANES, WIDTH, ADJACENT)
+    for i in tl.static_range(STEP):
+        columns = wave_columns(start + i * LAYOUT.LANES * LAYOUT.WIDTH, LAYOUT)
         waves = waves + (tl.load(row_ptr + columns),)  # noqa: RUF005 - Triton has no starred tuples
     return waves
 
 
 @triton.jit
-def load_tail(
-    row_ptr,
-    start,
-    V,
-    WAVES: tl.constexpr,
-    LANES: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ADJACENT: tl.constexpr,
-):
-    """The WAVES waves from column `start` on, the last ones of the row; -inf beyond column V - 1.
+def load_tail(row_ptr, start, V, LAYOUT: tl.constexpr):
+    """The KEPT waves from column `start` on, the last ones of the row; -inf beyond column V - 1.
 
     Neighbouring 2-byte logits come as int32 words of two, which `unpack` takes apart: they stay in
     registers for long. Only the last wave may reach beyond the row: a mask for each costs more
     registers than sm_80 has.
     """
     dtype: tl.constexpr = row_ptr.dtype.element_ty
-    if ADJACENT and dtype.primitive_bitwidth == 16:
+    if LAYOUT.ADJACENT and dtype.primitive_bitwidth == 16:
         PER_WORD: tl.constexpr = 2
         words_ptr = row_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
         beyond = _MINUS_INF_FP16 if dtype == tl.float16 else _MINUS_INF_BF16
@@ -109,11 +99,12 @@ def load_tail(
         PER_WORD: tl.constexpr = 1
         words_ptr = row_ptr
         beyond = float("-inf")
-    WORDS: tl.constexpr = WIDTH // PER_WORD
+    KEPT: tl.constexpr = LAYOUT.KEPT
+    WAVE: tl.constexpr = LAYOUT.LANES * LAYOUT.WIDTH // PER_WORD
     tail = ()
-    for i in tl.static_range(WAVES):
-        words = wave_columns(start // PER_WORD + i * LANES * WORDS, LANES, WORDS, ADJACENT)
-        if i < WAVES - 1:
+    for i in tl.static_range(KEPT):
+        words = wave_columns(start // PER_WORD + i * WAVE, LAYOUT, PER_WORD)
+        if i < KEPT - 1:
             wave = tl.load(words_ptr + words)
         else:
             wave = tl.load(words_ptr + words, mask=words < V // PER_WORD, other=beyond)
@@ -139,14 +130,13 @@ def store_wave(row_ptr, columns, values, V):
 
 
 @triton.jit
-def fill_row_with_zero(
-    row_ptr, V, STEP: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, ADJACENT: tl.constexpr
-):
+def fill_row_with_zero(row_ptr, V, LAYOUT: tl.constexpr):
     """Write zeros over a row without reading it."""
-    WAVE: tl.constexpr = LANES * WIDTH
+    STEP: tl.constexpr = LAYOUT.STEP
+    WAVE: tl.constexpr = LAYOUT.LANES * LAYOUT.WIDTH
     for start in range(0, V, STEP * WAVE):
         for i in tl.static_range(STEP):
-            columns = wave_columns(start + i * WAVE, LANES, WIDTH, ADJACENT)
+            columns = wave_columns(start + i * WAVE, LAYOUT)
             store_wave(row_ptr, columns, tl.zeros(columns.shape, tl.float32), V)
 
 
@@ -205,29 +195,23 @@ def _merge_lanes(top, total, moment, inverse_temperature):
 
 
 @triton.jit
-def sweep_row(
-    row_ptr,
-    V,
-    body,
-    inverse_temperature,
-    STEP: tl.constexpr,
-    KEPT: tl.constexpr,
-    LANES: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ADJACENT: tl.constexpr,
-):
+def sweep_row(row_ptr, V, body, inverse_temperature, LAYOUT: tl.constexpr):
     """First sweep: m, log s and entropy of the row, and its tail as loaded."""
+    LANES: tl.constexpr = LAYOUT.LANES
     top = tl.full((LANES,), float("-inf"), tl.float32)
     total = tl.zeros((LANES,), tl.float32)
     moment = tl.zeros((LANES,), tl.float32)
-    for start in range(0, body, STEP * LANES * WIDTH):
-        block = load_block(row_ptr, start, STEP, LANES, WIDTH, ADJACENT)
+    for start in range(0, body, LAYOUT.STEP * LANES * LAYOUT.WIDTH):
+        block = load_block(row_ptr, start, LAYOUT)
         top, total, moment = _accumulate(top, total, moment, block, inverse_temperature)
-    kept = load_tail(row_ptr, body, V, KEPT, LANES, WIDTH, ADJACENT)
+    kept = load_tail(row_ptr, body, V, LAYOUT)
     dtype: tl.constexpr = row_ptr.dtype.element_ty
-    for i in tl.static_range(0, KEPT, STEP):
+    # In smaller pieces than the body's: beside the tail itself there is no room for more.
+    KEPT: tl.constexpr = LAYOUT.KEPT
+    PIECE: tl.constexpr = _TAIL_COLUMNS // LAYOUT.WIDTH
+    for i in tl.static_range(0, KEPT, PIECE):
         waves = ()
-        for j in tl.static_range(i, min(i + STEP, KEPT)):
+        for j in tl.static_range(i, min(i + PIECE, KEPT)):
             waves = waves + (unpack(kept[j], dtype),)  # noqa: RUF005
         top, total, moment = _accumulate(top, total, moment, waves, inverse_temperature)
     row_max, log_sum, entropy = _merge_lanes(top, total, moment, inverse_temperature)
@@ -294,17 +278,15 @@ def write_tail_gradient(
     c,
     e,
     HAS_ENTROPY_GRAD: tl.constexpr,
-    WAVES: tl.constexpr,
-    LANES: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ADJACENT: tl.constexpr,
+    LAYOUT: tl.constexpr,
 ):
     """Second sweep over columns [body, V), whose logits `load_tail` loaded, last wave first."""
-    for i in tl.static_range(WAVES - 1, -1, -1):
-        columns = wave_columns(body + i * LANES * WIDTH, LANES, WIDTH, ADJACENT)
+    KEPT: tl.constexpr = LAYOUT.KEPT
+    for i in tl.static_range(KEPT - 1, -1, -1):
+        columns = wave_columns(body + i * LAYOUT.LANES * LAYOUT.WIDTH, LAYOUT)
         logits = unpack(_still_packed(tail[i], V), out_row_ptr.dtype.element_ty)
         gradient = softmax_gradient(logits, row, inverse_temperature, c, e, HAS_ENTROPY_GRAD)
-        if i == WAVES - 1:
+        if i == KEPT - 1:
             store_wave(out_row_ptr, columns, gradient, V)
         else:
             tl.store(out_row_ptr + columns, gradient.to(out_row_ptr.dtype.element_ty))
@@ -321,10 +303,7 @@ def write_body_gradient(
     e,
     HAS_ENTROPY_GRAD: tl.constexpr,
     SHARED_ROWS: tl.constexpr,
-    STEP: tl.constexpr,
-    LANES: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ADJACENT: tl.constexpr,
+    LAYOUT: tl.constexpr,
 ):
     """Second sweep over columns [0, end), whole blocks, from the last to the first.
 
@@ -332,15 +311,16 @@ def write_body_gradient(
     only columns that the sweep has passed, provided that all threads have loaded a block before one
     stores it.
     """
-    WAVE: tl.constexpr = LANES * WIDTH
+    STEP: tl.constexpr = LAYOUT.STEP
+    WAVE: tl.constexpr = LAYOUT.LANES * LAYOUT.WIDTH
     for done in range(0, end, STEP * WAVE):
         start = end - STEP * WAVE - done
-        waves = load_block(row_ptr, start, STEP, LANES, WIDTH, ADJACENT)
+        waves = load_block(row_ptr, start, LAYOUT)
         if SHARED_ROWS:
             tl.debug_barrier()
         for i in tl.static_range(STEP):
             gradient = softmax_gradient(waves[i], row, inverse_temperature, c, e, HAS_ENTROPY_GRAD)
-            columns = wave_columns(start + i * WAVE, LANES, WIDTH, ADJACENT)
+            columns = wave_columns(start + i * WAVE, LAYOUT)
             tl.store(out_row_ptr + columns, gradient.to(out_row_ptr.dtype.element_ty))
 
 
@@ -365,3 +345,41 @@ def write_token_gradient(
     tl.debug_barrier()  # another thread has stored this column without the term
     inside = (token >= 0) & (token < V)
     tl.store(out_row_ptr + token, gradient.to(out_row_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def write_gradient(
+    tail,
+    row_ptr,
+    out_row_ptr,
+    token,
+    token_logit,
+    V,
+    body,
+    row,
+    inverse_temperature,
+    c,
+    e,
+    HAS_ENTROPY_GRAD: tl.constexpr,
+    SHARED_ROWS: tl.constexpr,
+    LAYOUT: tl.constexpr,
+):
+    """The second sweep: the tail that `load_tail` loaded, the body, and the token's own term."""
+    write_tail_gradient(
+        tail, out_row_ptr, V, body, row, inverse_temperature, c, e, HAS_ENTROPY_GRAD, LAYOUT
+    )
+    write_body_gradient(
+        row_ptr,
+        out_row_ptr,
+        body,
+        row,
+        inverse_temperature,
+        c,
+        e,
+        HAS_ENTROPY_GRAD,
+        SHARED_ROWS,
+        LAYOUT,
+    )
+    write_token_gradient(
+        out_row_ptr, token, token_logit, V, row, inverse_temperature, c, e, HAS_ENTROPY_GRAD
+    )

@@ -4,8 +4,16 @@ The formulas are those of `fastpo.objective.token_loss`, in closed form. Each he
 and its derivative with respect to the token's log-prob. NaN passes through every bound.
 """
 
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, NamedTuple
+
 import triton
 import triton.language as tl
+
+if TYPE_CHECKING:
+    from fastpo.backends.base import ObjectiveParams
 
 # The numbers of the surrogates and KL estimators, and the clip bits, as the caller passes them.
 CLIP: tl.constexpr = tl.constexpr(0)
@@ -26,6 +34,43 @@ CLIPPED_HIGH: tl.constexpr = tl.constexpr(2)
 CLIPPED_MAX: tl.constexpr = tl.constexpr(4)
 MAX_LOG_RATIO: tl.constexpr = tl.constexpr(20.0)
 BINARY_KL_EPS: tl.constexpr = tl.constexpr(1e-8)
+
+
+class ParamKinds(NamedTuple):
+    """What a kernel is compiled for: these fields of `fastpo.backends.base.ObjectiveParams`."""
+
+    surrogate: int
+    kl: int
+    kl_ratio_weighted: bool
+    old_kl: int
+    gate: int
+    two_sided: bool
+
+
+class ParamNumbers(NamedTuple):
+    """What one binary takes any values of: its other fields."""
+
+    ratio_low: float
+    ratio_high: float
+    ratio_max: float
+    ratio_min: float
+    ratio_max_pos: float
+    power_pos: float
+    power_neg: float
+    keep_low: float
+    keep_high: float
+    kl_coef: float
+    old_kl_coef: float
+    tau_pos: float
+    tau_neg: float
+
+
+@functools.cache
+def split_params(params: ObjectiveParams) -> tuple[ParamKinds, ParamNumbers]:
+    """An objective as kernels take it."""
+    kind = ParamKinds(*(getattr(params, field) for field in ParamKinds._fields))
+    # As floats: an int of 1 would be compiled in.
+    return kind, ParamNumbers(*(float(getattr(params, field)) for field in ParamNumbers._fields))
 
 
 @triton.jit
@@ -106,27 +151,28 @@ def _gate(
     advantage,
     low,
     high,
-    weight_params,
-    GATE_BY: tl.constexpr,
-    TWO_SIDED: tl.constexpr,
+    objective,
+    KIND: tl.constexpr,
 ):
     """The gate family: -sg(w) A logp, w = clip(r^k) inside the gate, keep times a bound outside."""
-    ratio_max, ratio_min, ratio_max_pos, power_pos, power_neg, keep_low, keep_high = weight_params
     positive = advantage > 0
     negative = advantage < 0
-    most = tl.where(positive, _min(ratio_max_pos, ratio_max), ratio_max)
+    most = tl.where(
+        positive, _min(objective.ratio_max_pos, objective.ratio_max), objective.ratio_max
+    )
     clamped = _max(_min(logprob - old_logprob, MAX_LOG_RATIO), -MAX_LOG_RATIO)
-    powered = tl.exp(tl.where(positive, power_pos, power_neg) * clamped)
-    weight = _min(_max(powered, ratio_min), most)
+    powered = tl.exp(tl.where(positive, objective.power_pos, objective.power_neg) * clamped)
+    weight = _min(_max(powered, objective.ratio_min), most)
     clipped = tl.where(powered > most, CLIPPED_MAX, 0)
-    if GATE_BY != 0:
-        divergence = _divergence(logprob, old_logprob, ratio, GATE_BY)
+    if KIND.gate != 0:
+        divergence = _divergence(logprob, old_logprob, ratio, KIND.gate)
         below = divergence < low
         above = divergence > high
-        if not TWO_SIDED:
+        if not KIND.two_sided:
             below &= negative
             above &= positive
-        weight = tl.where(below, keep_low * low, tl.where(above, keep_high * high, weight))
+        weight = tl.where(above, objective.keep_high * high, weight)
+        weight = tl.where(below, objective.keep_low * low, weight)
         clipped = tl.where(below, CLIPPED_LOW, tl.where(above, CLIPPED_HIGH, clipped))
     slope = -weight * advantage
     return slope * logprob, slope, clipped
@@ -168,25 +214,19 @@ def surrogate_loss(
     advantage,
     low,
     high,
-    weight_params,
-    tau_pos,
-    tau_neg,
-    SURROGATE: tl.constexpr,
-    GATE_BY: tl.constexpr,
-    TWO_SIDED: tl.constexpr,
+    objective,
+    KIND: tl.constexpr,
 ):
     """(loss, slope, clip bits) of the surrogate, before weight and KL."""
-    if SURROGATE == CLIP:
-        return _clip(ratio, slope, advantage, low, high, weight_params[0])
-    elif SURROGATE == CISPO:
+    if KIND.surrogate == CLIP:
+        return _clip(ratio, slope, advantage, low, high, objective.ratio_max)
+    elif KIND.surrogate == CISPO:
         return _cispo(logprob, ratio, advantage, low, high)
-    elif SURROGATE == SAPO:
-        loss, slope = _sapo(ratio, slope, advantage, tau_pos, tau_neg)
+    elif KIND.surrogate == SAPO:
+        loss, slope = _sapo(ratio, slope, advantage, objective.tau_pos, objective.tau_neg)
         return loss, slope, tl.full((), 0, tl.int32)
-    elif SURROGATE == GATE:
-        return _gate(
-            logprob, old_logprob, ratio, advantage, low, high, weight_params, GATE_BY, TWO_SIDED
-        )
+    elif KIND.surrogate == GATE:
+        return _gate(logprob, old_logprob, ratio, advantage, low, high, objective, KIND)
     else:
         return -advantage * logprob, -advantage, tl.full((), 0, tl.int32)
 
@@ -200,51 +240,30 @@ def token_loss(
     low,
     high,
     nll_weight,
-    weight_params,
-    penalty_params,
-    SURROGATE: tl.constexpr,
-    KL: tl.constexpr,
-    KL_RATIO_WEIGHTED: tl.constexpr,
-    OLD_KL: tl.constexpr,
-    GATE_BY: tl.constexpr,
-    TWO_SIDED: tl.constexpr,
+    objective,
+    KIND: tl.constexpr,
     HAS_NLL: tl.constexpr,
 ):
     """(loss, slope, clip bits) of one token before its weight.
 
     Surrogate + kl_coef * kl [* r] + old_kl_coef * kl(logp, old) - nll_weight * logp. `low` and
-    `high` are the row's own bounds or the objective's; `weight_params` is (ratio_max, ratio_min,
-    ratio_max_pos, power_pos, power_neg, keep_low, keep_high) and `penalty_params` (kl_coef,
-    old_kl_coef, tau_pos, tau_neg), all fp32.
+    `high` are the row's own bounds or the objective's; `objective` and KIND are of `split_params`.
     """
-    kl_coef, old_kl_coef, tau_pos, tau_neg = penalty_params
     ratio, ratio_slope = importance_ratio(logprob, old_logprob)
     loss, slope, clipped = surrogate_loss(
-        logprob,
-        old_logprob,
-        ratio,
-        ratio_slope,
-        advantage,
-        low,
-        high,
-        weight_params,
-        tau_pos,
-        tau_neg,
-        SURROGATE,
-        GATE_BY,
-        TWO_SIDED,
+        logprob, old_logprob, ratio, ratio_slope, advantage, low, high, objective, KIND
     )
-    if KL != 0:
-        kl, kl_slope = kl_penalty(logprob - ref_logprob, KL)
-        if KL_RATIO_WEIGHTED:
+    if KIND.kl != 0:
+        kl, kl_slope = kl_penalty(logprob - ref_logprob, KIND.kl)
+        if KIND.kl_ratio_weighted:
             kl_slope = kl_slope * ratio + kl * ratio_slope
             kl = kl * ratio
-        loss += kl_coef * kl
-        slope += kl_coef * kl_slope
-    if OLD_KL != 0:
-        kl, kl_slope = kl_penalty(logprob - old_logprob, OLD_KL)
-        loss += old_kl_coef * kl
-        slope += old_kl_coef * kl_slope
+        loss += objective.kl_coef * kl
+        slope += objective.kl_coef * kl_slope
+    if KIND.old_kl != 0:
+        kl, kl_slope = kl_penalty(logprob - old_logprob, KIND.old_kl)
+        loss += objective.old_kl_coef * kl
+        slope += objective.old_kl_coef * kl_slope
     if HAS_NLL:
         loss -= nll_weight * logprob
         slope -= nll_weight

@@ -7,15 +7,19 @@ exp_entropy_grad.py.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ._exp_rows import load_rows, statistics, store_gradient
 from ._exp_tiles import on_device
-from ._rows import as_fp32
-from ._token_loss import token_loss
+from ._token_loss import split_params, token_loss
 from .exp_row_stats import NUMBERS, ROWS
+
+if TYPE_CHECKING:
+    from fastpo.backends.base import ObjectiveParams
 
 _INPUTS = ["weight_ptr", "advantages_ptr", "old_logprobs_ptr", "ref_logprobs_ptr"]
 _OUTPUTS = ["loss_ptr", "logprobs_ptr", "entropy_ptr", "clipped_ptr", "logprob_grad_ptr"]
@@ -61,25 +65,8 @@ def _exp_row_policy_loss_kernel(
     V,
     e_stride,
     gain,
-    ratio_low,
-    ratio_high,
-    ratio_max,
-    ratio_min,
-    ratio_max_pos,
-    power_pos,
-    power_neg,
-    keep_low,
-    keep_high,
-    kl_coef,
-    old_kl_coef,
-    tau_pos,
-    tau_neg,
-    SURROGATE: tl.constexpr,
-    KL: tl.constexpr,
-    KL_RATIO_WEIGHTED: tl.constexpr,
-    OLD_KL: tl.constexpr,
-    GATE_BY: tl.constexpr,
-    TWO_SIDED: tl.constexpr,
+    objective,
+    KIND: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     ROWS: tl.constexpr,
 ):
@@ -89,32 +76,16 @@ def _exp_row_policy_loss_kernel(
     zero = tl.zeros((ROWS,), tl.float32)
     weight = tl.load(weight_ptr + row, mask=present, other=0.0)
     entropy_weight = _load(entropy_weight_ptr, row, present, zero)
-    weight_params = (
-        as_fp32(ratio_max),
-        as_fp32(ratio_min),
-        as_fp32(ratio_max_pos),
-        as_fp32(power_pos),
-        as_fp32(power_neg),
-        as_fp32(keep_low),
-        as_fp32(keep_high),
-    )
-    penalty_params = (as_fp32(kl_coef), as_fp32(old_kl_coef), as_fp32(tau_pos), as_fp32(tau_neg))
     loss, slope, clipped = token_loss(
         logprob,
         _load(old_logprobs_ptr, row, present, logprob),
         tl.load(advantages_ptr + row, mask=present, other=0.0),
         _load(ref_logprobs_ptr, row, present, zero),
-        _load(clip_low_ptr, row, present, zero + as_fp32(ratio_low)),
-        _load(clip_high_ptr, row, present, zero + as_fp32(ratio_high)),
+        _load(clip_low_ptr, row, present, zero + objective.ratio_low),
+        _load(clip_high_ptr, row, present, zero + objective.ratio_high),
         _load(nll_weight_ptr, row, present, zero),
-        weight_params,
-        penalty_params,
-        SURROGATE,
-        KL,
-        KL_RATIO_WEIGHTED,
-        OLD_KL,
-        GATE_BY,
-        TWO_SIDED,
+        objective,
+        KIND,
         nll_weight_ptr is not None,
     )
     # A masked row's advantages, old and reference log-probs may be NaN; 0 * NaN is NaN.
@@ -145,40 +116,22 @@ def exp_row_policy_loss(
     outputs: tuple[Tensor, ...],
     logprob_grad: Tensor,
     factors: Tensor,
+    params: ObjectiveParams,
     *,
     V: int,
     gain: float = 1.0,
     softcap: bool = False,
-    surrogate: int,
-    kl: int,
-    kl_ratio_weighted: bool,
-    old_kl: int,
-    gate: int,
-    two_sided: bool,
-    ratio_low: float,
-    ratio_high: float,
-    ratio_max: float,
-    ratio_min: float,
-    ratio_max_pos: float,
-    power_pos: int,
-    power_neg: int,
-    keep_low: float,
-    keep_high: float,
-    kl_coef: float,
-    old_kl_coef: float,
-    tau_pos: float,
-    tau_neg: float,
 ) -> None:
     """Fill `outputs`, loss, logprobs, entropy (n,) fp32 and clip bits uint8; c and f, (n,) fp32.
 
-    `inputs` are the fields of `fastpo.backends.base.RowInputs`, each (n,) fp32 or None. With `e`
+    `inputs` are `fastpo.backends.base.RowInputs` and `params` is its `ObjectiveParams`. With `e`
     (n, V), column tokens[i] is fixed as in `exp_row_grad`, and factors filled. Rows whose weight
-    and entropy weight are 0 get zeros. The keywords from `surrogate` on are the fields of
-    `fastpo.backends.base.ObjectiveParams`.
+    and entropy weight are 0 get zeros.
     """
     n = targets.shape[0]
     if n == 0:
         return
+    kind, numbers = split_params(params)
     with on_device(targets):
         _exp_row_policy_loss_kernel[(triton.cdiv(n, ROWS),)](
             e,
@@ -195,25 +148,8 @@ def exp_row_policy_loss(
             V,
             0 if e is None else e.stride(0),
             gain,
-            ratio_low,
-            ratio_high,
-            ratio_max,
-            ratio_min,
-            ratio_max_pos,
-            float(power_pos),  # an int of 1 would be compiled in
-            float(power_neg),
-            keep_low,
-            keep_high,
-            kl_coef,
-            old_kl_coef,
-            tau_pos,
-            tau_neg,
-            SURROGATE=surrogate,
-            KL=kl,
-            KL_RATIO_WEIGHTED=kl_ratio_weighted,
-            OLD_KL=old_kl,
-            GATE_BY=gate,
-            TWO_SIDED=two_sided,
+            numbers,
+            KIND=kind,
             HAS_SOFTCAP=softcap,
             ROWS=ROWS,
             num_warps=4,

@@ -17,9 +17,7 @@ from ._rows import (
     load_tail,
     load_token_logit,
     row_offset,
-    write_body_gradient,
-    write_tail_gradient,
-    write_token_gradient,
+    write_gradient,
 )
 
 _PER_ROW = ["tokens_ptr", "row_max_ptr", "log_sum_ptr", "entropy_ptr", "temperatures_ptr"]
@@ -43,11 +41,7 @@ def _row_grad_kernel(
     body,
     temperature,
     SHARED_ROWS: tl.constexpr,
-    STEP: tl.constexpr,
-    KEPT: tl.constexpr,
-    LANES: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ADJACENT: tl.constexpr,
+    LAYOUT: tl.constexpr,
 ):
     HAS_ENTROPY_GRAD: tl.constexpr = entropy_grad_ptr is not None
     row = tl.program_id(0)
@@ -56,7 +50,7 @@ def _row_grad_kernel(
     c = tl.load(logprob_grad_ptr + row)
     e = tl.load(entropy_grad_ptr + row) if HAS_ENTROPY_GRAD else 0.0
     if (c == 0) & (e == 0):
-        fill_row_with_zero(out_row_ptr, V, STEP, LANES, WIDTH, ADJACENT)
+        fill_row_with_zero(out_row_ptr, V, LAYOUT)
     else:
         inverse_temperature = load_inverse_temperature(temperature, temperatures_ptr)
         c = c * inverse_temperature
@@ -65,26 +59,15 @@ def _row_grad_kernel(
         token_logit = load_token_logit(row_ptr, token, V)
         log_sum = tl.load(log_sum_ptr + row)
         stats = (tl.load(row_max_ptr + row), log_sum, log_sum - tl.load(entropy_ptr + row))
-        tail = load_tail(row_ptr, body, V, KEPT, LANES, WIDTH, ADJACENT)
+        tail = load_tail(row_ptr, body, V, LAYOUT)
         tl.debug_barrier()  # all threads have read the token's logit, and shared rows this block
-        write_tail_gradient(
+        write_gradient(
             tail,
-            out_row_ptr,
-            V,
-            body,
-            stats,
-            inverse_temperature,
-            c,
-            e,
-            HAS_ENTROPY_GRAD,
-            KEPT,
-            LANES,
-            WIDTH,
-            ADJACENT,
-        )
-        write_body_gradient(
             row_ptr,
             out_row_ptr,
+            token,
+            token_logit,
+            V,
             body,
             stats,
             inverse_temperature,
@@ -92,21 +75,7 @@ def _row_grad_kernel(
             e,
             HAS_ENTROPY_GRAD,
             SHARED_ROWS,
-            STEP,
-            LANES,
-            WIDTH,
-            ADJACENT,
-        )
-        write_token_gradient(
-            out_row_ptr,
-            token,
-            token_logit,
-            V,
-            stats,
-            inverse_temperature,
-            c,
-            e,
-            HAS_ENTROPY_GRAD,
+            LAYOUT,
         )
 
 
@@ -149,5 +118,5 @@ def row_grad(
         layout.body(V),
         temperature,
         SHARED_ROWS=shares_rows(logits, out),
-        **layout._asdict(),
+        LAYOUT=layout,
     )

@@ -9,6 +9,8 @@ the row that is still in registers:
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
@@ -16,18 +18,18 @@ from torch import Tensor
 
 from ._layout import launch_rows, row_layout, row_stride, shares_rows
 from ._rows import (
-    as_fp32,
     fill_row_with_zero,
     load_inverse_temperature,
     load_token_logit,
     row_offset,
     sweep_row,
     token_logprob,
-    write_body_gradient,
-    write_tail_gradient,
-    write_token_gradient,
+    write_gradient,
 )
-from ._token_loss import token_loss
+from ._token_loss import split_params, token_loss
+
+if TYPE_CHECKING:
+    from fastpo.backends.base import ObjectiveParams
 
 _PER_ROW = ["tokens_ptr", "weight_ptr", "advantages_ptr", "old_logprobs_ptr", "ref_logprobs_ptr"]
 _OPTIONAL = ["entropy_weight_ptr", "clip_low_ptr", "clip_high_ptr", "nll_weight_ptr"]
@@ -58,31 +60,10 @@ def _row_policy_loss_kernel(
     V,
     body,
     temperature,
-    ratio_low,
-    ratio_high,
-    ratio_max,
-    ratio_min,
-    ratio_max_pos,
-    power_pos,
-    power_neg,
-    keep_low,
-    keep_high,
-    kl_coef,
-    old_kl_coef,
-    tau_pos,
-    tau_neg,
-    SURROGATE: tl.constexpr,
-    KL: tl.constexpr,
-    KL_RATIO_WEIGHTED: tl.constexpr,
-    OLD_KL: tl.constexpr,
-    GATE_BY: tl.constexpr,
-    TWO_SIDED: tl.constexpr,
+    objective,  # not `params`: a name that Triton's own launcher uses
+    KIND: tl.constexpr,
     SHARED_ROWS: tl.constexpr,
-    STEP: tl.constexpr,
-    KEPT: tl.constexpr,
-    LANES: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ADJACENT: tl.constexpr,
+    LAYOUT: tl.constexpr,
 ):
     HAS_ENTROPY_GRAD: tl.constexpr = entropy_weight_ptr is not None
     row = tl.program_id(0)
@@ -95,7 +76,7 @@ def _row_policy_loss_kernel(
         tl.store(clipped_ptr + row, 0)
         if out_ptr is not None:
             out_row_ptr = out_ptr + row_offset(out_stride)
-            fill_row_with_zero(out_row_ptr, V, STEP, LANES, WIDTH, ADJACENT)
+            fill_row_with_zero(out_row_ptr, V, LAYOUT)
     else:
         row_ptr = logits_ptr + row_offset(logits_stride)
         inverse_temperature = load_inverse_temperature(temperature, temperatures_ptr)
@@ -105,30 +86,11 @@ def _row_policy_loss_kernel(
         advantage = tl.load(advantages_ptr + row)
         old_logprob = 0.0 if old_logprobs_ptr is None else tl.load(old_logprobs_ptr + row)
         ref_logprob = 0.0 if ref_logprobs_ptr is None else tl.load(ref_logprobs_ptr + row)
-        row_max, log_sum, entropy, kept = sweep_row(
-            row_ptr, V, body, inverse_temperature, STEP, KEPT, LANES, WIDTH, ADJACENT
-        )
-        logprob = token_logprob(token_logit, inverse_temperature, row_max, log_sum)
-
-        # These rarer ones after it: sm_100 has no registers to hold them.
-        low = as_fp32(ratio_low) if clip_low_ptr is None else tl.load(clip_low_ptr + row)
-        high = as_fp32(ratio_high) if clip_high_ptr is None else tl.load(clip_high_ptr + row)
+        low = objective.ratio_low if clip_low_ptr is None else tl.load(clip_low_ptr + row)
+        high = objective.ratio_high if clip_high_ptr is None else tl.load(clip_high_ptr + row)
         nll_weight = 0.0 if nll_weight_ptr is None else tl.load(nll_weight_ptr + row)
-        weight_params = (
-            as_fp32(ratio_max),
-            as_fp32(ratio_min),
-            as_fp32(ratio_max_pos),
-            as_fp32(power_pos),
-            as_fp32(power_neg),
-            as_fp32(keep_low),
-            as_fp32(keep_high),
-        )
-        penalty_params = (
-            as_fp32(kl_coef),
-            as_fp32(old_kl_coef),
-            as_fp32(tau_pos),
-            as_fp32(tau_neg),
-        )
+        row_max, log_sum, entropy, kept = sweep_row(row_ptr, V, body, inverse_temperature, LAYOUT)
+        logprob = token_logprob(token_logit, inverse_temperature, row_max, log_sum)
         loss, slope, clipped = token_loss(
             logprob,
             logprob if old_logprobs_ptr is None else old_logprob,
@@ -137,14 +99,8 @@ def _row_policy_loss_kernel(
             low,
             high,
             nll_weight,
-            weight_params,
-            penalty_params,
-            SURROGATE,
-            KL,
-            KL_RATIO_WEIGHTED,
-            OLD_KL,
-            GATE_BY,
-            TWO_SIDED,
+            objective,
+            KIND,
             nll_weight_ptr is not None,
         )
         loss = weight * loss
@@ -161,26 +117,15 @@ def _row_policy_loss_kernel(
             e = -entropy_weight * inverse_temperature
             stats = (row_max, log_sum, log_sum - entropy)
             if (c == 0) & (e == 0):
-                fill_row_with_zero(out_row_ptr, V, STEP, LANES, WIDTH, ADJACENT)
+                fill_row_with_zero(out_row_ptr, V, LAYOUT)
             else:
-                write_tail_gradient(
+                write_gradient(
                     kept,
-                    out_row_ptr,
-                    V,
-                    body,
-                    stats,
-                    inverse_temperature,
-                    c,
-                    e,
-                    HAS_ENTROPY_GRAD,
-                    KEPT,
-                    LANES,
-                    WIDTH,
-                    ADJACENT,
-                )
-                write_body_gradient(
                     row_ptr,
                     out_row_ptr,
+                    token,
+                    token_logit,
+                    V,
                     body,
                     stats,
                     inverse_temperature,
@@ -188,70 +133,31 @@ def _row_policy_loss_kernel(
                     e,
                     HAS_ENTROPY_GRAD,
                     SHARED_ROWS,
-                    STEP,
-                    LANES,
-                    WIDTH,
-                    ADJACENT,
-                )
-                write_token_gradient(
-                    out_row_ptr,
-                    token,
-                    token_logit,
-                    V,
-                    stats,
-                    inverse_temperature,
-                    c,
-                    e,
-                    HAS_ENTROPY_GRAD,
+                    LAYOUT,
                 )
 
 
 def row_policy_loss(
     logits: Tensor,
     tokens: Tensor,
-    weight: Tensor,
-    advantages: Tensor,
-    old_logprobs: Tensor | None,
-    ref_logprobs: Tensor | None,
-    entropy_weight: Tensor | None,
-    clip_low: Tensor | None,
-    clip_high: Tensor | None,
-    nll_weight: Tensor | None,
+    inputs: tuple[Tensor | None, ...],
     temperature: float,
     temperatures: Tensor | None,
     out: Tensor | None,
-    *,
-    surrogate: int,
-    kl: int,
-    kl_ratio_weighted: bool,
-    old_kl: int,
-    gate: int,
-    two_sided: bool,
-    ratio_low: float,
-    ratio_high: float,
-    ratio_max: float,
-    ratio_min: float,
-    ratio_max_pos: float,
-    power_pos: int,
-    power_neg: int,
-    keep_low: float,
-    keep_high: float,
-    kl_coef: float,
-    old_kl_coef: float,
-    tau_pos: float,
-    tau_neg: float,
+    params: ObjectiveParams,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, logprobs, entropy) fp32 and clip bits uint8, each (N,); the gradient goes to `out`.
 
     The loss stays per row: summing it is a second stage in a fixed order (`Tensor.sum`), so that no
-    float atomics are needed. Rows whose weight and entropy weight are 0 are not read: their outputs
-    and gradients are 0. `out` is None, (N, V) of its own, `logits`, or narrower and in the upper
-    half of each logits row. The keywords are the fields of `fastpo.backends.base.ObjectiveParams`.
+    float atomics are needed. `inputs` are `fastpo.backends.base.RowInputs`. Rows whose weight and
+    entropy weight are 0 are not read: their outputs and gradients are 0. `out` is None, (N, V) of
+    its own, `logits`, or narrower and in the upper half of each logits row.
     """
     device, N = logits.device, logits.shape[0]
     loss, logprobs, entropy = (torch.empty(N, dtype=torch.float32, device=device) for _ in range(3))
     clipped = torch.empty(N, dtype=torch.uint8, device=device)
     layout, V = row_layout(logits), logits.shape[1]
+    kind, numbers = split_params(params)
     launch_rows(
         _row_policy_loss_kernel,
         logits,
@@ -259,14 +165,7 @@ def row_policy_loss(
         logits,
         out,
         tokens,
-        weight,
-        advantages,
-        old_logprobs,
-        ref_logprobs,
-        entropy_weight,
-        clip_low,
-        clip_high,
-        nll_weight,
+        *inputs,
         temperatures,
         loss,
         logprobs,
@@ -277,26 +176,9 @@ def row_policy_loss(
         V,
         layout.body(V),
         temperature,
-        ratio_low,
-        ratio_high,
-        ratio_max,
-        ratio_min,
-        ratio_max_pos,
-        float(power_pos),  # an int of 1 would be compiled in
-        float(power_neg),
-        keep_low,
-        keep_high,
-        kl_coef,
-        old_kl_coef,
-        tau_pos,
-        tau_neg,
-        SURROGATE=surrogate,
-        KL=kl,
-        KL_RATIO_WEIGHTED=kl_ratio_weighted,
-        OLD_KL=old_kl,
-        GATE_BY=gate,
-        TWO_SIDED=two_sided,
+        numbers,
+        KIND=kind,
         SHARED_ROWS=out is not None and shares_rows(logits, out),
-        **layout._asdict(),
+        LAYOUT=layout,
     )
     return loss, logprobs, entropy, clipped

@@ -31,21 +31,20 @@ def _row_details(
     inverse_temperature,
     row_max,
     log_sum,
-    LANES: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ADJACENT: tl.constexpr,
+    LAYOUT: tl.constexpr,
 ):
     """log sum p^2, mean of u, and whether the token is the first maximum, in a sweep of their own.
 
     The statistics are known by then, so nothing is rescaled, and sweep_row stays what every other
     kernel compiles. The row comes from L2.
     """
+    LANES: tl.constexpr = LAYOUT.LANES
     squares = tl.zeros((LANES,), tl.float32)
     total = tl.zeros((LANES,), tl.float32)
     before = tl.full((LANES,), float("-inf"), tl.float32)  # the largest logit left of the token
     after = tl.full((LANES,), float("-inf"), tl.float32)
-    for start in range(0, V, LANES * WIDTH):
-        columns = wave_columns(start, LANES, WIDTH, ADJACENT)
+    for start in range(0, V, LANES * LAYOUT.WIDTH):
+        columns = wave_columns(start, LAYOUT)
         z = tl.load(row_ptr + columns, mask=columns < V, other=float("-inf")).to(tl.float32)
         exps = tl.exp(tl.fma(z, inverse_temperature, -row_max))
         squares += tl.sum(exps * exps, 1)
@@ -76,11 +75,7 @@ def _row_stats_kernel(
     V,
     body,
     temperature,
-    STEP: tl.constexpr,
-    KEPT: tl.constexpr,
-    LANES: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ADJACENT: tl.constexpr,
+    LAYOUT: tl.constexpr,
 ):
     row = tl.program_id(0)
     logprob = 0.0
@@ -96,9 +91,7 @@ def _row_stats_kernel(
         inverse_temperature = load_inverse_temperature(temperature, temperatures_ptr)
         token = tl.load(tokens_ptr + row)
         token_logit = load_token_logit(row_ptr, token, V)
-        row_max, log_sum, entropy, _ = sweep_row(
-            row_ptr, V, body, inverse_temperature, STEP, KEPT, LANES, WIDTH, ADJACENT
-        )
+        row_max, log_sum, entropy, _ = sweep_row(row_ptr, V, body, inverse_temperature, LAYOUT)
         logprob = token_logprob(token_logit, inverse_temperature, row_max, log_sum)
         if is_top1_ptr is not None:
             log_sum_sq_probs, mean_logit, is_top1 = _row_details(
@@ -109,9 +102,7 @@ def _row_stats_kernel(
                 inverse_temperature,
                 row_max,
                 log_sum,
-                LANES,
-                WIDTH,
-                ADJACENT,
+                LAYOUT,
             )
             is_top1 = is_top1 & (logprob == logprob)
     tl.store(logprobs_ptr + row, logprob)
@@ -156,6 +147,6 @@ def row_stats(
         V,
         layout.body(V),
         temperature,
-        **layout._asdict(),
+        LAYOUT=layout,
     )
     return outputs

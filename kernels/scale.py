@@ -20,19 +20,17 @@ def _scale_kernel(
     grad_stride,
     rows,
     V,
-    STEP: tl.constexpr,
-    LANES: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ADJACENT: tl.constexpr,
+    LAYOUT: tl.constexpr,
 ):
-    WAVE: tl.constexpr = LANES * WIDTH
+    STEP: tl.constexpr = LAYOUT.STEP
+    WAVE: tl.constexpr = LAYOUT.LANES * LAYOUT.WIDTH
     factor = tl.load(factor_ptr).to(tl.float32)
     if factor != 1.0:
         for row in range(tl.program_id(0), rows, tl.num_programs(0)):
             row_ptr = grad_ptr + tl.full((), row, tl.int64) * grad_stride
             for start in range(0, V, STEP * WAVE):
                 for i in tl.static_range(STEP):
-                    columns = wave_columns(start + i * WAVE, LANES, WIDTH, ADJACENT)
+                    columns = wave_columns(start + i * WAVE, LAYOUT)
                     wave = tl.load(row_ptr + columns, mask=columns < V, other=0.0)
                     scaled = flushing_product(wave.to(tl.float32), factor)
                     store_wave(row_ptr, columns, scaled, V)
@@ -55,10 +53,7 @@ def scale_(grad: Tensor, factor: Tensor) -> None:
         rows,
         grad.shape[1],
         programs=min(rows, PROGRAMS_PER_SM * _multiprocessors(grad)),
-        STEP=layout.STEP,
-        LANES=layout.LANES,
-        WIDTH=layout.WIDTH,
-        ADJACENT=layout.ADJACENT,
+        LAYOUT=layout._replace(KEPT=0),  # one binary whatever V leaves
     )
 
 

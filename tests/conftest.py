@@ -7,6 +7,7 @@ import importlib.machinery
 import importlib.util
 import os
 import sys
+from types import ModuleType
 from unittest.mock import MagicMock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -20,6 +21,17 @@ if not HAS_TRITON:
     collect_ignore_glob = ["test_triton_*.py", "test_traffic.py", "test_*aot.py"]
 if not HAS_GPU and "triton" not in sys.modules:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # decided once, when Triton is imported
+
+
+HELPERS = (
+    "cpp_cases",
+    "learner_cases",
+    "objective_cases",
+    "peer_batch",
+    "policy_batch",
+    "tiny_runs",
+)
+pytest.register_assert_rewrite(*HELPERS, "tiny_transformers")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -87,11 +99,63 @@ def small_layout(monkeypatch: pytest.MonkeyPatch, triton_backend) -> None:
     """
     from fastpo.kernels import _layout
 
-    def layout(V: int, itemsize: int, aligned: bool) -> _layout.RowLayout:
+    def layout(V: int, itemsize: int, aligned: bool, amd: bool) -> _layout.RowLayout:
         constants = _layout.RowLayout(LANES=64, WIDTH=2, ADJACENT=aligned, STEP=2, KEPT=1)
         return constants.with_tail(V, most=4)
 
     monkeypatch.setattr(_layout, "_layout", layout)
+
+
+@pytest.fixture(scope="session")
+def emulated_advantages(tmp_path_factory: pytest.TempPathFactory):
+    """The CUDA kernel of group_advantages, its threads being loops."""
+    import advantage_emulation
+
+    if advantage_emulation.COMPILER is None:
+        pytest.skip("no C++ compiler")
+    return advantage_emulation.EmulatedAdvantages(tmp_path_factory.mktemp("groups"))
+
+
+@pytest.fixture(params=["compiled", "emulated", "specified"])
+def implementation(request, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What `group_advantages` runs on: the operator, if built, as on a GPU, or plain torch."""
+    from fastpo import _extension
+
+    if request.param == "specified":
+        monkeypatch.setattr(_extension, "devices", lambda: ())
+    elif (reason := _extension.load_error()) is not None:
+        pytest.skip(reason)
+    elif request.param == "emulated":
+        emulated = request.getfixturevalue("emulated_advantages")
+        monkeypatch.setattr(torch.ops.fastpo, "group_advantages", emulated.group_advantages)
+    return request.param
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    """See `tiny_runs.trainer`."""
+    from tiny_runs import trainer
+
+    return trainer(tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch):
+    """`stand_in("a.b.c", name=...)`: a module of that path with these names."""
+
+    def make(path: str, **names: object) -> ModuleType:
+        parts = path.split(".")
+        for end in range(1, len(parts) + 1):
+            name = ".".join(parts[:end])
+            if name not in sys.modules:
+                monkeypatch.setitem(sys.modules, name, ModuleType(name))
+                if end > 1:
+                    parent = sys.modules[".".join(parts[: end - 1])]
+                    monkeypatch.setattr(parent, parts[end - 1], sys.modules[name], raising=False)
+        vars(sys.modules[path]).update(names)
+        return sys.modules[path]
+
+    return make
 
 
 class RayStub(importlib.abc.MetaPathFinder, importlib.abc.Loader):

@@ -1,8 +1,12 @@
-"""The kernels compiled for GPUs that are not here: registers, spills, instructions, recompiles.
+"""The row kernels compiled for GPUs that are not here: registers, spills, instructions, recompiles.
 
 Everything runs in subprocesses, which compile where this one interprets: under the Triton that is
 installed and under 3.6.0, which the GPU images that torch 2.10 and 2.11 come in have. The two lay
 tensors out differently, so each claim about machine code is checked under both.
+
+Every kernel at every width for every target is half an hour of compiling (`make aot`). The slow
+tests compile what that has shown to be the worst of it, for all targets under both Tritons: the
+fused kernel with every option, the most of a row kept, and what spilled once.
 """
 
 from __future__ import annotations
@@ -11,9 +15,9 @@ import json
 from pathlib import Path
 
 import pytest
-from triton_aot import OTHER_TRITON, ROOT, innermost_loops, run_compiling
+from triton_aot import OTHER_TRITON, ROOT, innermost_loops, inspect_elsewhere, run_compiling
 
-TRITONS = [None, pytest.param(OTHER_TRITON, marks=pytest.mark.aot, id="3.6.0")]
+TRITONS = [None, pytest.param(OTHER_TRITON, marks=pytest.mark.slow, id="3.6.0")]
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 ALIGNED = (32000, 128256, 151936, 262144)
 SCALAR_LOADS = 11  # token, weight, advantage, ...: one each per row
@@ -23,18 +27,22 @@ DETAILS_BARRIERS = 12  # of four merges more
 MOST_INSTRUCTIONS = {"bf16": 17.5, "fp32": 16.5}  # per logit, both sweeps, DAPO, sm_80 and sm_90
 
 
-def run_python(code: str, *arguments: str, triton: Path | None = None) -> str:
-    """Output of a Python program in a process where Triton, the given one, compiles."""
+def there(triton: Path | None) -> Path | None:
+    """The folder of another Triton, or a skip."""
     if triton is not None and not triton.is_dir():
         pytest.skip(f"{triton.relative_to(ROOT)} is missing: `make test-all` installs it")
-    return run_compiling(code, *arguments, triton=triton)
+    return triton
 
 
-def compile_kernels(targets, dtypes, vocabularies, triton: Path | None = None) -> list[dict]:
-    code = "from triton_aot import main; main()"
-    options = ["--json", "--targets", *targets, "--dtypes", *dtypes]
-    arguments = (*options, "--vocab", *map(str, vocabularies))
-    kernels = json.loads(run_python(code, *arguments, triton=triton))
+def run_python(code: str, *arguments: str, triton: Path | None = None) -> str:
+    """Output of a Python program in a process where Triton, the given one, compiles."""
+    return run_compiling(code, *arguments, triton=there(triton))
+
+
+def compile_kernels(targets, dtypes, vocabularies, triton=None, only=()) -> list[dict]:
+    options = ["--kernels", "rows", "--targets", *targets, "--dtypes", *dtypes]
+    options += ["--vocab", *vocabularies, *(["--only", *only] if only else [])]
+    kernels = inspect_elsewhere(options, there(triton))
     assert triton is None or {k["triton"] for k in kernels} == {"3.6.0"}
     return kernels
 
@@ -44,14 +52,15 @@ def check_resources(kernels: list[dict]) -> None:
     for kernel in kernels:
         assert kernel["stack"] == 0 and kernel["spills"] == 0, kernel
         assert kernel["threads"] == 512, kernel
-        assert kernel["registers"] <= 129, kernel  # one program of 512 threads fits an SM
+        most = 256 if kernel["target"] == "gfx942" else 129
+        assert kernel["registers"] <= most, kernel  # one program of 512 threads fits an SM
         if kernel["target"] != "gfx942":
             check_sweeps(kernel)
         if kernel["vocab"] in ALIGNED:
             assert kernel["wide_loads"] >= 4, kernel
             assert kernel["narrow_loads"] <= SCALAR_LOADS, kernel
             if "fp32 -> bf16" in kernel["kernel"]:  # 4 columns a thread: 8 bytes of bf16
-                assert kernel["narrow_stores"] <= 24 + SCALAR_STORES, kernel
+                assert kernel["narrow_stores"] <= 28 + SCALAR_STORES, kernel
             else:
                 assert kernel["narrow_stores"] <= SCALAR_STORES, kernel
                 assert kernel["wide_stores"] >= 4 or "row_stats" in kernel["kernel"], kernel
@@ -90,29 +99,33 @@ def test_resources_on_hopper(triton, capsys):
     show(kernels, capsys)
 
 
-@pytest.mark.aot
-@pytest.mark.parametrize("triton", TRITONS)
-def test_short_rows_take_fewer_threads_and_spill_nothing(triton):
-    kernels = compile_kernels(["sm_90"], ["bf16", "fp32"], [1000, 1024, 8192, 16384], triton)
+@pytest.mark.slow
+def test_short_rows_take_fewer_threads_and_spill_nothing():
+    """Also two layouts that spilled when a row's tail was summed in larger pieces."""
+    few = ["row_policy_loss"]
+    kernels = compile_kernels(["sm_90"], ["bf16", "fp32"], [1000, 8192, 16384], OTHER_TRITON, few)
     for kernel in kernels:
         assert kernel["stack"] == 0 and kernel["spills"] == 0, kernel
+        if kernel["vocab"] == 16384:
+            instructions = kernel["first_sweep"] + kernel["second_sweep"]
+            assert instructions <= MOST_INSTRUCTIONS[kernel["dtype"]], kernel
     threads = {(k["dtype"], k["vocab"]): k["threads"] for k in kernels}
-    assert threads["bf16", 8192] == 128 and threads["bf16", 16384] == 256
+    assert threads["bf16", 8192] == 128 and threads["fp32", 16384] == 256
+    check_resources(compile_kernels(["sm_100"], ["bf16"], [32000], only=WORST))
 
 
-@pytest.mark.aot
+WORST = ("row_policy_loss, gated", "row_policy_loss fp32 -> bf16, all options")
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(
-    ("target", "triton", "vocabularies"),
-    [
-        *((target, None, (50257, *ALIGNED)) for target in TARGETS),
-        # NVIDIA's own machines hold it; one second a kernel, so two widths stand for all.
-        *((target, OTHER_TRITON, (50257, 151936)) for target in TARGETS[:3]),
-    ],
-)
-def test_resources_everywhere(target, triton, vocabularies, capsys):
-    kernels = compile_kernels([target], ["bf16", "fp32"], list(vocabularies), triton)
-    assert len(kernels) == len(vocabularies) * (8 + 10)
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("triton", [None, OTHER_TRITON], ids=["installed", "3.6.0"])
+def test_the_worst_kernels_everywhere(target, triton, capsys):
+    """At V = 262,144 a lane keeps most; 50,257 is not aligned."""
+    kernels = compile_kernels([target], ["bf16", "fp32"], [262144], triton, WORST)
+    kernels += compile_kernels([target], ["bf16", "fp32"], [50257], triton, WORST[:1])
+    assert len(kernels) == 3 + 2
     check_resources(kernels)
     show(kernels, capsys)
 
@@ -141,18 +154,18 @@ RECOMPILATION = """
 import json, torch
 from fastpo.kernels import row_grad, row_policy_loss, row_stats, scale
 from fastpo.backends.base import ObjectiveParams
+from fastpo.kernels._token_loss import ParamNumbers
 from fastpo.objective import Objective
 from triton_aot import recording_keys
 
 def launch_all(rows, vocab, dtype, temperature, number):
     logits = torch.empty(rows + 1, vocab, dtype=dtype)[1:]
     x, y = torch.zeros(rows + 3)[3:], torch.zeros(rows + 1, dtype=torch.int64)[1:]
-    params = ObjectiveParams.from_objective(Objective(kl_coef=0.1, old_kl_coef=0.1))._asdict()
-    whole = ("surrogate", "kl", "kl_ratio_weighted", "old_kl", "gate", "two_sided")
-    params |= {field: 1 + number for field in params if field not in whole}
+    params = ObjectiveParams.from_objective(Objective(kl_coef=0.1, old_kl_coef=0.1))
+    params = params._replace(**dict.fromkeys(ParamNumbers._fields, 1 + number))
     row_stats.row_stats(logits, y, temperature, None, None)
     row_grad.row_grad(logits, y, x, x, x, x, x, temperature, None, logits)
-    row_policy_loss.row_policy_loss(logits, y, *[x] * 8, temperature, None, logits, **params)
+    row_policy_loss.row_policy_loss(logits, y, [x] * 8, temperature, None, logits, params)
     scale.scale_(logits, x[0])
 
 def keys(lengths, vocabularies, dtypes, temperatures):
@@ -189,8 +202,9 @@ def test_nothing_recompiles():
 
 INT64_OFFSETS = """
 import re, torch
-from triton_aot import compiling_for, launches
-for label, launch in launches(151936, torch.bfloat16).items():
+from aot_launches import row_launches
+from triton_aot import compiling_for
+for label, launch in row_launches(151936, torch.bfloat16).items():
     with compiling_for("sm_90") as compiled:
         launch()
     ttir = compiled[-1].asm["ttir"]
@@ -211,8 +225,9 @@ def test_row_offsets_are_computed_in_64_bits():
 
 SWEEP = """
 import json, re, torch
-from triton_aot import compiling_for, launches
-calls = launches(151936, torch.bfloat16)
+from aot_launches import row_launches
+from triton_aot import compiling_for
+calls = row_launches(151936, torch.bfloat16)
 sweeps = []
 for label in ("row_stats", "row_policy_loss"):
     with compiling_for("sm_90") as compiled:

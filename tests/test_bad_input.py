@@ -123,6 +123,8 @@ BAD = {
         ValueError,
         r"not finite and positive on an unmasked row",
     ),
+    "temperature of 400 digits": ({"temperature": 10**400}, ValueError, r"an integer of 1329 bits"),
+    "normalizer of 400 digits": ({"normalizer": 10**400}, ValueError, r"an integer of 1329 bits"),
     "temperature is a string": ({"temperature": "hot"}, TypeError, r"temperature is str"),
     "negative temperature of a token": (
         {"temperature": torch.tensor([[1.0, 1.0, -1.0]] * B)},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,12 @@ from typing import ClassVar
 
 import pytest
 import torch
+from cluster_emulation import EmulatedCluster, build
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "benchmarks"
+COMPILER = shutil.which("g++") or shutil.which("clang++")
+RESIDENT = "row-resident kernel alone, in place"
 OURS = ["row kernel alone, in place", "fastpo, in place", "fastpo", "eager"]
 
 
@@ -40,6 +44,27 @@ def check_gradient(bench, name: str, device) -> None:
 @pytest.mark.parametrize("name", OURS)
 def test_gradients_are_right(bench, name, triton_backend, device):
     check_gradient(bench, name, device)
+
+
+def test_a_backend_that_cannot_run_says_why(bench, device):
+    """What `measure`'s caller writes into the table in place of a time."""
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(RuntimeError, match="it runs on CUDA tensors, got cpu"):
+        bench.gradient(bench.PEERS[RESIDENT], bench.Problem.random(5, 320, device))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+def test_the_resident_kernel_is_timed_and_checked(bench, tmp_path, monkeypatch, capsys):
+    """Its peer in the table and its part of the sanitizer's workload, emulated."""
+    rows = EmulatedCluster(build(COMPILER, tmp_path))
+    rows.unavailable = lambda device: None
+    monkeypatch.setattr(bench, "cuda_rows", rows)
+    check_gradient(bench, RESIDENT, torch.device("cpu"))
+    assert rows.blocks >= 1
+    load("small_launches").main([rows])
+    assert "all results are right" in capsys.readouterr().out
 
 
 @pytest.mark.peer

@@ -3,107 +3,24 @@
 import io
 import json
 import math
-import os
-import random
 import shutil
-import signal
 import subprocess
 import sys
-import time
 
-import numpy as np
 import pytest
 import torch
-import transformers
+from tiny_runs import EVALUATION, Even, one_line, rows, weights
 
 from fastpo import backends
 from fastpo.cli import main
-from fastpo.trainer import experience, tasks
 from fastpo.trainer.run import checkpoint
-from fastpo.trainer.run.signals import TERMINATION, StopRequest, terminable
 from fastpo.trainer.tasks import Problem
-from fastpo.trainer.update import Learner
 
-TINY = """
-task = "even"
-threads = 1
-steps = 2
-[model]
-hidden_size = 32
-layers = 1
-heads = 2
-[rollout]
-prompts = 4
-group_size = 4
-max_new_tokens = 4
-[optim]
-learning_rate = 1e-2
-[eval]
-problems = 16
-temperature = 1.0
-[verifier]
-workers = 1
-"""
 METRICS = (
     *("reward", "reward_std", "frac_reward_zero_std", "accuracy", "groups_kept", "num_tokens"),
     *("completions/mean_length", "completions/clipped_ratio", "entropy", "loss", "grad_norm"),
     *("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "learning_rate"),
 )
-EVALUATION = 2 * 16  # rewards asked for before the first step: sampled and greedy
-
-
-class Even:
-    """Begin with an even digit: right by chance one time in three, so every step can learn."""
-
-    alphabet, stop = "0123456789=", None
-    sabotage = None  # what happens, once, when reward number `after` has been asked for
-    after = math.inf
-    done = None  # a file that says that it has happened
-
-    def __init__(self):
-        self.calls = 0
-
-    def problem(self, rng):
-        return Problem(f"{rng.randrange(10_000)}=", str(2 * rng.randrange(5)))
-
-    def reward(self, problem, completion):
-        self.calls += 1
-        if self.calls > self.after and not self.done.exists():
-            self.done.touch()
-            self.sabotage()
-        return float(completion[:1] in set("02468"))
-
-
-@pytest.fixture
-def tiny(tmp_path, monkeypatch):
-    monkeypatch.setitem(tasks.TASKS, "even", Even)
-    monkeypatch.setattr(Even, "done", tmp_path / "done")
-    path = tmp_path / "tiny.toml"
-    path.write_text(TINY + "\n[log]\ntensorboard = false\n")
-    run = tmp_path / "run"
-
-    def train(*arguments, code=0):
-        assert main(["train", str(path), f"run_dir={run}", *arguments]) == code
-        return run
-
-    return train
-
-
-def one_line(capsys, *parts):
-    """The error printed: one line that contains every part."""
-    error = capsys.readouterr().err.strip()
-    assert error.startswith("fastpo: ") and "\n" not in error
-    for part in parts:
-        assert part in error, error
-    return error
-
-
-def rows(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def weights(run):
-    return transformers.AutoModelForCausalLM.from_pretrained(run / "checkpoint").state_dict()
 
 
 def test_a_run_leaves_everything_behind(tiny, capsys):
@@ -148,67 +65,6 @@ def test_reward_rises(tiny, preset):
     )
     summary = json.loads((run / "summary.json").read_text())
     assert summary["after"]["accuracy"] > summary["before"]["accuracy"] + 0.3
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        ["optim.updates_per_batch=2", "optim.epochs=2", "algorithm.objective.kl_coef=0.1"],
-        ["warmup.max_steps=2", "checkpoint_every=1", "algorithm.preset=grpo"],
-        ["algorithm.preset=ppo", "optim.updates_per_batch=2", "critic.warmup_steps=1"],
-        ["algorithm.carry_surplus=true", "rollout.prompts=5", "seed=2"],
-        ["algorithm.objective.kl_coef=0.1", "algorithm.sync_reference_every=1"],
-        ["algorithm.correction.mode=mask", "algorithm.correction.high=1.0001"],
-    ],
-)
-def test_resuming_is_bit_exact(tiny, options):
-    """Four steps equal two steps, a stop, and two more: parameters and metrics, bit by bit."""
-    run = tiny("steps=4", *options)
-    whole, expected = weights(run), [row["reward"] for row in rows(run) if "reward" in row]
-    run = tiny("steps=2", "existing=move_aside", *options)
-    torch.manual_seed(999)  # in the process that resumes, no random state goes on
-    random.seed(999)
-    with (run / "metrics.jsonl").open("a") as file:  # a step that no checkpoint knows
-        file.write('{"step": 3, "reward": 9.0}\n')
-    torch.manual_seed(999)  # as in a fresh process: nothing may hang on the global generators
-    random.seed(999)
-    tiny("--resume", "steps=4", *options)
-    resumed = weights(run)
-    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
-    assert [row["reward"] for row in rows(run) if "reward" in row] == expected
-
-
-def test_resuming_is_bit_exact_while_the_learning_rate_decays(tiny, monkeypatch):
-    """The schedule of a run that was stopped on its way is the one it would have followed."""
-    options = ["steps=4", "optim.decay=cosine", "algorithm.dynamic_sampling=false"]
-    run = tiny(*options)
-    whole, rates = weights(run), [row["learning_rate"] for row in rows(run) if "reward" in row]
-    assert rates[0] == 1e-2 and rates == sorted(rates, reverse=True) and rates[-1] < 2e-3
-    monkeypatch.setattr(Even, "after", EVALUATION + 2 * 16 + 5)
-    monkeypatch.setattr(Even, "sabotage", lambda self: os.kill(os.getppid(), signal.SIGTERM))
-    tiny(*options, "existing=move_aside", code=143)
-    tiny(*options, "--resume")
-    assert [row["learning_rate"] for row in rows(run) if "reward" in row] == rates
-    assert all(torch.equal(value, whole[name]) for name, value in weights(run).items())
-
-
-def test_a_resumed_run_says_what_changed_and_refuses_what_cannot(tiny, capsys):
-    run = tiny()
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    for change, old in (
-        ("seed=1", "0 -> 1"),
-        ("model.hidden_size=64", "32 -> 64"),
-        ("eval.problems=8", "16 -> 8"),
-    ):
-        tiny("--resume", "steps=3", change, code=2)
-        one_line(capsys, change.partition("=")[0], old, "another run_dir")
-    tiny("--resume", "steps=3", "algorithm.objective.kl_coef=0.1", code=2)
-    one_line(capsys, "kl_coef is 0.1", "no reference policy")
-    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    tiny("--resume", "steps=3", "optim.learning_rate=1e-3")
-    output = capsys.readouterr().out
-    assert "Changed since the run began: steps 2 -> 3, optim.learning_rate 0.01 -> 0.001" in output
-    assert [row["learning_rate"] for row in rows(run) if "reward" in row] == [0.01, 0.01, 0.001]
 
 
 def test_a_directory_that_is_no_run_is_never_moved_aside(tiny, tmp_path, capsys):
@@ -271,20 +127,6 @@ def test_missing_files_are_named(tmp_path, capsys):
     one_line(capsys, "config.toml")
 
 
-def test_resume_without_a_checkpoint(tiny, capsys):
-    tiny("--resume", code=1)
-    one_line(capsys, "no checkpoint", "without --resume")
-
-
-def test_a_raising_verifier_keeps_metrics_and_a_checkpoint(tiny, monkeypatch, capsys):
-    monkeypatch.setattr(Even, "after", EVALUATION + 4 * 16)
-    monkeypatch.setattr(Even, "sabotage", lambda self: {}["nothing"])
-    run = tiny("steps=50", "algorithm.dynamic_sampling=false", code=1)
-    one_line(capsys, "Even.reward raised KeyError", "completion")
-    assert [row["step"] for row in rows(run)] == [0, 1, 2, 3, 4]
-    assert checkpoint.load_state(run / "checkpoint")["step"] == 4
-
-
 def test_a_verifier_that_raises_in_an_evaluation_costs_no_step(tiny, monkeypatch, capsys):
     monkeypatch.setattr(Even, "after", EVALUATION + 2 * 16 + 3)
     monkeypatch.setattr(Even, "sabotage", lambda self: {}["nothing"])
@@ -312,135 +154,6 @@ def test_a_solved_or_hopeless_task_stops_with_what_to_do(tiny, monkeypatch, caps
     run = tiny(code=1)
     one_line(capsys, "no group had right and wrong answers in 8 rounds", "warmup.max_steps")
     assert [row["step"] for row in rows(run)] == [0]
-
-
-def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_checkpoint(tiny, monkeypatch, capsys):
-    run = tiny("steps=2")
-    saved = weights(run)
-    monkeypatch.setattr(
-        "fastpo.trainer.update.Learner._loss",
-        lambda self, *_: type(
-            "L",
-            (),
-            {
-                "loss": sum(p.sum() for p in self.parameters) * math.nan,
-                "metrics": {},
-                "logprobs": torch.zeros(1),
-            },
-        ),
-    )
-    tiny("steps=4", "--resume", code=1)
-    one_line(capsys, "not finite", "optim.learning_rate")
-    assert all(torch.equal(value, saved[name]) for name, value in weights(run).items())
-    assert max(row["step"] for row in rows(run)) == 2
-
-
-def test_a_failing_step_keeps_the_steps_before_it(tiny, monkeypatch, capsys):
-    """Out of memory in the third step, without a checkpoint so far."""
-
-    def greedy(self, samples, sums, *, on_policy):
-        if self.updates == 2:
-            torch.empty(2**60)
-        update(self, samples, sums, on_policy=on_policy)
-
-    update = Learner.update
-    monkeypatch.setattr(Learner, "update", greedy)
-    run = tiny("steps=4", code=1)
-    one_line(capsys, "allocate memory", "optim.token_budget")
-    assert checkpoint.load_state(run / "checkpoint")["step"] == 2
-    monkeypatch.setattr(Learner, "update", update)
-    tiny("steps=4", "--resume")
-    assert [row["step"] for row in rows(run) if "reward" in row] == [1, 2, 3, 4]
-
-
-@pytest.mark.parametrize("steps", [3, 9])
-def test_weights_that_are_not_finite_never_replace_a_checkpoint(tiny, monkeypatch, capsys, steps):
-    def explode(self, samples, sums, *, on_policy):
-        update(self, samples, sums, on_policy=on_policy)
-        self.parameters[0].data.fill_(math.inf)
-
-    run = tiny("steps=2")
-    saved, update = weights(run), Learner.update
-    monkeypatch.setattr(Learner, "update", explode)
-    tiny(f"steps={steps}", "--resume", code=1)
-    one_line(capsys, "weights are not finite after step 3", "optim.learning_rate")
-    assert all(torch.equal(value, saved[name]) for name, value in weights(run).items())
-    assert checkpoint.load_state(run / "checkpoint")["step"] == 2
-
-
-@pytest.mark.parametrize(
-    "damage",
-    ["truncated state", "code in the state", "foreign state", "old state", "truncated weights"],
-)
-def test_a_corrupt_checkpoint_is_named_and_nothing_is_overwritten(tiny, capsys, damage):
-    run = tiny()
-    state, model = run / "checkpoint" / checkpoint.STATE, run / "checkpoint" / "model.safetensors"
-    if damage == "truncated state":
-        state.write_bytes(state.read_bytes()[:1000])
-    elif damage == "code in the state":
-        torch.save({"step": pytest.fail}, state)
-    elif damage == "foreign state":
-        values = torch.load(state)
-        values["learner"]["optimizer"]["param_groups"][0]["params"].pop()
-        torch.save(values, state)
-    elif damage == "old state":
-        torch.save({"step": 2, "optimizer": {}}, state)
-    elif damage == "truncated weights":
-        model.write_bytes(model.read_bytes()[:1000])
-    if not damage.startswith("truncated"):
-        checkpoint.write_manifest(run / "checkpoint")
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    tiny("--resume", "steps=4", code=1)
-    one_line(capsys, "checkpoint")
-    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-
-
-@pytest.mark.slow
-def test_kill_9_loses_what_came_after_the_last_checkpoint_and_nothing_else(tiny, monkeypatch):
-    """Best and last checkpoints are whole, and the resumed run is the one that was never killed."""
-    options = ["steps=6", "eval.every=1", "checkpoint_minutes=1e-9"]
-    run = tiny(*options)
-    whole = weights(run)
-    monkeypatch.setattr(Even, "after", 2 * 32 + 4 * 16)
-    monkeypatch.setattr(Even, "sabotage", lambda self: os.kill(os.getppid(), signal.SIGKILL))
-    if (child := os.fork()) == 0:
-        tiny(*options, "existing=move_aside")
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    done = checkpoint.load_state(checkpoint.find(run))["step"]
-    assert 1 <= done < 6 and checkpoint.load_state(run / "best")["step"] <= done
-    tiny(*options, "--resume")
-    assert [row["step"] for row in rows(run) if "reward" in row] == list(range(1, 7))
-    assert all(torch.equal(value, whole[name]) for name, value in weights(run).items())
-
-
-def test_a_run_killed_while_it_drew_its_curves_is_complete(tiny, monkeypatch, capsys):
-    def killed(*_, **__):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr("matplotlib.figure.Figure.savefig", killed)
-        run = tiny(code=130)
-    assert (run / "summary.json").exists() and not (run / "curves.png").exists()
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    tiny("--resume")
-    assert str(run / "curves.png") in capsys.readouterr().out
-    assert (run / "curves.png").read_bytes()[:4] == b"\x89PNG"
-    assert all(path.read_bytes() == content for path, content in before.items())
-    tiny("--resume", code=1)
-    one_line(capsys, "step 2 of 2", "raise steps")
-
-
-@pytest.mark.parametrize("answer", [np.str_("2"), 2, None])
-def test_a_run_resumes_whatever_kind_of_text_its_task_gives(tiny, monkeypatch, answer):
-    """REGRESSIONS 40."""
-    prompt = np.array([f"{n:05}=" for n in range(10_000)])
-    monkeypatch.setattr(
-        Even, "problem", lambda self, rng: Problem(prompt[rng.randrange(10_000)], answer)
-    )
-    tiny()
-    run = tiny("--resume", "steps=3")
-    assert json.loads((run / "summary.json").read_text())["steps"] == 3
 
 
 def test_a_warm_up_needs_answers(tiny, tmp_path, monkeypatch, capsys):
@@ -487,44 +200,6 @@ def test_weights_in_a_foreign_pickle_are_refused_without_advice(tiny, tmp_path, 
     assert "weights_only" not in one_line(capsys, "more than tensors and plain values")
 
 
-def test_an_empty_config_of_a_run_is_named(tiny, capsys):
-    run = tiny()
-    (run / "config.toml").write_text("")
-    tiny("--resume", "steps=3", code=2)
-    one_line(capsys, "config.toml is empty")
-    assert main(["eval", str(run)]) == 2
-    one_line(capsys, "config.toml is empty")
-
-
-def test_wandb_is_named_before_anything_is_written(tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    tiny("log.wandb=mine", code=2)
-    one_line(capsys, "log.wandb is 'mine'", "pip install wandb")
-    assert not (tmp_path / "run").exists()
-
-
-def test_wandb_gets_every_number_of_a_run_and_of_what_goes_on_from_it(tiny, monkeypatch):
-    seen = []
-
-    class Run:
-        def log(self, values, step):
-            seen.extend((name, step) for name in values)
-
-        def finish(self):
-            seen.append("finished")
-
-    module = type(sys)("wandb")
-    module.init = lambda **options: seen.append(options) or Run()
-    monkeypatch.setitem(sys.modules, "wandb", module)
-    run = tiny("log.wandb=mine")
-    assert seen[0]["project"] == "mine" and seen[0]["id"] == run.name
-    assert seen[0]["config"]["rollout.prompts"] == 4
-    assert ("reward", 1) in seen and ("eval_accuracy", 0) in seen and seen[-1] == "finished"
-    seen.clear()
-    tiny("log.wandb=mine", "--resume", "steps=3")
-    assert seen[0]["id"] == run.name and seen[0]["resume"] == "allow" and ("reward", 3) in seen
-
-
 def test_training_without_a_recipe_takes_settings_alone(tiny, tmp_path, capsys):
     assert main(["train"]) == 2
     one_line(capsys, "no recipe was given", "recipes/demo.toml", "fastpo settings")
@@ -567,15 +242,6 @@ def test_compare_names_what_differs(tiny, tmp_path, monkeypatch, capsys):
     one_line(capsys, "metrics.jsonl")
 
 
-def test_curves_of_several_runs_share_one_picture(tiny, tmp_path, capsys):
-    one, two = (tiny(f"run_dir={tmp_path}/{n}", f"seed={n}").parent / str(n) for n in (0, 1))
-    target = tmp_path / "both.png"
-    assert main(["plot", str(one), str(two), "--out", str(target)]) == 0
-    assert target.read_bytes()[:4] == b"\x89PNG"
-    assert main(["plot", *[str(one)] * 9]) == 2
-    one_line(capsys, "9 runs", "at most 7")
-
-
 def test_any_checkpoint_directory_can_be_evaluated(tiny, tmp_path, capsys):
     run = tiny("eval.every=1")
     model = tmp_path / "elsewhere"
@@ -616,124 +282,6 @@ def test_help_version_and_settings_need_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-
-@pytest.fixture
-def sigint_as_in_a_terminal():
-    """Shells start background jobs, CI among them, with SIGINT ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("sigint_as_in_a_terminal")
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_ctrl_c_saves_a_checkpoint_that_resumes(tiny, monkeypatch, capsys, number, code):
-    monkeypatch.setattr(Even, "after", EVALUATION + 2 * 16 + 5)
-    monkeypatch.setattr(Even, "sabotage", lambda self: os.kill(os.getppid(), number))
-    run = tiny("steps=5", "algorithm.dynamic_sampling=false", code=code)
-    output, error = capsys.readouterr()
-    assert "stopping after this step" in output
-    assert "stopped at step 3" in error and "--resume" in error and error.count("\n") == 1
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    tiny("steps=5", "algorithm.dynamic_sampling=false", "--resume")
-    assert [row["step"] for row in rows(run) if "reward" in row] == [1, 2, 3, 4, 5]
-
-
-@pytest.mark.usefixtures("sigint_as_in_a_terminal")
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("after", [5, 256 + 5], ids=["warm-up", "first evaluation"])
-def test_a_signal_before_the_first_step_stops_at_once(
-    tiny, monkeypatch, capsys, number, code, after
-):
-    monkeypatch.setattr(Even, "after", after)
-    monkeypatch.setattr(Even, "sabotage", lambda self: os.kill(os.getppid(), number))
-    run = tiny("warmup.max_steps=1", code=code)
-    one_line(capsys, "stopped at once")
-    assert [row for row in rows(run) if row["step"] > 0] == []
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-
-
-@pytest.mark.usefixtures("sigint_as_in_a_terminal")
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_inside_a_destructor_is_not_lost(tiny, monkeypatch, capsys, number, code):
-    """REGRESSIONS 42: Python prints what a destructor raises, and goes on."""
-
-    class Bomb:
-        def __del__(self):
-            signal.raise_signal(number)
-
-    def sampled(*arguments, **options):
-        Bomb()
-        return sample(*arguments, **options)
-
-    sample = experience.sample
-    monkeypatch.setattr(experience, "sample", sampled)
-    monkeypatch.setattr(Even, "reward", lambda *_: time.sleep(0.1) or 1.0)
-    tiny(code=code)
-    one_line(capsys, "stopped at once")
-
-
-@pytest.mark.usefixtures("sigint_as_in_a_terminal")
-def test_a_run_stopped_in_its_last_evaluation_is_finished_by_resuming(tiny, monkeypatch, capsys):
-    monkeypatch.setattr(Even, "after", EVALUATION + 2 * 16 + 5)
-    monkeypatch.setattr(Even, "sabotage", lambda self: os.kill(os.getppid(), signal.SIGINT))
-    run = tiny("algorithm.dynamic_sampling=false", code=130)
-    one_line(capsys, "stopped at once")
-    tiny("algorithm.dynamic_sampling=false", "--resume")
-    assert json.loads((run / "summary.json").read_text())["steps"] == 2
-    assert [row["step"] for row in rows(run)] == [0, 1, 2, 2]  # the last is the evaluation
-
-
-def test_ignored_signals_stay_ignored(tiny, monkeypatch):
-    """A run under nohup, or in the background of a script, hears no Ctrl-C."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        monkeypatch.setattr(Even, "after", EVALUATION + 5)
-        monkeypatch.setattr(Even, "sabotage", lambda self: os.kill(os.getppid(), signal.SIGINT))
-        run = tiny("algorithm.dynamic_sampling=false")
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert (run / "summary.json").exists()
-
-
-def test_signal_handlers_are_put_back():
-    before = [signal.getsignal(number) for number in (signal.SIGINT, *TERMINATION)]
-    with terminable(), StopRequest(print):
-        assert signal.getsignal(signal.SIGTERM) != before[1]
-    assert [signal.getsignal(number) for number in (signal.SIGINT, *TERMINATION)] == before
-
-
-def test_a_reader_that_goes_away_costs_no_step(tiny, monkeypatch, capsys):
-    """`fastpo train ... | head`."""
-
-    class Pipe(io.StringIO):
-        def write(self, text):
-            if text.startswith("step 2/"):
-                raise BrokenPipeError
-            return super().write(text)
-
-        def fileno(self):
-            return os.open(os.devnull, os.O_RDWR)
-
-    monkeypatch.setattr(sys, "stdout", Pipe())
-    run = tiny("steps=5", "log.print_every=1", code=1)
-    monkeypatch.undo()
-    one_line(capsys, "reader of the output has gone")
-    assert checkpoint.load_state(run / "checkpoint")["step"] == 2
-
-
-@pytest.mark.usefixtures("sigint_as_in_a_terminal")
-def test_a_second_ctrl_c_stops_at_once(tiny, monkeypatch, capsys):
-    def interrupt(self):
-        for _ in range(2):  # at once they would be one
-            os.kill(os.getppid(), signal.SIGINT)
-            time.sleep(0.3)
-
-    monkeypatch.setattr(Even, "after", EVALUATION + 5)
-    monkeypatch.setattr(Even, "sabotage", interrupt)
-    tiny(code=130)
-    one_line(capsys, "stopped at once")
 
 
 def test_doctor_names_every_backend_and_what_is_missing(capsys):
@@ -793,42 +341,3 @@ def test_import_fastpo_and_doctor_need_no_trainer_packages():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2
     assert "fastpo[train]" in done.stderr and "Traceback" not in done.stderr
-
-
-def test_a_signal_during_the_last_step_lets_the_run_finish(tiny, monkeypatch):
-    monkeypatch.setattr(Even, "after", EVALUATION + 1 * 16 + 5)
-    monkeypatch.setattr(Even, "sabotage", lambda self: os.kill(os.getppid(), signal.SIGINT))
-    run = tiny("steps=2", "algorithm.dynamic_sampling=false")
-    assert (run / "summary.json").exists()
-
-
-def test_tensorboard_gets_every_number_where_it_is_installed(tiny, monkeypatch):
-    seen = []
-
-    class Writer:
-        def __init__(self, path, purge_step):
-            seen.append(purge_step)
-
-        def add_scalar(self, name, value, step):
-            seen.append((name, step))
-
-        def close(self):
-            seen.append("closed")
-
-    module = type(sys)("torch.utils.tensorboard")
-    module.SummaryWriter = Writer
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    tiny("log.tensorboard=true")
-    assert ("reward", 1) in seen and ("eval_accuracy", 0) in seen
-    assert seen[0] is None and seen[-1] == "closed"
-    seen.clear()
-    tiny("log.tensorboard=true", "--resume", "steps=3")
-    assert seen[0] == 3  # events of steps that are done again are dropped
-
-
-def test_the_progress_shown_has_the_six_numbers(tiny, capsys):
-    tiny()
-    lines = capsys.readouterr().out.splitlines()
-    last = next(line for line in lines if line.startswith("step 2/2"))
-    for part in ("reward", "acc", "len", "entropy", "clip", "groups kept"):
-        assert part in last

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from cpp_cases import CLIP, EVERYTHING, SURROGATES, assert_same_bits, run
 
-from fastpo import _extension
 from fastpo.backends import cpp as cpp_rows
 from fastpo.backends.base import alias_rows
 from fastpo.objective import KL_ESTIMATORS, TOKEN_SURROGATES, Objective
@@ -35,26 +31,6 @@ if (reason := cpp_rows.unavailable()) is not None:
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SURROGATES = {
-    "clip": Objective(clip_low=0.2, clip_high=0.28),
-    "dual_clip": Objective(clip_low=0.1, clip_high=0.1, ratio_max=1.2),
-    "cispo": Objective(surrogate="cispo", ratio_max=1.1),
-    "sapo": Objective(surrogate="sapo"),
-    "reinforce": Objective(surrogate="reinforce"),
-}
-CLIP = SURROGATES["clip"]
-EVERYTHING = Objective(kl_coef=0.1, kl_estimator="k3", kl_ratio_weighted=True, entropy_coef=0.05)
-
-
-def run(case: RowCase, objective: Objective = EVERYTHING):
-    """Losses and gradient as one list of tensors, out of place."""
-    rows, grad = run_policy_loss(cpp_rows, case, objective)
-    return [*rows, grad]
-
-
-def assert_same_bits(a: list[torch.Tensor], b: list[torch.Tensor]) -> None:
-    for x, y in zip(a, b, strict=True):
-        torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
 
 
 def test_every_token_surrogate_is_covered():
@@ -233,94 +209,6 @@ def test_a_reference_far_above(estimator):
         check_policy_loss(cpp_rows, case.take(slice(row, row + 1)), objective)
 
 
-def test_an_entropy_bonus_alone_keeps_a_row_alive():
-    """Weight 0 and entropy weight not: c = 0, and the entropy's gradient is all there is."""
-    objective = Objective(entropy_coef=0.05)
-    case = RowCase.random(2, 90, objective)
-    weight = torch.zeros_like(case.inputs.weight)
-    case = dataclasses.replace(case, inputs=case.inputs._replace(weight=weight))
-    check_policy_loss(cpp_rows, case, objective)
-
-
-@pytest.mark.parametrize("poison", [math.nan, math.inf])
-def test_dead_rows_are_never_read(poison):
-    """NaN times a mask of 0 is NaN: dead rows must be skipped instead (REGRESSIONS row 17)."""
-    case = RowCase.random(6, 130, EVERYTHING, temperature=torch.linspace(0.6, 1.4, 6))
-    dead = torch.tensor([False, True, False, True, True, False])
-    inputs = case.inputs.map(lambda x: x.masked_fill(dead, poison))
-    inputs = inputs._replace(
-        weight=case.inputs.weight.masked_fill(dead, 0),
-        entropy_weight=case.inputs.entropy_weight.masked_fill(dead, 0),
-    )
-    poisoned = dataclasses.replace(
-        case,
-        logits=case.logits.masked_fill(dead[:, None], poison),
-        tokens=case.tokens.masked_fill(dead, 10**12),
-        inputs=inputs,
-    )
-    clean, got = run(case), run(poisoned)
-    for want, have in zip(clean, got, strict=True):
-        assert torch.equal(have[~dead], want[~dead])
-        assert (have[dead] == 0).all()
-    stats = cpp_rows.row_stats(poisoned.logits, poisoned.tokens, case.temperature, ~dead)
-    assert all((x[dead] == 0).all() and x[~dead].isfinite().all() for x in stats)
-
-
-def test_dead_rows_of_row_grad_are_never_read():
-    logits = torch.full((3, 40), math.nan)
-    stats = [torch.full((3,), math.nan)] * 4
-    out = torch.full_like(logits, math.nan)
-    zero = torch.zeros(3)
-    cpp_rows.row_grad(logits, torch.full((3,), -7), stats, zero, zero, 1.0, out)
-    assert (out == 0).all()
-
-
-@pytest.mark.parametrize("field", ["logits", "old_logprobs", "ref_logprobs", "advantages"])
-@pytest.mark.parametrize("name", SURROGATES)
-def test_nan_of_an_unmasked_row_stays_visible(name, field):
-    """min and max instructions drop NaN by the order of their operands (REGRESSIONS row 18)."""
-    objective = dataclasses.replace(SURROGATES[name], kl_coef=0.1)
-    case = RowCase.random(3, 90, objective)
-    if field == "logits":
-        for column in (0, 40, 89):
-            logits = case.logits.clone()
-            logits[1, column] = math.nan
-            loss, logprobs, *_ = run(case.with_logits(logits), objective)
-            assert loss.isnan().tolist() == logprobs.isnan().tolist() == [False, True, False]
-        return
-    if field == "old_logprobs" and name == "reinforce":
-        return  # it has no ratio
-    values = getattr(case.inputs, field).clone()
-    values[1] = math.nan
-    case = dataclasses.replace(case, inputs=case.inputs._replace(**{field: values}))
-    assert run(case, objective)[0].isnan().tolist() == [False, True, False]
-
-
-def test_tokens_outside_the_vocabulary():
-    """NaN in that row's log-prob and loss, no wild read (REGRESSIONS row 21)."""
-    case = RowCase.random(5, 60, CLIP)
-    bad = dataclasses.replace(case, tokens=torch.tensor([0, -1, 59, 60, 2**62]))
-    loss, logprobs, entropy, *_ = run(bad, CLIP)
-    assert loss.isnan().tolist() == logprobs.isnan().tolist() == [False, True, False, True, True]
-    assert entropy.isfinite().all()
-    stats = cpp_rows.row_stats(bad.logits, bad.tokens, bad.temperature)
-    out = torch.empty_like(bad.logits)
-    cpp_rows.row_grad(bad.logits, bad.tokens, stats, torch.ones(5), None, bad.temperature, out)
-    expected = -(bad.logits / bad.temperature).softmax(1)[1] / bad.temperature
-    torch.testing.assert_close(out[1], expected, rtol=1e-5, atol=1e-7)
-
-
-def test_extreme_log_ratios():
-    """A clipped token of log-ratio +-1e3 has gradient 0, not 0 * inf (TRL 1.16, Liger 0.8.5)."""
-    case = RowCase.random(4, 80, CLIP)
-    old = case.inputs.old_logprobs + torch.tensor([1e3, -1e3, 1e3, -1e3])
-    advantages = torch.tensor([1.0, 1.0, -1.0, -1.0])
-    inputs = case.inputs._replace(old_logprobs=old, advantages=advantages)
-    loss, *_, grad = run(dataclasses.replace(case, inputs=inputs), CLIP)
-    assert loss.isfinite().all()
-    assert (grad == 0).all()
-
-
 @pytest.mark.parametrize("entropy", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_in_place_is_out_of_place_bit_by_bit(dtype, entropy):
@@ -405,22 +293,6 @@ def test_strided_rows_and_missing_gradient():
     assert [x.shape[0] for x in empty] == [0] * 5
 
 
-def test_many_rows():
-    """A launch grid of rows overflowed at 65,536 (REGRESSIONS row 2)."""
-    check_policy_loss(cpp_rows, RowCase.random(70_000, 8, CLIP), CLIP)
-
-
-def test_offsets_beyond_32_bits():
-    """Rows 2^31 elements apart (REGRESSIONS row 1). The memory between them is never touched."""
-    torch.use_deterministic_algorithms(False)  # which would fill it
-    apart = torch.empty(2**31 + 64, dtype=torch.bfloat16).as_strided((2, 64), (2**31, 1))
-    case = RowCase.random(2, 64, CLIP, dtype=torch.bfloat16)
-    want = run(case, CLIP)
-    apart.copy_(case.logits)
-    rows = cpp_rows.row_policy_loss(apart, case.tokens, case.inputs, CLIP, case.temperature, apart)
-    assert_same_bits([*rows, apart], want)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocab", [1, 7, 1000, 4097])
 def test_details(vocab, dtype):
@@ -470,104 +342,3 @@ def test_every_two_byte_number_is_converted_as_torch_does(dtype, factor):
     want = scaled.masked_fill(scaled.abs() < torch.finfo(torch.float32).tiny, 0).to(dtype)
     cpp_rows.scale_(numbers, torch.tensor(factor))
     torch.testing.assert_close(numbers, want, rtol=0, atol=0, equal_nan=True)
-
-
-def test_writing_is_seen_by_autograd():
-    """Overwriting a tensor that autograd saved must raise in backward, not change its gradient."""
-    leaf = torch.randn(4, 20, requires_grad=True)
-    capped = leaf.tanh()  # saves its output
-    with torch.no_grad():
-        cpp_rows.scale_(capped, torch.tensor(2.0))
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        capped.sum().backward()
-    case = RowCase.random(5, 64, EVERYTHING)
-    capped = torch.randn(5, 64, requires_grad=True).tanh()
-    with torch.no_grad():
-        stats = cpp_rows.row_stats(case.logits, case.tokens, 1.0)
-        cpp_rows.row_grad(case.logits, case.tokens, stats, torch.ones(5), None, 1.0, capped)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        capped.sum().backward()
-
-
-def test_compiles_into_one_graph():
-    """The two primitives that a compiler sees are opaque to it, the mutation of `out` included."""
-    case = RowCase.random(5, 64, EVERYTHING)
-    c, e = torch.randn(5), torch.randn(5)
-
-    def step(logits):
-        stats = cpp_rows.row_stats(logits, case.tokens, case.temperature)
-        out = torch.empty_like(logits)
-        cpp_rows.row_grad(logits, case.tokens, stats, c, e, case.temperature, out)
-        return *stats, out * 1.0
-
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    assert_same_bits([*compiled(case.logits)], [*step(case.logits)])
-
-
-def test_operators_pass_opcheck():
-    case = RowCase.random(4, 33, EVERYTHING)
-    ops, t = torch.ops.fastpo, torch.full((4,), 0.8)
-    rule = [float(x) for x in cpp_rows.ObjectiveParams.from_objective(EVERYTHING)]
-    stats = ops.cpp_row_stats(case.logits, case.tokens, 1.0, t, None)
-    grad = (case.tokens, *stats, t, t, 1.0, t)
-    loss = (case.tokens, *case.inputs, rule, 1.0, t)
-    out, factor = torch.zeros_like(case.logits), torch.tensor(2.0)
-    for op, arguments in (
-        (ops.cpp_row_stats, (case.logits, case.tokens, 1.0, t, t > 0)),
-        (ops.cpp_row_grad, (case.logits, *grad, out)),
-        (ops.cpp_row_policy_loss, (case.logits, *loss, None)),
-        (ops.cpp_row_policy_loss, (case.logits, *loss, out)),
-        (ops.cpp_scale_, (case.logits.clone(), factor)),
-    ):
-        torch.library.opcheck(op.default, arguments)
-
-
-def test_wrong_arguments_are_refused_by_the_operators():
-    """They are the last line: `fastpo.ops` has checked before. Nothing is read out of bounds."""
-    case = RowCase.random(4, 33, CLIP)
-    with pytest.raises(RuntimeError, match="tokens must be"):
-        cpp_rows.row_stats(case.logits, case.tokens.int(), 1.0)
-    with pytest.raises(RuntimeError, match="tokens must be"):
-        cpp_rows.row_stats(case.logits, case.tokens[:3], 1.0)
-    with pytest.raises(RuntimeError, match="unit stride"):
-        cpp_rows.row_stats(case.logits.t().contiguous().t(), case.tokens, 1.0)
-    with pytest.raises(RuntimeError, match="float32, bfloat16 or float16"):
-        cpp_rows.row_stats(case.logits.double(), case.tokens, 1.0)
-    with pytest.raises(RuntimeError, match="2-byte dtype under float32"):
-        half = case.logits.bfloat16()
-        out = torch.empty_like(half, dtype=torch.float16)
-        cpp_rows.row_policy_loss(half, case.tokens, case.inputs, CLIP, 1.0, out)
-
-
-def simd_levels() -> list[str]:
-    return _extension.build_info()["simd_compiled"]
-
-
-@pytest.mark.slow  # the sanitizers run every level, too
-@pytest.mark.skipif("FASTPO_SIMD" in os.environ, reason="this run is at a level of its own")
-@pytest.mark.parametrize("level", simd_levels())
-def test_every_simd_level(level):
-    """These files again in a process of their own, at each level that the build holds."""
-    environment = {**os.environ, "FASTPO_SIMD": level}
-    probe = [sys.executable, "-c", "import torch, fastpo._C as c; print(c.build_info()['simd'])"]
-    probed = subprocess.run(probe, env=environment, capture_output=True, text=True)
-    if "expected one of" in probed.stderr:
-        pytest.skip(f"this CPU lacks {level}")
-    assert probed.stdout.strip() == level, probed.stderr
-    if level == _extension.build_info()["simd"]:
-        return  # the level of this very process
-    # What is left out is shared by all levels: the scalar rule, the operators, the dispatch.
-    others = "not (kl_estimators or graph or opcheck or simd or autograd or refused or many_rows)"
-    files = map(str, Path(__file__).parent.glob("test_cpp_rows*.py"))
-    tests = [sys.executable, "-m", "pytest", "-q", "-x", *files, "-k", others]
-    done = subprocess.run(tests, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:]
-
-
-def test_an_unknown_simd_level_is_refused():
-    code = "from fastpo.backends import cpp; print(cpp.unavailable())"
-    environment = {**os.environ, "FASTPO_SIMD": "mmx"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
-    )
-    assert "FASTPO_SIMD is 'mmx', expected one of" in done.stdout

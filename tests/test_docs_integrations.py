@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
@@ -9,15 +10,56 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "integrations.md").read_text()
-EXAMPLES = re.findall(r"<!-- run -->\n```python\n(.*?)```", PAGE, flags=re.DOTALL)
+BLOCKS = re.findall(r"<!-- run(?:: (\w+))? -->\n```python\n(.*?)```", PAGE, flags=re.DOTALL)
+EXAMPLES = {kind: [text for k, text in BLOCKS if k == kind] for kind in ("", "trl", "verl")}
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda text: text.splitlines()[2][:40])
-def test_an_example_runs(example):
+def run(example):
     names: dict[str, object] = {}
     exec(compile(example, "docs/integrations.md", "exec"), names)
-    gradients = [x.grad for x in names["model"].parameters() if x.grad is not None]
+    return names
+
+
+@pytest.mark.parametrize("example", EXAMPLES[""], ids=lambda text: text.splitlines()[2][:40])
+def test_an_example_runs(example):
+    gradients = [x.grad for x in run(example)["model"].parameters() if x.grad is not None]
     assert gradients and all(x.isfinite().all() for x in gradients)
+
+
+@pytest.mark.slow
+@pytest.mark.peer
+@pytest.mark.parametrize("example", EXAMPLES["trl"], ids=lambda text: text.splitlines()[1][:60])
+def test_an_example_of_trl_trains(example, tmp_path, monkeypatch):
+    """As it stands on the page: offline, with a tokenizer and a model of four words."""
+    pytest.importorskip("trl")
+    pytest.importorskip("datasets")
+    from fastpo.integrations import trl as integration
+
+    monkeypatch.chdir(tmp_path)
+    try:
+        trainer = run(example)["trainer"]
+    finally:
+        integration.uninstall()
+    norms = [row["grad_norm"] for row in trainer.state.log_history if "grad_norm" in row]
+    assert len(norms) == trainer.state.global_step == 2
+    assert all(map(math.isfinite, norms)) and any(norms)
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("example", EXAMPLES["verl"])
+def test_an_example_of_verl_runs(example, verl):
+    """After what verl's entry point does in every process."""
+    from fastpo.integrations import verl as integration
+
+    integration.install()
+    names = run(example)
+    gradient = names["log_prob"].grad
+    assert gradient.isfinite().all() and (gradient != 0).any()
+    assert names["metrics"]["actor/ppo_kl"] < 0
+
+
+def test_every_marked_example_is_run():
+    assert sum(map(len, EXAMPLES.values())) == len(BLOCKS) == PAGE.count("<!-- run") >= 4
 
 
 def test_every_adapter_is_on_the_page():

@@ -92,7 +92,7 @@ def test_backends_never_import_each_other():
             assert not imports(name, path, at_import=False) & others
 
 
-@pytest.mark.parametrize("folder", ["fastpo", "kernels", "csrc", "benchmarks", "tools"])
+@pytest.mark.parametrize("folder", ["fastpo", "kernels", "csrc", "benchmarks", "tools", "tests"])
 def test_no_file_is_too_long_to_read(folder):
     files = [f for f in (ROOT / folder).rglob("*") if f.suffix in (".py", ".h", ".cpp", ".cu")]
     assert files

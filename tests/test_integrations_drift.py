@@ -129,6 +129,14 @@ HOOKS = {
         },
         "areal.trainer.ppo.actor": {"ppo_actor_loss_fn": ()},
     },
+    "ms_swift": {
+        "swift.rlhf_trainers.grpo_trainer": {
+            "GRPOTrainer._get_logps_via_local_forward": (
+                *("self", "model", "model_inputs", "logits_to_keep", "input_ids"),
+                "compute_entropy",
+            ),
+        },
+    },
 }
 
 

@@ -6,76 +6,16 @@ trainers' formulas in plain torch; none of the trainers runs here.
 
 from __future__ import annotations
 
-import math
-import sys
 from dataclasses import dataclass
 from enum import Enum
-from types import ModuleType, SimpleNamespace
-from typing import Any
+from types import SimpleNamespace
 
 import pytest
 import torch
+from trainer_data import B, D, Data, T, V
 
 import fastpo
-from fastpo.integrations import megatron, nemo_rl, prime_rl, roll, slime, torchtitan, vime
-
-B, T, D, V = 3, 7, 8, 31
-
-
-@pytest.fixture
-def stand_in(monkeypatch):
-    """`stand_in("a.b.c", name=...)`: a module of that path with these names."""
-
-    def make(path: str, **names: Any) -> ModuleType:
-        parts = path.split(".")
-        for end in range(1, len(parts) + 1):
-            name = ".".join(parts[:end])
-            if name not in sys.modules:
-                monkeypatch.setitem(sys.modules, name, ModuleType(name))
-                if end > 1:
-                    parent = sys.modules[".".join(parts[: end - 1])]
-                    monkeypatch.setattr(parent, parts[end - 1], sys.modules[name], raising=False)
-        vars(sys.modules[path]).update(names)
-        return sys.modules[path]
-
-    return make
-
-
-class Data:
-    """[B, T] log-probs of three policies, hidden states and a head."""
-
-    def __init__(self):
-        gen = torch.Generator().manual_seed(4)
-
-        def normal(*shape, scale=1.0):
-            return scale * torch.randn(*shape, generator=gen, dtype=torch.float64)
-
-        self.logprobs = -torch.rand(B, T, generator=gen, dtype=torch.float64) - 0.1
-        self.old = self.logprobs + normal(B, T, scale=0.4)
-        self.ref = self.logprobs + normal(B, T, scale=0.3)
-        self.advantages = normal(B, T)
-        self.mask = torch.rand(B, T, generator=gen) > 0.3
-        self.hidden = normal(B, T, D).float()
-        self.weight = normal(V, D, scale=0.5).float()
-        self.labels = torch.randint(0, V, (B, T), generator=gen)
-
-    def leaf(self, rows=slice(None)):
-        return self.logprobs[rows].clone().requires_grad_()
-
-    def clipped(self, logprobs, rows=slice(None), low=0.2, high=0.3, dual=math.inf):
-        """PPO's surrogate per token, as each of these trainers writes it."""
-        ratio, advantages = (logprobs - self.old[rows]).exp(), self.advantages[rows]
-        loss = -torch.min(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
-        bounded = torch.min(loss, -dual * advantages) if dual < math.inf else loss
-        return torch.where(advantages < 0, bounded, loss)
-
-    def scored(self, temperature=1.0):
-        logits = self.hidden @ self.weight.t() / temperature
-        logprobs = logits.log_softmax(-1)
-        return (
-            logprobs.gather(-1, self.labels[..., None])[..., 0],
-            torch.distributions.Categorical(logits=logits).entropy(),
-        )
+from fastpo.integrations import megatron, nemo_rl, prime_rl, roll, slime, vime
 
 
 @dataclass
@@ -191,62 +131,47 @@ def test_megatrons_grpo_loss_per_token(packed, stand_in):
         torch.testing.assert_close(mine.detach().reshape(B, T), truth.detach())
 
 
-SLIME = {
-    "advantage_estimator": "grpo",
-    "use_rollout_logprobs": False,
-    "eps_clip": 0.2,
-    "eps_clip_high": 0.3,
-    "eps_clip_c": 1.4,
-    "entropy_coef": 0.01,
-    "use_kl_loss": True,
-    "kl_loss_type": "k2",
-    "kl_loss_coef": 0.1,
-}
-
-
-def test_slimes_custom_loss_over_log_probs_that_fastpo_scores(stand_in):
-    """REGRESSIONS 38: every argument shows in the loss, or raises."""
+def test_slimes_loss_on_log_probs_and_a_surrogate_of_fastpo(stand_in):
+    """REGRESSIONS 52: its own loss around the two functions; what it passes them counts."""
     data = Data()
+    data.old = data.scored()[0].double() + 0.8 * data.advantages.sign() * torch.rand(B, T)
+    keep = torch.rand(B, T, V) > 0.2
+    keep.scatter_(-1, data.labels[..., None], True)
 
-    def get_log_probs_and_entropy(logits, *, args, unconcat_tokens, with_entropy, **_):
+    def policy_loss_function(args, batch, logits, sum_of_sample_mean):
         scored = [
-            module.calculate_log_probs_and_entropy(rows, tokens, None, with_entropy=with_entropy)
-            for rows, tokens in zip(logits, unconcat_tokens, strict=True)
+            module.calculate_log_probs_and_entropy(
+                rows, tokens, None, with_entropy=True, log_prob_keep_mask=kept
+            )
+            for rows, tokens, kept in zip(logits, data.labels, keep, strict=True)
         ]
-        names = {"log_probs": [s[0].squeeze(-1) for s in scored], "entropy": [s[1] for s in scored]}
-        return torch.empty(0), names
+        logprobs = torch.cat([each[0].squeeze(-1) for each in scored])
+        pg_loss, clipped = module.compute_policy_loss(
+            torch.cat(batch["log_probs"]) - logprobs,
+            torch.cat(batch["advantages"]),
+            args.eps_clip,
+            args.eps_clip_high,
+            eps_clip_c=args.eps_clip_c,
+        )
+        entropy = sum_of_sample_mean(torch.cat([each[1] for each in scored]))
+        return sum_of_sample_mean(pg_loss) - 0.01 * entropy, {"clip": sum_of_sample_mean(clipped)}
 
     module = stand_in(
-        "slime.backends.megatron_utils.loss", get_log_probs_and_entropy=get_log_probs_and_entropy
+        "slime.backends.megatron_utils.loss", policy_loss_function=policy_loss_function
     )
-    stand_in(
-        "slime.utils.ppo_utils",
-        compute_approx_kl=lambda a, b, kl_loss_type, importance_ratio: 0.5 * (a - b) ** 2,
-    )
-    slime.install()
-    data.old = data.scored()[0].double() + 0.8 * data.advantages.sign() * torch.rand(B, T)
-    logits = (data.hidden @ data.weight.t()).requires_grad_()
-    names = {"advantages": data.advantages, "log_probs": data.old, "ref_log_probs": data.ref}
-    batch = {name: list(rows.float()) for name, rows in names.items()}
-    batch |= {"unconcat_tokens": list(data.labels), "total_lengths": [T] * B}
-    batch["response_lengths"] = [T] * B
-    args = SimpleNamespace(**SLIME)
+    logits = (data.hidden @ data.weight.t()).double().requires_grad_()
+    batch = {"advantages": list(data.advantages), "log_probs": list(data.old)}
+    args = SimpleNamespace(eps_clip=0.2, eps_clip_high=0.3, eps_clip_c=1.4)
     loss, metrics = slime.policy_loss(args, batch, logits, lambda x: x.sum() / 3)
 
-    logprobs, entropy = data.scored()
-    surrogate = data.clipped(logprobs.double(), dual=1.4)
-    kl = 0.5 * (logprobs - data.ref) ** 2
-    expected = (surrogate - 0.01 * entropy + 0.1 * kl).sum() / 3
-    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
-    assert {"loss", "pg_loss", "entropy_loss", "pg_clipfrac", "ppo_kl", "kl_loss"} == set(metrics)
-    loss.backward()
-    assert logits.grad.abs().sum() > 0
-    for change in ({"use_tis": True}, {"policy_loss_mode": "cispo"}, {"use_opsm": True}):
-        with pytest.raises(ValueError, match=f"slime sets {next(iter(change))}="):
-            slime.policy_loss(SimpleNamespace(**SLIME | change), batch, logits, torch.sum)
-    with pytest.raises(ValueError, match="advantage_estimator='gspo'"):
-        args.advantage_estimator = "gspo"
-        slime.policy_loss(args, batch, logits, torch.sum)
+    whole = torch.distributions.Categorical(logits=logits)
+    kept = torch.distributions.Categorical(logits=logits.masked_fill(~keep, -torch.inf))
+    logprobs = kept.log_prob(data.labels)
+    expected = (data.clipped(logprobs, dual=1.4) - 0.01 * whole.entropy()).sum() / 3
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    grads = [torch.autograd.grad(x, logits)[0] for x in (loss, expected)]
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-6)
+    assert metrics["clip"] > 0
 
 
 def vime_request(data, **changes):
@@ -380,76 +305,3 @@ def test_rolls_worker_computes_its_loss_by_fastpo(stand_in):
     worker.pipeline_config = SimpleNamespace(**ROLL | {"importance_sampling": "word"})
     with pytest.raises(ValueError, match="importance_sampling is 'word', expected one of"):
         worker.loss_func(batch, None)
-
-
-@pytest.fixture
-def titan(stand_in, monkeypatch):
-    """torchtitan's BaseLoss and ChunkedLossWrapper, and fastpo's loss on them."""
-
-    class BaseLoss:
-        @dataclass(kw_only=True, slots=True)
-        class Config:
-            pass
-
-    class ChunkedLossWrapper(BaseLoss):
-        def set_lm_head(self, lm_head):
-            self.lm_head = lm_head
-
-    stand_in("torchtitan.components.loss", BaseLoss=BaseLoss, ChunkedLossWrapper=ChunkedLossWrapper)
-    torchtitan._loss_class.cache_clear()
-    yield torchtitan.PolicyLoss
-    torchtitan._loss_class.cache_clear()
-
-
-def test_torchtitans_loss_takes_hidden_states(titan):
-    """Loss, gradients and metrics of torchtitan's DAPO loss on the head's logits."""
-    loss_fn = titan(titan.Config(preset="dapo", clip_low=0.2, clip_high=0.3))
-    data = Data()
-    arguments = {
-        "generator_logprobs": data.scored()[0].reshape(-1) - 0.3 * data.advantages.reshape(-1),
-        "advantages": data.advantages.reshape(-1).float(),
-        "loss_mask": data.mask.reshape(-1),
-    }
-    arguments["generator_logprobs"] = arguments["generator_logprobs"].float()
-    dropped = int(arguments["loss_mask"].nonzero()[0])
-    arguments["generator_logprobs"][dropped] = torch.nan
-    hidden, labels = data.hidden.reshape(-1, D), data.labels.reshape(-1)
-    with pytest.raises(ValueError, match="call set_lm_head first"):
-        loss_fn(hidden, labels, 40.0, **arguments)
-    head = torch.nn.Linear(D, V, bias=False)
-    head.weight.data = data.weight
-    loss_fn.set_lm_head(head)
-    hidden.requires_grad_()
-    loss, metrics = loss_fn(hidden, labels, torch.tensor(40.0), **arguments)
-    grads = torch.autograd.grad(loss, [hidden, head.weight])
-
-    logprobs = head(hidden).log_softmax(-1).gather(-1, labels[:, None])[:, 0]
-    mask = arguments["loss_mask"].clone()
-    mask[dropped] = False
-    old, advantages = arguments["generator_logprobs"][mask], arguments["advantages"][mask]
-    ratio = (logprobs[mask] - old).exp()
-    expected = -torch.min(ratio * advantages, ratio.clamp(0.8, 1.3) * advantages).sum() / 40
-    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
-    truth = torch.autograd.grad(expected, [hidden, head.weight])
-    torch.testing.assert_close(grads, truth, rtol=1e-4, atol=1e-6)
-    moved = ((ratio < 0.8) | (ratio > 1.3)).sum() / 40
-    assert metrics["loss/ratio_clipped_frac"].item() == pytest.approx(moved.item())
-    assert metrics["loss/generator_logprob_nan_frac"].item() == pytest.approx(1 / 40)
-    assert metrics["loss/ratio_mean"].item() == pytest.approx((ratio.sum() / 40).item(), rel=1e-5)
-    with torch.no_grad():
-        torch.testing.assert_close(loss_fn(hidden, labels, 40, **arguments)[0], loss.detach())
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"preset": "gspo"}, "preset 'gspo' needs sequences"),
-        ({"preset": "nope"}, "preset is 'nope', expected one of"),
-        ({"preset": "reinforce", "clip_low": 0.1}, "clip_low with preset 'reinforce'"),
-        ({"preset": "cispo", "clip_high": 0.1}, "clip_high with preset 'cispo'"),
-    ],
-)
-def test_torchtitans_loss_refuses_what_it_cannot_honour(titan, fields, message):
-    """REGRESSIONS 38."""
-    with pytest.raises(ValueError, match=message):
-        titan(titan.Config(**fields))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import queue
 from types import SimpleNamespace
 
+import parity_notes
 import pytest
 import torch
 import trl_runs
@@ -137,12 +139,13 @@ CASES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_five_steps_equal_stock(case, family, tmp_path):
+def test_five_steps_equal_stock(case, family, tmp_path, record_property):
     """Loss, gradient norm, metrics and weights, positions shared by two samples included."""
     pair, config = family
 
     def run(trainer_class):
         return trained(trainer_class, config, tmp_path, trl_runs.tiny(), **CASES[case])
 
-    rows = trl_runs.assert_the_same(run, pair)
+    noted = functools.partial(parity_notes.write, record_property, "TRL AsyncGRPO", case)
+    rows = trl_runs.assert_the_same(run, pair, noted)
     assert any(v > 0 for row in rows for k, v in row.items() if k.startswith("clip_ratio"))

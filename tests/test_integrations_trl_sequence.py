@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+
+import parity_notes
 import pytest
 import torch
 import trl_runs
@@ -45,7 +48,7 @@ def gmpo():
     return (stock.GMPOTrainer, GMPOTrainer), stock.GMPOConfig
 
 
-def assert_the_same(family, folder, mixin=None, model=lambda: None, **settings):
+def assert_the_same(family, folder, mixin=None, model=lambda: None, noted=None, **settings):
     pair, config = family
     if mixin is not None:
         pair = tuple(type("Mixed", (mixin, base), {}) for base in pair)
@@ -53,7 +56,7 @@ def assert_the_same(family, folder, mixin=None, model=lambda: None, **settings):
     def run(trainer_class):
         return trl_runs.trained(trainer_class, config, folder, model=model(), **settings)
 
-    return trl_runs.assert_the_same(run, pair)
+    return trl_runs.assert_the_same(run, pair, noted)
 
 
 def clips(rows):
@@ -62,16 +65,18 @@ def clips(rows):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", RLOO)
-def test_rloo_equals_stock(case, rloo, tmp_path):
+def test_rloo_equals_stock(case, rloo, tmp_path, record_property):
     """Loss, gradient norm, metrics and weights: a ratio of sums, clipped; all in the rewards."""
-    rows = assert_the_same(rloo, tmp_path, **RLOO[case])
+    noted = functools.partial(parity_notes.write, record_property, "TRL RLOO", case)
+    rows = assert_the_same(rloo, tmp_path, noted=noted, **RLOO[case])
     assert case != "clipped" or any(clip > 0 for clip in clips(rows))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", GMPO)
-def test_gmpo_equals_stock(case, gmpo, tmp_path):
-    rows = assert_the_same(gmpo, tmp_path, **GMPO[case])
+def test_gmpo_equals_stock(case, gmpo, tmp_path, record_property):
+    noted = functools.partial(parity_notes.write, record_property, "TRL GMPO", case)
+    rows = assert_the_same(gmpo, tmp_path, noted=noted, **GMPO[case])
     assert case != "clipped" or any(clip > 0 for clip in clips(rows))
 
 

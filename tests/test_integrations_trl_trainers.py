@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
 import traceback
 from pathlib import Path
 
+import parity_notes
 import pytest
 import torch
 import trl_runs
@@ -73,7 +75,7 @@ def classes(mixin=None):
     return pair if mixin is None else tuple(type("Mixed", (mixin, base), {}) for base in pair)
 
 
-def assert_the_same(folder, mixin=None, model=lambda: None, **settings):
+def assert_the_same(folder, mixin=None, model=lambda: None, noted=None, **settings):
     """Of GRPO, stock and fastpo's."""
     pair = classes(mixin)
     from trl import GRPOConfig
@@ -81,13 +83,14 @@ def assert_the_same(folder, mixin=None, model=lambda: None, **settings):
     def run(trainer_class):
         return trl_runs.trained(trainer_class, GRPOConfig, folder, model=model(), **settings)
 
-    return trl_runs.assert_the_same(run, pair)
+    return trl_runs.assert_the_same(run, pair, noted)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_five_steps_equal_stock(case, tmp_path):
+def test_five_steps_equal_stock(case, tmp_path, record_property):
     """Loss, gradient norm, all metrics and the weights, over TRL's losses and options."""
-    rows = assert_the_same(tmp_path, **CASES[case])
+    noted = functools.partial(parity_notes.write, record_property, "TRL GRPO", case)
+    rows = assert_the_same(tmp_path, noted=noted, **CASES[case])
     clips = [v for row in rows for k, v in row.items() if "clip" in k and "completions" not in k]
     if case in ("delta", "cispo") or ("sequence level" in case and "vespo" not in case):
         assert any(clip > 0 for clip in clips)  # off-policy enough for the case to mean something

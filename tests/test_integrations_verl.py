@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import numpy as np
+import parity_notes
 import pytest
 import torch
 
@@ -79,7 +80,9 @@ def actor(config_class, counts="local", **settings):
 @pytest.mark.parametrize("counts", COUNTS)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", OWN)
-def test_a_preset_is_verls_own_loss_with_every_setting_of_its_config(installed, name, mode, counts):
+def test_a_preset_is_verls_own_loss_with_every_setting_of_its_config(
+    installed, name, mode, counts, record_property
+):
     """REGRESSIONS 38: clips, tau, aggregation and counts are the config's; metrics too."""
     core, config_class = installed
     settings = {"loss_scale_factor": 7} if mode.endswith("norm") and counts == "global" else {}
@@ -93,6 +96,7 @@ def test_a_preset_is_verls_own_loss_with_every_setting_of_its_config(installed, 
         data.weights = None
     ours, metrics = data.call(core, name, config, mode)
     theirs, expected = data.call(core, OWN[name], config, mode)
+    parity_notes.note(record_property, "verl", f"{name}, verl's {OWN[name]}", ours, theirs)
     torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-9)  # verl adds 1e-8 to counts
     assert {key: metrics[key] for key in expected} == pytest.approx(expected, rel=1e-6)
 

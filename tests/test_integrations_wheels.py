@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import parity_notes
 import peer_wheels
 import pytest
 import torch
@@ -70,7 +71,9 @@ def skyrl_losses():
 
 @pytest.mark.parametrize("correction", CORRECTIONS)
 @pytest.mark.parametrize("name", skyrl.PRESETS)
-def test_skyrls_losses_with_every_setting_of_its_config(skyrl_losses, name, correction):
+def test_skyrls_losses_with_every_setting_of_its_config(
+    skyrl_losses, name, correction, record_property
+):
     """REGRESSIONS 38: bounds, temperatures and corrections are the config's."""
     skyrl.install()
     skyrl.install()
@@ -103,9 +106,13 @@ def test_skyrls_losses_with_every_setting_of_its_config(skyrl_losses, name, corr
         config.dppo.dppo_type = dppo_type
         (loss, grad), (metrics,) = loss_of(f"fastpo_{name}")
         (their_loss, their_grad), (expected,) = loss_of(name)
+        value = their_loss if name != "dppo" else loss  # another function of the same gradient
+        ours, theirs = (loss, grad), (value, their_grad)
+        parity_notes.note(
+            record_property, "SkyRL", f"{name}, correction {correction}", ours, theirs
+        )
         torch.testing.assert_close(grad, their_grad, rtol=1e-6, atol=1e-9)
-        if name != "dppo":  # whose value is another function of the same gradient
-            torch.testing.assert_close(loss, their_loss, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(loss, value, rtol=1e-6, atol=1e-9)
         assert metrics == pytest.approx(expected, rel=1e-6)
         assert metrics["clip_ratio"] > 0 or name == "sapo"
         assert grad.abs().sum() > 0
@@ -147,8 +154,9 @@ OPENRLHF = [
 
 @pytest.mark.parametrize("counts", ["local", "global"])
 @pytest.mark.parametrize("settings", OPENRLHF, ids=lambda x: "-".join(map(str, x.values())))
-def test_openrlhfs_policy_loss_with_every_setting(settings, counts):
+def test_openrlhfs_policy_loss_with_every_setting(settings, counts, record_property):
     """REGRESSIONS 38: clips, dual clip, gspo, sample means, counts, every level and gate."""
+    feature = ", ".join(f"{name} {value}" for name, value in settings.items()) or "defaults"
     settings = {"clip_eps_low": 0.2, "clip_eps_high": 0.3} | settings
     if settings.get("is_correction_gating", "ratio") != "ratio":
         settings["is_correction_threshold"] = (0, 0.02)
@@ -179,11 +187,23 @@ def test_openrlhfs_policy_loss_with_every_setting(settings, counts):
             )
         ]
     (ours, metrics), (theirs, expected) = results
+    parity_notes.note(record_property, "OpenRLHF", feature, ours, theirs)
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
     for mine, other in zip(metrics, expected, strict=True):
         assert (mine is None) == (other is None)
         if mine is not None:
             assert float(mine) == pytest.approx(float(other), rel=1e-6)
+
+
+def test_openrlhfs_own_loss_types_only():
+    """REGRESSIONS 38: OpenRLHF raises for another policy_loss_type when it computes."""
+    data = Data()
+    with peer_wheels.wheel("openrlhf", "deepspeed"):
+        from openrlhf.models import loss
+
+        made = openrlhf.policy_loss_class(loss)(policy_loss_type="cispo")
+        with pytest.raises(ValueError, match="policy_loss_type is 'cispo', expected one of ppo"):
+            made(data.logprobs, data.old, data.advantages)
 
 
 REJECTIONS = {
@@ -198,7 +218,7 @@ REJECTIONS = {
 @pytest.mark.parametrize("c_clip", [None, 1.4])
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("rejection", REJECTIONS)
-def test_areals_actor_loss_with_every_setting(rejection, level, c_clip, packed):
+def test_areals_actor_loss_with_every_setting(rejection, level, c_clip, packed, record_property):
     """REGRESSIONS 38: clips, dual clip, both levels, rejection; per-token statistics too."""
     settings = REJECTIONS[rejection]
     if settings is not None:
@@ -233,6 +253,9 @@ def test_areals_actor_loss_with_every_setting(rejection, level, c_clip, packed):
             for loss in (areal.ppo_actor_loss_fn, functional.ppo_actor_loss_fn)
         ]
     (ours, (statistics,)), (theirs, (expected,)) = results
+    parity_notes.note(
+        record_property, "AReaL", f"{level} level, rejection {rejection}", ours, theirs
+    )
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
     assert statistics.keys() == expected.keys()
     mask = tensors["loss_mask"]

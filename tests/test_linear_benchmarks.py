@@ -67,6 +67,17 @@ def test_a_wrong_gradient_is_noticed(methods):
     assert methods.relative_error((loss, hidden * torch.nan, weight), (loss, hidden, weight)) > 1e9
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["--rows", "3"]])
+def test_the_rows_benchmark_reads_its_command_line(arguments, monkeypatch, capsys):
+    """It ran, for minutes, whatever it was asked."""
+    monkeypatch.setattr("sys.argv", ["bench_cpu_rows.py", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        load("bench_cpu_rows").main()
+    assert ended.value.code == (0 if arguments == ["--help"] else 2)
+    said = capsys.readouterr()
+    assert "--write" in said.out + said.err
+
+
 @pytest.mark.parametrize("name", ["bench_linear_cpu", "bench_linear_gpu", "memory_curve"])
 def test_benchmark_files_import(name):
     assert callable(load(name).main)

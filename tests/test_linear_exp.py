@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastpo
-from fastpo.kernels import exp_logits
+from fastpo.kernels import exp_logits, exp_sums
+from fastpo.ops.linear_exp import LOG_LARGEST_SUM
 from fastpo.testing.budget import assert_within_budget, cosine
 from fastpo.testing.linear import LinearCase
 from fastpo.testing.objectives import PRESETS
@@ -222,6 +224,11 @@ def test_improbable_tokens_reach_the_loss(device):
     assert (exact[0, :3] < -60).all()
     case = replace(case, old_logprobs=(exact.detach() + 0.1).float())
     check(case, fastpo.dapo(), case.fused)
+    assert pytest.approx(math.exp(LOG_LARGEST_SUM)) == exp_sums.LARGEST_SUM
+    for objective in (fastpo.dapo(), fastpo.gspo()):
+        result, _ = case.fused(objective, backend="triton-exp", chunk_tokens=4)
+        below = (exact < -60)[case.mask].sum()
+        assert result.metrics["redone"] == below >= 3 and result.means()["redone"] > 0
 
 
 @pytest.mark.parametrize("backend", ["triton-exp", "triton-exp-kept"])

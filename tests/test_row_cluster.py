@@ -14,6 +14,7 @@ import pytest
 import torch
 from cluster_emulation import H100_BYTES, ClusterOnGpu, EmulatedCluster, build
 
+import fastpo
 from fastpo.backends.base import alias_rows
 from fastpo.objective import KL_ESTIMATORS, Objective
 from fastpo.testing.objectives import GATES, PRESETS
@@ -297,3 +298,29 @@ def test_places_give_the_same_bits(vocab, dtype, entropy, cluster):
     cluster.row_grad(case.logits, *arguments, exact)
     cluster.row_grad(logits, *arguments, inside := alias_rows(logits, dtype))
     assert torch.equal(inside, exact.to(dtype))
+
+
+def test_what_the_backend_lacks_is_refused_in_one_line(monkeypatch):
+    """Statistics beyond log-prob and entropy, and kept sets of a head: before anything runs."""
+    from fastpo.backends import cuda
+
+    monkeypatch.setattr(cuda, "unavailable", lambda device: None)
+    hidden, weight, tokens = torch.randn(3, 8), torch.randn(20, 8), torch.tensor([1, 2, 3])
+    kept = fastpo.kept_from_arrays([[1, 2, 3]], [[0, 1, 2, 3]])
+    calls = {
+        "statistics with backend 'cuda'": lambda: fastpo.token_logprobs(
+            hidden @ weight.t(), tokens, statistics=["is_top1"], backend="cuda"
+        ),
+        "statistics with fastpo.backends.cuda": lambda: fastpo.linear_token_logprobs(
+            hidden, weight, tokens, statistics=["is_top1"], backend="cuda"
+        ),
+        "kept_tokens with fastpo.backends.cuda": lambda: fastpo.linear_token_logprobs(
+            hidden, weight, tokens, backend="cuda", **kept._asdict()
+        ),
+    }
+    for beginning, call in calls.items():
+        with pytest.raises(ValueError) as error:
+            call()
+        message = str(error.value)
+        assert message.startswith(beginning) and "expected one of" in message
+        assert "\n" not in message

@@ -224,6 +224,8 @@ WRONG = {
     ),
     "a mask": (lambda p, h, t: p > 0, TypeError, "returned dtype torch.bool, expected"),
     "no graph": (lambda p, h, t: p.detach(), ValueError, r"without a graph.*leave out detach\(\)"),
+    "two arguments": (lambda p, h: p, TypeError, r"\(p, h\), expected a rule .*too many"),
+    "four arguments": (lambda p, h, t, x: p, TypeError, r"expected a rule .*missing.*'x'"),
     "a parameter": (lambda p, h, t: p * PARAMETER, ValueError, "that requires a gradient, which"),
 }
 

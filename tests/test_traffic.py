@@ -75,29 +75,33 @@ def test_row_grad_reads_once_and_writes_once(dtype):
 @pytest.mark.parametrize("inplace", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_policy_loss_at_32768(dtype, inplace):
-    """One launch. In bf16 the whole row is kept in registers; in fp32 a quarter is read again."""
+    """One launch. The whole row is kept in registers: what it costs is the floor."""
     case = random_case(V, dtype)
     with count_traffic() as traffic:
         run_policy_loss(triton_rows, case, EVERYTHING, inplace=inplace)
     (kernel,) = traffic.kernels.values()
     size = case.logits.nbytes
     assert kernel.launches == 1
-    assert kernel.total_bytes <= (2.01 if dtype == torch.bfloat16 else 2.27) * size
-    assert kernel.dram_bytes <= 2.01 * size
+    assert kernel.dram_bytes <= kernel.total_bytes <= 2.01 * size
     assert H100_SMS * kernel.reuse_window <= H100_L2
 
 
 @pytest.mark.parametrize(
-    "dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)]
+    ("vocab", "dtype", "factor"),
+    [
+        (151936, torch.bfloat16, 2.76),
+        pytest.param(151936, torch.float32, 2.81, marks=pytest.mark.slow),
+        pytest.param(128256, torch.bfloat16, 2.64, marks=pytest.mark.slow),
+        pytest.param(50257, torch.bfloat16, 2.82, marks=pytest.mark.slow),
+    ],
 )
-@pytest.mark.parametrize("vocab", [151936])
-def test_policy_loss_of_long_rows(vocab, dtype):
-    """At most 3 N V requested; what is read again, one row per SM, fits an H100's L2 in bf16."""
+def test_policy_loss_of_long_rows(vocab, dtype, factor):
+    """All but the tail is read twice; what is, one row per SM, fits an H100's L2 in bf16."""
     case = random_case(vocab, dtype, rows=1)
     with count_traffic() as traffic:
         run_policy_loss(triton_rows, case, EVERYTHING, inplace=True)
     (kernel,) = traffic.kernels.values()
-    assert kernel.total_bytes <= 3.01 * case.logits.nbytes
+    assert kernel.total_bytes <= factor * case.logits.nbytes
     assert kernel.dram_bytes <= 2.01 * case.logits.nbytes
     if dtype == torch.bfloat16:
         assert H100_SMS * kernel.reuse_window <= H100_L2
@@ -171,5 +175,5 @@ def test_peers_ask_for_more(peer, dtype, capsys):
     with capsys.disabled():
         for name, traffic in (("fastpo", ours), (peer.__name__, theirs)):
             print(f"\n{name} {dtype}, V = {V}:\n{traffic.report(case.logits.nbytes)}")
-    assert ours.total_bytes <= 2.27 * case.logits.nbytes
+    assert ours.total_bytes <= 2.01 * case.logits.nbytes
     assert theirs.total_bytes >= 2.99 * case.logits.nbytes

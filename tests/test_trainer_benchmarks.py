@@ -70,3 +70,12 @@ def test_the_long_context_step_is_the_same_by_every_method(method, monkeypatch):
         grads.append(torch.cat([p.grad.flatten() for p in made.parameters()]))
     torch.testing.assert_close(*grads, atol=1e-6, rtol=1e-4)
     assert grads[0].norm() > 1e-3
+
+
+def test_both_caches_of_a_rollout_draw_the_same_tokens(monkeypatch):
+    benchmark = load("rollout_cache")
+    monkeypatch.setattr(benchmark.rollout, "growing", None)  # and put back at the end
+    policy = benchmark.endless()
+    drawn = [benchmark.measure(policy, 8, 12, name)[1] for name in benchmark.CACHES]
+    assert drawn[0] == drawn[1] and len(set(map(tuple, drawn[0]))) == 8
+    assert {len(tokens) for tokens in drawn[0]} == {12}

@@ -121,9 +121,13 @@ def one(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_two_ranks_train_as_one_process_does(tmp_path, one):
-    """REGRESSIONS 16, 32: the same completions, curves and weights; in another layout, too."""
-    output, _ = train(tmp_path, "run", "optim.share_prompts=true")
+@pytest.mark.parametrize(
+    "more", [("optim.share_prompts=true",), ("replicas=2", "optim.token_budget=1")], ids=str
+)
+def test_two_ranks_train_as_one_process_does(tmp_path, one, more):
+    """REGRESSIONS 16, 32: the same completions, curves and weights; in another layout, as two
+    replicas, and with a micro-batch per sample, too."""
+    output, _ = train(tmp_path, "run", *more)
     assert output.count("Held-out accuracy before") == 1  # rank 0 alone speaks
     same(tmp_path / "run", one)
     two, right = (
@@ -149,7 +153,7 @@ def test_a_run_resumes_on_another_number_of_ranks(tmp_path, one, ranks):
 
 @pytest.mark.slow
 def test_adapters_train_on_two_ranks_as_on_one(tmp_path, one):
-    """With the reference below them, and layers checkpointed; a bfloat16 base is sharded, too."""
+    """With the reference below them, and layers checkpointed; a base of bfloat16, too."""
     arguments = (
         *("model.lora.rank=4", f"model.path={one / 'checkpoint'}", "warmup.max_steps=0"),
         *("model.gradient_checkpointing=true", "steps=2"),
@@ -157,7 +161,7 @@ def test_adapters_train_on_two_ranks_as_on_one(tmp_path, one):
     for ranks in (1, 2):
         train(tmp_path, f"run{ranks}", *arguments, ranks=ranks)
     same(tmp_path / "run2", tmp_path / "run1", "adapter_model")
-    train(tmp_path, "low", *arguments, "model.dtype=bfloat16")
+    train(tmp_path, "low", *arguments, "model.dtype=bfloat16", "replicas=2")
     train(tmp_path, "low", "--resume", *arguments, "model.dtype=bfloat16", "steps=3")
     assert [row["step"] for row in rows(tmp_path / "low") if "reward" in row] == [1, 2, 3]
 

@@ -9,7 +9,7 @@ import torch
 
 from fastpo.trainer import experience
 from fastpo.trainer.algorithm import resolve
-from fastpo.trainer.config import AlgorithmConfig
+from fastpo.trainer.config import AlgorithmConfig, RolloutConfig
 from fastpo.trainer.experience import (
     assign_advantages,
     collect,
@@ -220,7 +220,10 @@ def test_surplus_groups_come_first_in_the_next_step_as_they_were_sampled(monkeyp
         first = step([])
         assert (first.carried, len(first.groups), len(first.surplus)) == (0, 3, 1)
         policy.version = 1
-        carried = from_plain(to_plain(first.surplus))
+        saved, rollout = to_plain(first.surplus), RolloutConfig(prompts=3, group_size=4)
+        carried = from_plain(saved, rollout)
+        assert from_plain(saved, dataclasses.replace(rollout, group_size=2)) == []
+        assert from_plain(saved, dataclasses.replace(rollout, prompts=1)) == []
         assert carried == [
             [dataclasses.replace(s, problem=s.problem._replace(data=None)) for s in group]
             for group in first.surplus

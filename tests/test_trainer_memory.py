@@ -115,6 +115,17 @@ def test_checkpointed_layers_take_less_memory():
     assert peaks[1] < 0.4 * peaks[0]
 
 
+def test_a_fused_step_is_the_same_but_for_rounding(base):
+    found = []
+    for fused in (False, True):
+        policy = load_policy(base, ModelConfig(), CPU, stop=None)
+        learner = Learner(policy, OptimConfig(fused=fused), fastpo.dapo(), 1.0)
+        learner.update(judged(policy), Sums(), on_policy=True)
+        assert learner.optimizer.param_groups[0]["fused"] is (fused or None)
+        found.append(torch.cat([p.detach().flatten() for p in policy.model.parameters()]))
+    torch.testing.assert_close(*found, atol=1e-7, rtol=1e-6)
+
+
 def adapted(path, **options):
     """A policy of which only adapters learn."""
     torch.manual_seed(4)
@@ -169,6 +180,10 @@ def test_what_does_not_go_together_is_one_line(base, tmp_path):
         (["model.gradient_checkpointing=true", "optim.share_prompts=true"], "set one of them to"),
         (["model.lora.rank=4"], r"set model\.path"),
         (["model.lora.rank=4", "model.path=x", "warmup.max_steps=3"], r"warmup\.max_steps=0"),
+        (
+            ["model.lora.rank=4", "model.path=x", "algorithm.sync_reference_every=2"],
+            "without its adapters: set one of them to 0",
+        ),
     ):
         with pytest.raises(RecipeError, match=line) as caught:
             recipe.load(None, overrides)

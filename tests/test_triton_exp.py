@@ -203,6 +203,25 @@ def test_dead_rows_leave_zeros(device):
         batch.mask[:] = False
 
 
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.1])
+def test_rows_without_weight_leave_zeros(entropy_coef, device):
+    """REGRESSIONS 17: not masked when E was made, but of weight 0: no number of theirs counts."""
+    batch = Batch(device, n=12, mask=False)
+    ones = torch.ones(12, device=device)
+    weight, nan = ones / 12, ones * math.nan
+    weight[3:6] = 0
+    entropy_weight = 0.1 * weight if entropy_coef else None
+    rows = batch.rows()
+    old = torch.where(weight > 0, triton_exp.row_stats(rows, batch.tokens, 1.0).logprobs, nan)
+    inputs = RowInputs(weight, torch.where(weight > 0, ones, nan), old, None, entropy_weight)
+    objective = Objective(entropy_coef=entropy_coef)
+    losses = triton_exp.row_policy_loss(rows, batch.tokens, inputs, objective, 1.0, rows)
+    gradient = rows.factors[:, None] * rows.e.float()
+    assert not any(x[3:6].any() for x in (*losses, gradient))
+    others = weight > 0
+    assert gradient.isfinite().all() and gradient[others].any(1).all() and losses.loss[others].all()
+
+
 def test_nan_stays_in_its_row(device):
     """NaN hidden states, and ids outside the vocabulary (REGRESSIONS 21): seen, not spread."""
     batch = Batch(device, mask=False)

@@ -40,27 +40,11 @@ def _no_policy_gradient(
     advantage,
     low,
     high,
-    weights,
-    tau_pos,
-    tau_neg,
-    SURROGATE: tl.constexpr,
-    GATE_BY: tl.constexpr,
-    TWO_SIDED: tl.constexpr,
+    objective,
+    KIND: tl.constexpr,
 ):
     loss, slope, clipped = surrogate_loss(
-        logprob,
-        old_logprob,
-        ratio,
-        slope,
-        advantage,
-        low,
-        high,
-        weights,
-        tau_pos,
-        tau_neg,
-        SURROGATE,
-        GATE_BY,
-        TWO_SIDED,
+        logprob, old_logprob, ratio, slope, advantage, low, high, objective, KIND
     )
     return loss, slope * 0.0, clipped
 
@@ -101,7 +85,7 @@ def _ratio_of_one(logprob, old_logprob):
 MUTATIONS = {
     "the policy gradient is zero": ("_token_loss", "surrogate_loss", _no_policy_gradient),
     "the softmax gradient is zero": ("_rows", "softmax_gradient", _no_gradient),
-    "the token's own term is missing": ("row_policy_loss", "write_token_gradient", _no_token_term),
+    "the token's own term is missing": ("_rows", "write_token_gradient", _no_token_term),
     "the entropy's gradient is dropped": ("_rows", "softmax_gradient", _no_entropy_gradient),
     "the temperature is ignored": (
         "row_policy_loss",

@@ -7,6 +7,9 @@ import itertools
 
 import pytest
 import torch
+import triton
+import triton.language as tl
+from fastpo.kernels._token_loss import _one_minus_exp as one_minus_exp
 
 from fastpo.backends import triton as triton_rows
 from fastpo.objective import KL_ESTIMATORS, TOKEN_SURROGATES, Objective
@@ -229,3 +232,23 @@ def test_empty_batch(device):
     assert grad.shape == (0, 50) and all(x.shape == (0,) for x in rows)
     stats = triton_rows.row_stats(case.logits, case.tokens, 1.0)
     assert all(x.shape == (0,) for x in stats)
+
+
+@triton.jit
+def _one_minus_exp_kernel(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + i, mask=i < n, other=0.0)
+    tl.store(out_ptr + i, one_minus_exp(x), mask=i < n)
+
+
+def test_one_minus_p_of_a_likely_token_has_its_digits(device):
+    """1 - exp(x) near 0, where a gate and kept sets ask for it: by a series within 4 roundings;
+    beyond, within those of exp(x), of size 1."""
+    x = -torch.cat([torch.logspace(-7, 1, 500), torch.linspace(0.025, 0.035, 200)]).to(device)
+    out = torch.empty_like(x)
+    _one_minus_exp_kernel[(1,)](x, out, len(x), BLOCK=1024)
+    exact = -torch.expm1(x.double())
+    near = x > -0.03
+    error = (out - exact).abs() * 2**24
+    assert (error[near] <= 4 * exact[near]).all() and (error[~near] <= 4).all()
+    assert out[x == 0].sum() == 0

@@ -23,6 +23,8 @@ TESTS = [
     "tests/test_cpp_rows_blocks.py::test_scratch_ends_with_the_row",
     "tests/test_cpp_rows_blocks.py",
     "tests/test_cpp_rows.py",
+    "tests/test_cpp_rows_hostile.py",
+    "tests/test_cpp_operators.py",
     "tests/test_cpp_rows_kept.py",
 ]
 # What says nothing about memory, or takes gigabytes of address space.

@@ -9,26 +9,27 @@ options are those of a real launch.
     python tools/triton_aot.py --page benchmarks/results/aot.md --also .cache/triton-3.6.0
 
 writes the committed table, under this Triton and under another one unpacked into a folder
-(`make aot`).
+(`make aot`). Exits with 1 if a kernel spills registers.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import triton
-from torch import Tensor
+from aot_launches import Launches, exp_launches, kept_launches, row_launches
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
@@ -42,6 +43,8 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 VOCABULARIES = (32000, 50257, 128256, 151936, 262144)
+PRODUCTS = r"wgmma\.mma_async|tcgen05\.mma|mma\.sync"
+KERNELS = ("rows", "kept", "exp")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -131,6 +134,7 @@ class Resources:
     wide_stores: int  # 16 bytes
     narrow_stores: int
     shared: int  # bytes of shared memory
+    tensor_cores: int | None  # their instructions in the PTX (None: not counted on this target)
 
 
 def read_resources(
@@ -151,6 +155,7 @@ def read_resources(
         triton=triton.__version__,
         threads=compiled.metadata.num_warps * TARGETS[target].warp_size,
         shared=compiled.metadata.shared,
+        tensor_cores=len(re.findall(PRODUCTS, compiled.asm["ptx"])) if nvidia else None,
         **counts,
     )
 
@@ -248,73 +253,48 @@ def _from_amdgcn(compiled) -> dict:
     }
 
 
-def launches(vocab: int, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
-    """{label: launch} of every kernel on one row of `vocab` logits.
-
-    "all options" has KL, entropy bonus, bounds, NLL weights and temperatures per token; the others
-    what DAPO needs.
-    """
-    from fastpo.backends.base import ObjectiveParams
-    from fastpo.kernels import row_grad, row_policy_loss, row_stats, scale
-    from fastpo.objective import Objective
-
-    logits = torch.empty(1, vocab, dtype=dtype)
-    token = torch.zeros(1, dtype=torch.int64)
-    x = torch.zeros(1)
-    mask = torch.ones(1, dtype=torch.bool)
-    dapo = ObjectiveParams.from_objective(Objective(clip_high=0.28))._asdict()
-    everything = ObjectiveParams.from_objective(
-        Objective(kl_coef=0.1, kl_ratio_weighted=True)
-    )._asdict()
-    gate = Objective(surrogate="gate", gate="kl", kl_coef=0.1, old_kl_coef=0.1)
-    gated = ObjectiveParams.from_objective(gate)._asdict()
-    in_place = logits
-    calls = {
-        "row_stats": lambda: row_stats.row_stats(logits, token, 1.0, None, mask),
-        "row_stats, details": lambda: row_stats.row_stats(
-            logits, token, 1.0, x, mask, details=True
-        ),
-        "row_grad": lambda: row_grad.row_grad(logits, token, x, x, x, x, None, 1.0, None, in_place),
-        "row_grad, all options": lambda: row_grad.row_grad(
-            logits, token, x, x, x, x, x, 1.0, x, in_place
-        ),
-        "scale": lambda: scale.scale_(logits, x[0]),
-    }
-
-    def policy_losses(out: Tensor, suffix: str) -> None:
-        inputs = [x, x, x, *[None] * 5]  # weight, advantages, old log-probs; nothing optional
-        calls[f"row_policy_loss{suffix}"] = lambda: row_policy_loss.row_policy_loss(
-            logits, token, *inputs, 1.0, None, out, **dapo
-        )
-        calls[f"row_policy_loss{suffix}, all options"] = lambda: row_policy_loss.row_policy_loss(
-            logits, token, *[x] * 8, 1.0, x, out, **everything
-        )
-
-    policy_losses(in_place, "")
-    calls["row_policy_loss, gated"] = lambda: row_policy_loss.row_policy_loss(
-        logits, token, *[x] * 8, 1.0, x, in_place, **gated
-    )
-    if dtype == torch.float32:
-        policy_losses(logits.view(torch.bfloat16)[:, vocab:], " fp32 -> bf16")
-    return calls
-
-
-def inspect_kernels(targets, dtypes, vocabularies) -> list[Resources]:
-    """Compile every kernel for every combination; what one binary serves is compiled once."""
+def inspect_rows(
+    targets: Sequence[str], dtypes: Sequence[str], vocabularies: Sequence[int], only: Sequence[str]
+) -> list[Resources]:
+    """Compile the row kernels for every combination; what one binary serves is compiled once."""
     from fastpo.kernels._layout import row_layout
 
     found = []
-    for target in targets:
-        for dtype in dtypes:
-            for vocab in vocabularies:
-                layout = row_layout(torch.empty(1, vocab, dtype=DTYPES[dtype]))
-                for label, launch in launches(vocab, DTYPES[dtype]).items():
-                    with compiling_for(target) as compiled:
-                        launch()
-                    context = {"target": target, "dtype": dtype, "vocab": vocab, "label": label}
-                    context["columns"] = layout.STEP * layout.WIDTH
-                    found.append(read_resources(compiled[-1], **context))
+    for target, dtype, vocab in itertools.product(targets, dtypes, vocabularies):
+        with compiling_for(target) as compiled:
+            layout = row_layout(torch.empty(1, vocab, dtype=DTYPES[dtype]))
+            context = {"target": target, "dtype": dtype, "vocab": vocab}
+            context["columns"] = layout.STEP * layout.WIDTH
+            for label, launch in _chosen(row_launches(vocab, DTYPES[dtype]), only).items():
+                launch()
+                found.append(read_resources(compiled[-1], label=label, **context))
     return found
+
+
+def inspect_heads(
+    launches: Callable[[int, int], Launches],
+    targets: Sequence[str],
+    vocabularies: Sequence[int],
+    width: int,
+    only: Sequence[str],
+) -> list[Resources]:
+    """The same for kernels on a bf16 head (vocab, width); a launch may be of several kernels."""
+    found = []
+    for target, vocab in itertools.product(targets, vocabularies):
+        context = {"target": target, "dtype": "bf16", "vocab": vocab}
+        with compiling_for(target) as compiled:  # tiles depend on it
+            for label, launch in _chosen(launches(vocab, width), only).items():
+                compiled.clear()
+                launch()
+                for kernel in compiled:
+                    own = kernel.metadata.name.strip("_").removesuffix("_kernel")
+                    name = label if len(compiled) == 1 else own
+                    found.append(read_resources(kernel, label=name, **context))
+    return found
+
+
+def _chosen(launches: Launches, only: Sequence[str]) -> Launches:
+    return {label: x for label, x in launches.items() if not only or label in only}
 
 
 def table(resources: list[Resources]) -> str:
@@ -330,11 +310,12 @@ def table(resources: list[Resources]) -> str:
 
 def page(resources: list[Resources]) -> str:
     """The committed page: the table and how to read it."""
-    return f"""# Machine code of the row kernels
+    return f"""# Machine code of the Triton kernels
 
 Compiled ahead of time, without a GPU, through the launchers themselves. Sweeps are instructions per
 logit in the kernel's loops: the first reads, the second reads and writes. The kept tail of a row is
-straight code and not in them.
+straight code and not in them. `row_*` and `scale` take logits; `kept_*` rows with the ids that they
+kept, of a bf16 head of width 4096.
 
 {table(resources)}
 
@@ -359,36 +340,60 @@ def run_compiling(code: str, *arguments: str, triton: Path | None = None) -> str
     return result.stdout
 
 
-def under(folder: Path, options: list[str]) -> list[Resources]:
-    """The same inspection by a fresh process whose Triton is the one unpacked in `folder`."""
+def inspect_elsewhere(options: Sequence[object], triton: Path | None = None) -> list[dict]:
+    """What the command line finds with these options, in a process whose Triton compiles: the one
+    that is installed, or that in a folder."""
     code = "from triton_aot import main; main()"
-    found = json.loads(run_compiling(code, "--json", *options, triton=folder))
-    return [Resources(**fields) for fields in found]
+    return json.loads(run_compiling(code, "--json", *map(str, options), triton=triton))
 
 
 def main() -> None:
     """Command line: compile, inspect, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kernels", nargs="+", default=list(KERNELS), choices=KERNELS)
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--vocab", nargs="+", type=int, default=list(VOCABULARIES))
+    parser.add_argument("--width", type=int, default=4096, help="of the hidden states")
+    parser.add_argument("--only", nargs="+", default=[], metavar="LABEL", help="these alone")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--page", type=Path, help="write a Markdown page there")
     parser.add_argument("--also", type=Path, help="a folder with another Triton")
     options = parser.parse_args()
-    sys.path.insert(0, str(ROOT))  # this checkout, not another one that is installed
-    chosen = (options.targets, options.dtypes, options.vocab)
-    resources = inspect_kernels(*chosen)
+    resources = inspect(options)
     if options.also is not None:
-        targets, dtypes, vocab = (list(map(str, x)) for x in chosen)
-        arguments = ["--targets", *targets, "--dtypes", *dtypes, "--vocab", *vocab]
-        resources += under(options.also, arguments)
+        resources += [Resources(**x) for x in inspect_elsewhere(_again(options), options.also)]
     if options.page is not None:
         options.page.write_text(page(resources))
     elif options.json:
         json.dump([asdict(r) for r in resources], sys.stdout)
     else:
         print(table(resources))
+    spilled = [r for r in resources if r.stack or r.spills]
+    if spilled and not options.json:
+        sys.exit(f"triton_aot: {len(spilled)} of {len(resources)} spill\n{table(spilled)}")
+
+
+def inspect(options: argparse.Namespace) -> list[Resources]:
+    """What the options name."""
+    sys.path.insert(0, str(ROOT))  # this checkout, not another one that is installed
+    nvidia = [target for target in options.targets if TARGETS[target].backend == "cuda"]
+    head = (options.vocab, options.width, options.only)
+    found = []
+    if "rows" in options.kernels:
+        found += inspect_rows(options.targets, options.dtypes, options.vocab, options.only)
+    if "kept" in options.kernels:
+        found += inspect_heads(kept_launches, options.targets, *head)
+    if "exp" in options.kernels:
+        found += inspect_heads(exp_launches, nvidia, *head)
+    return found
+
+
+def _again(options: argparse.Namespace) -> list[object]:
+    """The options that say what to compile, as a command line has them."""
+    names = ("kernels", "targets", "dtypes", "vocab", "only")
+    words = [[f"--{name}", *getattr(options, name)] for name in names if getattr(options, name)]
+    return [*itertools.chain(*words), "--width", options.width]
 
 
 if __name__ == "__main__":

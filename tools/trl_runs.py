@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from parity_notes import relative
 
 STEPS, GENERATIONS = 5, 4
 RTOL = 1e-4  # in fp32, after five steps of either
 ATOL = 1e-5  # of log-ratios: differences of sums of about 20 nats, whose last bit is 2e-6
 TIMES = ("time", "runtime", "per_second", "perf/")
+LOGGED = ("loss", "grad_norm")
 CHARACTERS = "0123456789abcdefghij"
 PROMPTS = ("12", "3a4b", "5", "678c9", "ab", "0d1")
 
@@ -109,10 +111,13 @@ def weights(trainer: Any) -> dict[str, torch.Tensor]:
     return {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
 
 
-def assert_the_same(run: Any, classes: tuple[type, type]) -> list[dict[str, float]]:
+def assert_the_same(
+    run: Any, classes: tuple[type, type], noted: Any = None
+) -> list[dict[str, float]]:
     """Every logged number of every step, and every weight, of stock and of fastpo.
 
-    `run(trainer_class)` gives what `trained` does. Returns the rows of the first class.
+    `run(trainer_class)` gives what `trained` does. Returns the rows of the first class. `noted`
+    gets how far losses and gradient norms are apart, relative to those of all steps.
     """
     (theirs, before), (ours, after) = (run(trainer_class) for trainer_class in classes)
     assert len(theirs) == len(ours) == STEPS + 1
@@ -126,6 +131,9 @@ def assert_the_same(run: Any, classes: tuple[type, type]) -> list[dict[str, floa
                     value,
                     actual[name],
                 )
+    if noted is not None:
+        steps = [[row[name] for row in rows[:-1]] for name in LOGGED for rows in (ours, theirs)]
+        noted(relative(*steps[:2]), relative(*steps[2:]))
     for name, weight in before.items():
         torch.testing.assert_close(after[name], weight, rtol=0, atol=RTOL, msg=name)
     assert any(row.get("grad_norm", 0) > 1e-3 for row in theirs)

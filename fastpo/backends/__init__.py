@@ -16,6 +16,8 @@ _MODULES = {
     "cuda": "fastpo.backends.cuda",  # by name alone, until it is measured
 }
 BACKENDS = tuple(_MODULES)
+WITH_DETAILS = ("torch", "cpp", "triton")
+"""Those that have `row_details`, for the statistics of the log-prob ops."""
 _LINEAR_MODULES = {
     "triton-exp": "fastpo.backends.triton_exp",
     "triton-exp-kept": "fastpo.backends.triton_exp",

@@ -3,6 +3,10 @@
 A logit is read from memory once and its gradient is written once, for every vocabulary that fits
 (about 900,000 2-byte logits on an H100). It is taken by name alone until it has been measured. A
 thin layer over `torch.ops.fastpo.cuda_*` (csrc/row_cluster.cu).
+
+It has no `row_details` and no gathered rows of a head: an op that is asked for them refuses in one
+line. Metrics are summed by plain torch, in some sixty launches where backend "triton" has one, and
+kept sets of logits are gathered by it, as for every backend.
 """
 
 from __future__ import annotations

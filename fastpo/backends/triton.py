@@ -104,9 +104,10 @@ def row_policy_loss(
     """See `fastpo.backends.base.Backend`."""
     if out is not None:
         overwrites(logits, out)
-    arguments = (logits, *_contiguous(tokens, *inputs), *split_temperature(temperature), out)
-    params = ObjectiveParams.from_objective(objective)._asdict()
-    losses = RowLosses(*kernels.row_policy_loss.row_policy_loss(*arguments, **params))
+    tokens, *inputs = _contiguous(tokens, *inputs)
+    arguments = (logits, tokens, inputs, *split_temperature(temperature), out)
+    params = ObjectiveParams.from_objective(objective)
+    losses = RowLosses(*kernels.row_policy_loss.row_policy_loss(*arguments, params))
     if out is not None:
         written(out)
     return losses

@@ -277,9 +277,9 @@ def row_policy_loss(
         tuple(losses),
         logprob_grad,
         rows.factors,
+        ObjectiveParams.from_objective(objective),
         V=rows.head.weight.shape[0],
         **rows._options,
-        **ObjectiveParams.from_objective(objective)._asdict(),
     )
     if out is not None and not one_launch:
         entropy_grad = None if inputs.entropy_weight is None else -inputs.entropy_weight

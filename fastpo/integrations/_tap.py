@@ -57,7 +57,7 @@ class Tap:
         if self.calls > 1:
             raise ValueError(_called(self.model, "more than once"))
         reading = read_head(self.model, head)
-        state = head_state(head)
+        state = (head_state(head), tuple(self.model._forward_hooks))
         self.stand_in = hidden.new_zeros(*hidden.shape[:-1], 1)
         if self.checked != state:
             rows = hidden.detach().reshape(-1, hidden.shape[-1])[-CHECKED_ROWS:]
@@ -78,12 +78,7 @@ class Tap:
         made, version = self.made
         if output is made and _version(made) == version:
             return
-        hooks = [getattr(hook, "func", hook) for hook in head._forward_hooks.values()]  # partials
-        others = [
-            getattr(hook, "__qualname__", type(hook).__name__)
-            for hook in hooks
-            if (getattr(hook, "__module__", None) or "").split(".")[0] not in FRAMEWORKS
-        ]
+        others = [name for _, _, name in _hooks_of_others(head)]
         if others:
             raise ValueError(
                 f"{type(self.model).__name__}'s LM head has a forward hook that changes its output "
@@ -100,9 +95,35 @@ class Tap:
             if logits is None:
                 raise ValueError(f"{type(self.model).__name__} returns no logits to compare with")
             check_logits(self.model, expected, logits.reshape(-1, logits.shape[-1]))
+            self._verify_hooks(expected, outputs)
         except ValueError:
             self.checked = None
             raise
+
+    def _verify_hooks(self, expected: Sample, outputs: Any) -> None:
+        """Run the model's own forward hooks on these logits: in a scored call they see none."""
+        for number, hook, name in _hooks_of_others(self.model):
+            inputs = ((), {}) if number in self.model._forward_hooks_with_kwargs else ((),)
+            try:
+                returned = hook(self.model, *inputs, outputs)
+                logits = (outputs if returned is None else returned).logits
+                check_logits(self.model, expected, logits.reshape(-1, logits.shape[-1]))
+            except Exception as error:  # the hook's own, of any kind
+                raise ValueError(
+                    f"{type(self.model).__name__} has a forward hook, {name}, that changes its "
+                    "logits or cannot be run on a few of them: remove it, or score the logits "
+                    "with fastpo.policy_loss"
+                ) from error
+
+
+def _hooks_of_others(module: nn.Module) -> list[tuple[int, Callable[..., Any], str]]:
+    """(number, hook, name) of a module's forward hooks that no framework has put there."""
+    found = []
+    for number, hook in module._forward_hooks.items():
+        function = getattr(hook, "func", hook)  # partials
+        if (getattr(function, "__module__", None) or "").split(".")[0] not in FRAMEWORKS:
+            found.append((number, hook, getattr(function, "__qualname__", type(hook).__name__)))
+    return found
 
 
 def _version(tensor: Tensor) -> int:

@@ -25,8 +25,7 @@ class Scorer:
     """What TRL calls in the model's place: log-probs and entropies by fastpo, in its forward.
 
     With `loss_inputs`, the same forward makes the loss: `result`, a `CausalLMPolicyLoss`.
-    `statistics`, where given, are the [B, C] log-probs and entropies that TRL then sees: those of
-    more tokens than the loss's mask counts.
+    `statistics` are [B, C] log-probs and entropies that TRL sees where the loss's mask is False.
     """
 
     def __init__(
@@ -46,9 +45,9 @@ class Scorer:
         self, *, input_ids: Tensor, labels: Tensor, fused_lm_head: bool, **inputs: Any
     ) -> SimpleNamespace:
         """TRL's call of a model with its fused head; fields [B, C] for the last C tokens."""
-        scored = labels != -100
+        wanted = labels != -100
         accepted = inspect.signature(innermost(self.model).forward).parameters
-        completion = int(scored.any(0).long().argmax()) if self.loss_inputs is None else None
+        completion = int(wanted.any(0).long().argmax()) if self.loss_inputs is None else None
         if completion is None:
             completion = input_ids.shape[1] - self.loss_inputs["mask"].shape[1]
         tokens = input_ids.shape[1] - completion
@@ -64,14 +63,18 @@ class Scorer:
         }
         inputs["input_ids"] = input_ids
         if self.loss_inputs is None:
-            request = Request(completion_mask=scored, **common)
+            request = Request(completion_mask=wanted, **common)
             result = self.model(**inputs, token_logprobs=request)
         else:
             request = Request(**self._aligned(input_ids, tokens), **common)
             with torch.enable_grad():
                 result = self.result = self.model(**inputs, policy_loss=request)
-        logprobs, entropy = self.statistics or (result.logprobs, result.entropy)
-        return SimpleNamespace(log_probs=logprobs, entropy=entropy, aux_loss=result.aux_loss)
+        scored = result.logprobs, result.entropy
+        if self.statistics is not None:
+            mask = self.loss_inputs["mask"]
+            mine = (x[:, -mask.shape[1] :] for x in scored)
+            scored = [x.where(mask, y) for x, y in zip(mine, self.statistics, strict=True)]
+        return SimpleNamespace(log_probs=scored[0], entropy=scored[1], aux_loss=result.aux_loss)
 
     def _aligned(self, input_ids: Tensor, tokens: int) -> dict[str, Any]:
         """The loss's inputs with per-token ones [B, C] widened on the left to [B, `tokens`]."""

@@ -14,7 +14,7 @@ from trl.experimental.gmpo import GMPOTrainer as StockGMPOTrainer
 
 from fastpo.integrations._trl_scorer import FusedLoss, loss_mask, untrained
 from fastpo.objective import Objective
-from fastpo.rule import Rule, TokenInputs, loss_rule
+from fastpo.rule import LossRule, TokenInputs, loss_rule
 
 
 class RLOOTrainer(FusedLoss, StockRLOOTrainer):
@@ -50,7 +50,7 @@ class RLOOTrainer(FusedLoss, StockRLOOTrainer):
         return loss
 
 
-def sequence_clip(low: float, high: float) -> Rule:
+def sequence_clip(low: float, high: float) -> LossRule:
     """-min(s A, clip(s, low, high) A) with s = exp(sum_t d_t), a mean over sequences.
 
     The sum of the old policy's log-probs counts; how it is spread over the tokens does not.

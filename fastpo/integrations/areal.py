@@ -15,12 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpo import presets
-from fastpo.integrations._tokens import is_clipped, token_terms
+from fastpo.integrations._tokens import clipped_by, is_clipped, token_terms
 from fastpo.objective import CLIPPED_MAX
 from fastpo.segments import Segments
-
-LEVELS = {"token": presets.ppo, "sequence": presets.gspo}
 
 
 def install() -> None:
@@ -46,13 +43,9 @@ def ppo_actor_loss_fn(
     """AReaL's loss over packed [N] or padded [B, T] tensors, and its statistics per token.
 
     Raises:
-        ValueError: another level than those of `LEVELS`.
+        ValueError: another level than "token" and "sequence".
     """
-    if importance_sampling_level not in LEVELS:
-        raise ValueError(
-            f"importance_sampling_level is {importance_sampling_level!r}, "
-            f"expected one of {', '.join(LEVELS)}"
-        )
+    preset = clipped_by("importance_sampling_level", importance_sampling_level)
     count = loss_mask.count_nonzero().clamp(min=1)  # of the tokens before any is rejected
     statistics, weights = {}, None
     if rejection_sampling is not None:
@@ -65,7 +58,7 @@ def ppo_actor_loss_fn(
         mean = segments.mean(flat, loss_mask.bool().reshape(-1))
         advantages = segments.broadcast(mean).view(logprobs.shape)
     terms = token_terms(
-        LEVELS[importance_sampling_level](
+        preset(
             clip_low=eps_clip,
             clip_high=eps_clip if eps_clip_higher is None else eps_clip_higher,
             ratio_max=c_clip,

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastpo.integrations._tokens import score_head_shard
 from fastpo.mismatch import rollout_correction
 from fastpo.objective import Objective
 from fastpo.ops.from_logprobs import policy_loss_from_logprobs
-from fastpo.ops.linear import linear_token_logprobs
 
 
 def policy_loss(objective: Objective, **correction: Any) -> Any:
@@ -105,22 +105,15 @@ def from_parallel_hidden_states_to_logprobs(
     """
     if cp_group is not None and cp_group.size() > 1:
         raise ValueError(f"cp_group has {cp_group.size()} ranks, expected 1 with the fused head")
-    if output_weight_layer.shape[0] != vocab_end_index - vocab_start_index:
-        raise ValueError(
-            f"the head has {output_weight_layer.shape[0]} rows, expected those of the ids from "
-            f"{vocab_start_index} to {vocab_end_index}: pass this rank's shard"
-        )
     group = None if tp_group is None or tp_group.size() == 1 else tp_group
     hidden = tensor_parallel_hidden_states
     hidden = (hidden if group is None else _Gather.apply(hidden, group))[:-1].transpose(0, 1)
-    with torch.set_grad_enabled(torch.is_grad_enabled() and not inference_only):
-        return linear_token_logprobs(
-            hidden,
-            output_weight_layer,
-            target[:, 1:],
-            chunk_tokens=None if chunk_size is None else chunk_size * hidden.shape[0],
-            tp_group=group,
-        ).logprobs
+    return score_head_shard(
+        *(hidden, output_weight_layer, target[:, 1:], (vocab_start_index, vocab_end_index)),
+        tp_group=group,
+        inference_only=inference_only,
+        chunk_tokens=None if chunk_size is None else chunk_size * hidden.shape[0],
+    )
 
 
 class _Gather(torch.autograd.Function):

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpo import presets
-from fastpo.integrations._tokens import is_clipped, token_terms
+from fastpo.integrations._tokens import clipped_by, is_clipped, token_terms
 
 
 def install() -> None:
@@ -46,8 +45,11 @@ def policy_loss_class(loss_module: Any) -> type:
             mask = torch.ones_like(log_probs) if action_mask is None else action_mask
             corrected = self.is_correction_level != "off"
             gspo = self.policy_loss_type == "gspo"
+            preset = clipped_by(
+                "policy_loss_type", self.policy_loss_type, token="ppo", sequence="gspo"
+            )
             terms = token_terms(
-                (presets.gspo if gspo else presets.ppo)(
+                preset(
                     clip_low=self.clip_eps_low,
                     clip_high=self.clip_eps_high,
                     ratio_max=self.dual_clip,

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpo import presets
+from fastpo.integrations._tokens import summed_preset
 from fastpo.ops.from_logprobs import policy_loss_from_logprobs
 from fastpo.ops.linear import linear_token_logprobs
 
@@ -36,11 +36,9 @@ def policy_loss(inputs: Any, preset: str = "ppo", **fields: Any) -> Any:
     """
     from prime_rl.trainer.rl.loss import LossOutputs
 
-    if preset not in presets.__all__:
-        raise ValueError(f"preset is {preset!r}, expected one of {', '.join(presets.__all__)}")
     if "aggregation" in fields:
         raise ValueError("aggregation is given, but prime-rl divides the sum over tokens itself")
-    objective = getattr(presets, preset)(**fields, aggregation="token_mean")
+    objective = summed_preset(preset, **fields)
     weights = inputs.loss_weights
     if weights is not None and (objective.acts_without_advantage or preset in ("gmpo", "vespo")):
         raise ValueError(

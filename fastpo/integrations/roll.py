@@ -15,8 +15,13 @@ from typing import Any
 
 from torch import Tensor
 
-from fastpo import presets
-from fastpo.integrations._tokens import is_clipped, masked_mean, refuse, token_terms
+from fastpo.integrations._tokens import (
+    clipped_by,
+    is_clipped,
+    masked_mean,
+    refuse,
+    token_terms,
+)
 
 REFUSED = (
     *("train_infer_ratio_mask", "train_infer_diff_mask"),
@@ -78,10 +83,6 @@ def _check(config: Any, worker_config: Any) -> None:
 def _objective(config: Any) -> Any:
     low = config.pg_clip_low if config.use_pg_clip_range else config.pg_clip
     high = config.pg_clip_high if config.use_pg_clip_range else config.pg_clip
-    levels = {"token": presets.ppo, "seq": presets.gspo}
-    if config.importance_sampling not in levels:
-        raise ValueError(
-            f"importance_sampling is {config.importance_sampling!r}, expected one of {list(levels)}"
-        )
+    preset = clipped_by("importance_sampling", config.importance_sampling, sequence="seq")
     dual = 1 + config.pg_clip * 2 if config.dual_clip_loss else None
-    return levels[config.importance_sampling](clip_low=low, clip_high=high, ratio_max=dual)
+    return preset(clip_low=low, clip_high=high, ratio_max=dual)

@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 
 from fastpo import presets
-from fastpo.integrations._tokens import is_clipped, masked_mean, token_terms
+from fastpo.integrations._tokens import is_clipped, masked_mean, score_head_shard, token_terms
 from fastpo.objective import Objective
-from fastpo.ops.linear import linear_token_logprobs
 
 PREFIX = "fastpo_"
 PRESETS = {
@@ -117,12 +116,9 @@ def fused_lm_head(
     inference_only: bool,
 ) -> Tensor:
     """Log-probs [B, S] fp32 of hidden [B, S, D] and this rank's rows [V / tp, D] of the head."""
-    if weight.shape[0] != vocab_end_index - vocab_start_index:
-        raise ValueError(
-            f"the head has {weight.shape[0]} rows, expected those of the ids from "
-            f"{vocab_start_index} to {vocab_end_index}: pass this rank's shard"
-        )
-    with torch.set_grad_enabled(torch.is_grad_enabled() and not inference_only):
-        return linear_token_logprobs(
-            hidden, weight, target, chunk_tokens=chunk_size * hidden.shape[0], tp_group=tp_group
-        ).logprobs
+    return score_head_shard(
+        *(hidden, weight, target, (vocab_start_index, vocab_end_index)),
+        tp_group=tp_group,
+        inference_only=inference_only,
+        chunk_tokens=chunk_size * hidden.shape[0],
+    )

@@ -1,15 +1,14 @@
-"""slime: its log-probs by `fastpo.token_logprobs`, and its PPO loss by fastpo.
+"""slime: its log-probs by `fastpo.token_logprobs`, and its clipped surrogate by fastpo.
 
     --loss-type custom_loss
     --custom-loss-function-path fastpo.integrations.slime.policy_loss
 
     from fastpo.integrations import slime as fastpo_slime
-    fastpo_slime.install()        # e.g. in --custom-megatron-init-path: log-probs for every loss
+    fastpo_slime.install()        # or once, e.g. in --custom-megatron-init-path, for every loss
 
-Log-probs and entropy come from slime's own `get_log_probs_and_entropy`, which knows responses,
-temperature and context parallelism and, after `install()`, scores tokens with fastpo. eps_clip,
-eps_clip_high, eps_clip_c, entropy_coef, use_rollout_logprobs and the KL settings are honoured;
-other losses and corrections raise: they are slime's own `policy_loss`.
+Responses, temperature, context parallelism and top-p masks are slime's own code around the two
+functions; so are TIS, OPSM, GSPO, CISPO, KL, entropy, reducers and metrics, and every argument of
+them is honoured.
 """
 
 from __future__ import annotations
@@ -21,14 +20,39 @@ import torch
 from torch import Tensor
 
 from fastpo import presets
-from fastpo.integrations._tokens import is_clipped, refuse, score_shards, token_terms
+from fastpo.integrations._tokens import is_clipped, score_shards, token_terms
 
 
-def install() -> None:
-    """Let slime's losses and its log-prob pass score tokens with fastpo."""
+def install(args: Any = None) -> None:
+    """Put both functions where slime's losses look them up; twice changes nothing."""
     from slime.backends.megatron_utils import loss
 
     loss.calculate_log_probs_and_entropy = calculate_log_probs_and_entropy
+    loss.compute_policy_loss = compute_policy_loss
+
+
+def policy_loss(
+    args: Any, batch: dict[str, Any], logits: Tensor, sum_of_sample_mean: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """slime's custom loss: its own `policy_loss_function` after `install()`."""
+    from slime.backends.megatron_utils import loss
+
+    install()
+    return loss.policy_loss_function(args, batch, logits, sum_of_sample_mean)
+
+
+def compute_policy_loss(
+    ppo_kl: Tensor,
+    advantages: Tensor,
+    eps_clip: float,
+    eps_clip_high: float,
+    eps_clip_c: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Loss and 0 or 1 for what was clipped, per token [N]; `ppo_kl` is old - new log-probs."""
+    clips = {"clip_low": eps_clip, "clip_high": eps_clip_high, "ratio_max": eps_clip_c}
+    old = torch.zeros_like(ppo_kl)
+    terms = token_terms(presets.ppo(**clips), -ppo_kl, advantages, old_logprobs=old)
+    return terms.loss, is_clipped(terms).float()
 
 
 def calculate_log_probs_and_entropy(
@@ -55,55 +79,3 @@ def calculate_log_probs_and_entropy(
     if not with_entropy:
         return logprobs, None
     return logprobs, whole.entropy if with_entropy_grad else whole.entropy.detach()
-
-
-def policy_loss(
-    args: Any, batch: dict[str, Any], logits: Tensor, sum_of_sample_mean: Callable[[Tensor], Tensor]
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """slime's custom loss: PPO's surrogate with its arguments, reduced by its own function.
-
-    Raises:
-        ValueError: an argument asks for another loss or correction.
-    """
-    from slime.backends.megatron_utils.loss import get_log_probs_and_entropy
-    from slime.utils.ppo_utils import compute_approx_kl
-
-    mode = getattr(args, "policy_loss_mode", "ppo")
-    other = ("use_opsm", "use_tis", "get_mismatch_metrics", "custom_pg_loss_reducer_function_path")
-    settings = {name: getattr(args, name, None) for name in other}
-    settings["advantage_estimator"] = "gspo" if args.advantage_estimator == "gspo" else None
-    refuse("slime", settings | {"policy_loss_mode": None if mode == "ppo" else mode})
-    names = ("unconcat_tokens", "total_lengths", "response_lengths")
-    given = {name: batch[name] for name in names} | {"max_seq_lens": batch.get("max_seq_lens")}
-    _, scored = get_log_probs_and_entropy(logits, args=args, with_entropy=True, **given)
-    logprobs, entropy = (torch.cat(scored[name]) for name in ("log_probs", "entropy"))
-    old = batch["rollout_log_probs"] if args.use_rollout_logprobs else batch.get("log_probs")
-    old = torch.cat(old) if old else logprobs.detach()
-    terms = token_terms(
-        presets.ppo(
-            clip_low=args.eps_clip, clip_high=args.eps_clip_high, ratio_max=args.eps_clip_c
-        ),
-        logprobs,
-        torch.cat(batch["advantages"]),
-        old_logprobs=old,
-    )
-    pg_loss, entropy_loss = sum_of_sample_mean(terms.loss), sum_of_sample_mean(entropy)
-    loss = pg_loss - args.entropy_coef * entropy_loss
-    metrics = {
-        "pg_loss": pg_loss,
-        "entropy_loss": entropy_loss,
-        "pg_clipfrac": sum_of_sample_mean(is_clipped(terms).to(logprobs.dtype)),
-        "ppo_kl": sum_of_sample_mean(old - logprobs),
-    }
-    if args.use_kl_loss:
-        ratio = torch.exp(logprobs - old) if getattr(args, "use_unbiased_kl", False) else None
-        ref = torch.cat(batch["ref_log_probs"])
-        kl = compute_approx_kl(
-            logprobs, ref, kl_loss_type=args.kl_loss_type, importance_ratio=ratio
-        )
-        metrics["kl_loss"] = sum_of_sample_mean(kl)
-        loss = loss + args.kl_loss_coef * metrics["kl_loss"]
-    if logprobs.numel() == 0:  # a rank without responses still takes part in the backward
-        loss = loss + 0 * logits.sum()
-    metrics = {name: value.detach() for name, value in metrics.items()}
-    return loss, {"loss": loss.detach()} | metrics

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastpo import presets
+from fastpo.integrations._tokens import summed_preset
 from fastpo.objective import MAX_LOG_RATIO, Objective
 from fastpo.ops.linear import linear_policy_loss
 
@@ -85,20 +85,19 @@ def _loss_class() -> type:
 
 def _objective(config: Any) -> Objective:
     """The preset with the config's clips, summed over tokens."""
-    if config.preset not in presets.__all__:
-        raise ValueError(f"preset is {config.preset!r}, expected one of {presets.__all__}")
     given = {"clip_low": config.clip_low, "clip_high": config.clip_high}
     given = {name: value for name, value in given.items() if value is not None}
-    objective = getattr(presets, config.preset)(**given, aggregation="token_mean")
+    plain = summed_preset(config.preset)
+    if given and (plain.surrogate == "cispo" or not plain.takes_clip_bounds):
+        raise ValueError(
+            f"{', '.join(given)} with preset {config.preset!r}, which does not clip the ratio at "
+            "1 - clip_low and 1 + clip_high: leave them None"
+        )
+    objective = summed_preset(config.preset, **given)
     if not objective.is_token_level or objective.kl_coef:
         raise ValueError(
             f"preset {config.preset!r} needs sequences, which torchtitan does not pass: "
             "expected a token-level one, e.g. dapo"
-        )
-    if given and (objective.surrogate == "cispo" or not objective.takes_clip_bounds):
-        raise ValueError(
-            f"{', '.join(given)} with preset {config.preset!r}, which does not clip the ratio at "
-            "1 - clip_low and 1 + clip_high: leave them None"
         )
     return objective
 

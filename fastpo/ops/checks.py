@@ -7,7 +7,6 @@ the places where a call is checked; the rest is what they share.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from numbers import Real
 from typing import NamedTuple
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpo.backends.base import RowDetails
-from fastpo.objective import Objective, check_takes_clip_bounds
+from fastpo.objective import FLOAT_MAX, Objective, check_takes_clip_bounds, shown
 from fastpo.rule import RuleObjective
 
 _debug = False
@@ -231,8 +230,8 @@ def check_positive(name: str, value: object, *, what: str = "a number") -> None:
     """A finite number > 0."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} is {type(value).__name__}, expected {what}")
-    if not 0 < value < math.inf:  # Dynamo traces a comparison, not math.isfinite
-        raise ValueError(f"{name} is {value}, expected a finite number > 0")
+    if not 0 < value <= FLOAT_MAX:
+        raise ValueError(f"{name} is {shown(value)}, expected a finite number > 0")
 
 
 def check_temperature(
@@ -278,17 +277,20 @@ def check_normalizer(normalizer: object) -> None:
             raise TypeError(f"normalizer has dtype {normalizer.dtype}, expected a count")
         if not inspects_values(normalizer):
             return
+        normalizer = normalizer.item()
     elif isinstance(normalizer, bool) or not isinstance(normalizer, Real):
         raise TypeError(
             f"normalizer is {type(normalizer).__name__}, expected a number or a 0-d tensor"
         )
-    if not 0 <= normalizer < math.inf:  # Dynamo traces a comparison, not math.isfinite
-        raise ValueError(f"normalizer is {normalizer}, expected a finite count >= 0")
+    if not 0 <= normalizer <= FLOAT_MAX:
+        raise ValueError(f"normalizer is {shown(normalizer)}, expected a finite count >= 0")
 
 
 def check_objective(objective: object) -> None:
     """objective: a fastpo.Objective."""
-    if isinstance(objective, Objective | RuleObjective):
+    if isinstance(objective, RuleObjective):
+        return objective.check_signature()
+    if isinstance(objective, Objective):
         return
     if callable(objective):
         name, kind = objective.__name__, "class" if objective is Objective else "preset"

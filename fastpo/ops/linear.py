@@ -56,7 +56,7 @@ from fastpo.ops.linear_checks import (
     operand_dtype,
 )
 from fastpo.ops.linear_chunks import LinearCall, unmasked_rows
-from fastpo.ops.linear_exp import ExpShard, ExpTokenLogprobs, FusedExpLoss
+from fastpo.ops.linear_exp import ExpShard, ExpTokenLogprobs, FusedExpLoss, count_redone
 from fastpo.ops.linear_kept import KeptCall, KeptLoss, LinearKeptLogprobs
 from fastpo.ops.linear_sequences import SequenceLevelLoss
 from fastpo.ops.results import PolicyLoss, TokenLogprobs, TokenStatistics
@@ -196,7 +196,8 @@ def linear_policy_loss(
     chunk_loss = None if none else _chunk_loss(batch, call, weight, beside)
     if chunk_loss is None:
         logprobs, entropy = _logprobs(*operands, call, kept)
-        return loss_of_batch(batch, logprobs, entropy, leading=leading, backend=call.backend)
+        result = loss_of_batch(batch, logprobs, entropy, leading=leading, backend=call.backend)
+        return count_redone(result) if call.exponentials else result
     needs = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in operands)
     arguments = (*operands, call, chunk_loss, needs)
     if call.exponentials:
@@ -207,7 +208,8 @@ def linear_policy_loss(
         logprobs, entropy, clipped, backend=call.backend, **_sequence_terms(batch, logprobs)
     )
     (loss,) = call.checked(loss)
-    return PolicyLoss(loss, logprobs.view(leading), entropy.view(leading), metrics)
+    result = PolicyLoss(loss, logprobs.view(leading), entropy.view(leading), metrics)
+    return count_redone(result) if call.exponentials else result
 
 
 def _chunk_loss(
@@ -283,7 +285,8 @@ def _check_statistics(statistics: object, call: LinearCall, kept: KeptCall | Non
     checks.check_statistics(statistics)
     whole = kept is None and not call.exponentials and hasattr(call.backend, "row_details")
     if statistics and not whole:
-        what = "kept_tokens" if kept is not None else type(call.backend).__name__
+        of = "tp_group" if isinstance(call.backend, VocabularyShard) else call.backend.__name__
+        what = of if kept is None else "kept_tokens"
         raise ValueError(
             f"statistics with {what}: they are of whole rows of a whole head, expected one of the "
             "backends 'torch', 'cpp' and 'triton' with neither kept_tokens nor tp_group"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastpo.ops import checks
+from fastpo.ops.batch import of_rows
 from fastpo.ops.head import Head, wide_gemm
 from fastpo.ops.tensor_parallel import VocabularyShard
 
@@ -194,8 +195,7 @@ class LinearCall:
 
     def row_temperature(self, rows: ChunkRows, head: Head) -> float | Tensor:
         """The temperature of a chunk's rows, as the row primitives take it."""
-        per_token = isinstance(self.temperature, Tensor)
-        return head.temperature(self.temperature[rows] if per_token else self.temperature)
+        return head.temperature(of_rows(self.temperature, rows))
 
 
 def unmasked_rows(

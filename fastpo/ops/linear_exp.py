@@ -27,7 +27,10 @@ from fastpo.ops.linear_autograd import (
 )
 from fastpo.ops.linear_chunks import ChunkRows, LinearCall, length, put, take
 from fastpo.ops.linear_workspace import LinearGrads
+from fastpo.ops.results import PolicyLoss
 from fastpo.ops.tensor_parallel import VocabularyShard
+
+LOG_LARGEST_SUM = 60  # of kernels/exp_sums.py
 
 
 class ExpShard(VocabularyShard):
@@ -41,6 +44,15 @@ class ExpShard(VocabularyShard):
     def max_(self, x: Tensor) -> None:
         """See `fastpo.backends.triton_exp.Shard`."""
         dist.all_reduce(x, dist.ReduceOp.MAX, group=self.group)
+
+
+def count_redone(result: PolicyLoss) -> PolicyLoss:
+    """With `redone` among the metrics: tokens whose row was made a second time, from its maximum.
+
+    Those are the ones whose S, 1 / p of the token, passed e^60: log-prob below -60, or NaN.
+    """
+    redone = (result.logprobs >= -LOG_LARGEST_SUM).logical_not_().sum()
+    return result._replace(metrics=result.metrics | {"redone": redone})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +89,7 @@ class ExpPass:
             self._head,
             call.tokens[rows],
             mask,
-            _temperature(call, rows),
+            of_rows(call.temperature, rows),
             self._room(part.shape[0]) if gradient else None,
             shard=call.backend if isinstance(call.backend, ExpShard) else None,
             tanh_slope=self._tanh_slope,
@@ -90,11 +102,6 @@ class ExpPass:
         if self._e is None:
             self._e = triton_exp.empty_e(self._rows, self._head.weight)
         return self._e[:rows]
-
-
-def _temperature(call: LinearCall, rows: ChunkRows) -> float | Tensor:
-    per_token = isinstance(call.temperature, Tensor)
-    return call.temperature[rows] if per_token else call.temperature
 
 
 class ExpGrads(LinearGrads):
@@ -173,13 +180,13 @@ class FusedExpLoss(FusedLinearLoss):
         parts = []
         for number, rows in enumerate(chunks):
             chunk = one_pass.load(hidden, rows, gradient=number < len(with_gradient))
-            parts.append(chunk_loss.losses(call, chunk, _temperature(call, rows)))
+            parts.append(chunk_loss.losses(call, chunk, of_rows(call.temperature, rows)))
             if chunk.grad is not None:
                 grads.add(chunk)
         if grads is not None:
             grads.finish(call.backend)
         losses = _gather_rows(call, hidden, chunks, parts)
-        ctx.grads, ctx.backend = grads, call.backend
+        ctx.grads, ctx.backend, ctx.add_to = grads, call.backend, None
         ctx.mark_non_differentiable(losses.logprobs, losses.entropy, losses.clipped)
         return losses.loss.sum(), losses.logprobs, losses.entropy, losses.clipped
 
@@ -247,7 +254,7 @@ def _chunk_grads(
             None,  # statistics: they are in the chunk
             logprob_grad[rows],
             of_rows(entropy_grad, rows),
-            _temperature(call, rows),
+            of_rows(call.temperature, rows),
             chunk.grad,
         )
         grads.add(chunk)

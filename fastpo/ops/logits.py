@@ -173,6 +173,11 @@ def token_logprobs(
     if statistics and not (kept_tokens is None and tp_group is None):
         what = "tp_group" if kept_tokens is None else "kept_tokens"
         raise ValueError(f"statistics with {what}: they are of whole rows, ask for one of both")
+    if statistics and backend not in backends.WITH_DETAILS:
+        raise ValueError(
+            f"statistics with backend {backend!r}, which has none but log-probs and entropies: "
+            f"expected one of {', '.join(backends.WITH_DETAILS)} or None"
+        )
     leading = logits.shape[:-1]
     tokens, mask = flat_rows(tokens, torch.int64), flat_mask(mask)
     temperature = flat_temperature(temperature, logits)

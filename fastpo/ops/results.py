@@ -25,7 +25,8 @@ class PolicyLoss(NamedTuple):
     """Detached 0-d tensors on the device, sums and counts only, so micro-batches and ranks add:
     `tokens` (under the mask), `entropy`, `ratio`, `old_kl` (k3 estimate of KL(old || policy)),
     `clip_low`, `clip_high`, `clip_max` (tokens that each bound clipped), `ref_kl` (with a
-    reference). Divide by `tokens` for means; a rule in plain torch counts no clips."""
+    reference), `redone` (backend "triton-exp": tokens of a log-prob below -60, whose rows cost
+    twice). Divide by `tokens` for means; a rule in plain torch counts no clips."""
 
     def means(self) -> dict[str, float]:
         """The metrics as floats: `tokens` itself, everything else per token (0 without tokens).

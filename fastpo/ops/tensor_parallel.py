@@ -80,26 +80,9 @@ class VocabularyShard:
         )
         return _merge(_gather(packed, self.group), self._outside(tokens), mask)
 
-    def row_grad(
-        self,
-        logits: Tensor,
-        tokens: Tensor,
-        stats: RowStats,
-        logprob_grad: Tensor,
-        entropy_grad: Tensor | None,
-        temperature: float | Tensor,
-        out: Tensor,
-    ) -> None:
+    def row_grad(self, logits: Tensor, tokens: Tensor, *arguments: object) -> None:
         """The local columns' gradient, from merged statistics."""
-        self.backend.row_grad(
-            logits,
-            self._local_tokens(tokens),
-            stats,
-            logprob_grad,
-            entropy_grad,
-            temperature,
-            out,
-        )
+        self.backend.row_grad(logits, self._local_tokens(tokens), *arguments)
 
     row_policy_loss = two_step_policy_loss  # statistics must be merged before there is a loss
 

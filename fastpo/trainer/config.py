@@ -83,6 +83,10 @@ class WarmupConfig:
 class RolloutConfig:
     """How completions are sampled."""
 
+    engine: Literal["own", "vllm"] = "own"
+    """What samples; vllm, in the same process on each GPU, brings algorithm.correction with it."""
+    engine_args: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of vllm.LLM: gpu_memory_utilization (0.3 here), max_model_len, ..."""
     prompts: Count = 32
     """Prompts per step, after dynamic sampling."""
     group_size: Annotated[int, Ge(2)] = 8
@@ -154,6 +158,8 @@ class OptimConfig:
     """Decay of the first moment."""
     beta2: Share = 0.95
     """Decay of the second moment."""
+    fused: bool = False
+    """One kernel for the step of AdamW: faster, with fewer temporaries; rounds otherwise."""
     max_grad_norm: Positive = 1.0
     """Gradients are clipped to this norm."""
     updates_per_batch: Count = 1

@@ -12,6 +12,7 @@ import torch
 import fastpo
 from fastpo.trainer import distributed
 from fastpo.trainer.algorithm import Algorithm
+from fastpo.trainer.config import RolloutConfig
 from fastpo.trainer.policy import Policy
 from fastpo.trainer.rollout import Completion, Sampling, sample
 from fastpo.trainer.run.errors import TrainerError
@@ -175,9 +176,9 @@ def to_plain(groups: list[list[Sample]]) -> list[list[dict[str, Any]]]:
     ]
 
 
-def from_plain(groups: list[list[dict[str, Any]]]) -> list[list[Sample]]:
-    """What `to_plain` was given."""
-    return [
+def from_plain(groups: list[list[dict[str, Any]]], rollout: RolloutConfig) -> list[list[Sample]]:
+    """What `to_plain` was given, but for groups that a changed recipe has no room for."""
+    found = [
         [
             Sample(
                 **member
@@ -190,6 +191,7 @@ def from_plain(groups: list[list[dict[str, Any]]]) -> list[list[Sample]]:
         ]
         for group in groups
     ]
+    return [g for g in found if len(g) == rollout.group_size][: rollout.prompts - 1]
 
 
 def punish_overlong(groups: list[list[Sample]], max_length: int, cache_length: int) -> None:

@@ -77,11 +77,13 @@ def footprint(config: Config, ranks: int, *, alphabet: str | None, stop: str | N
         parts.append(Part("reference policy", weights / shards))
     if algorithm.critic:
         parts.append(Part("critic: weights, moments, gradients", 4 * weights))
+    own = config.rollout.engine == "own"
     if ranks > 1:
         layers = [sum(p.numel() for p in m.parameters()) for m in distributed.units(model)]
         casts = size * (total - sum(layers) + 3 * max(layers, default=0))
-        parts.append(Part("whole model to sample from", total * size, ("rollout",)))
-    elif size < 4:
+        if own:
+            parts.append(Part("whole model to sample from", total * size, ("rollout",)))
+    elif own and size < 4:
         parts.append(Part("weights, cast to sample from", trained * size, ("rollout",)))
     head = model.get_output_embeddings().weight
     loss = plan.plan(
@@ -102,7 +104,7 @@ def footprint(config: Config, ranks: int, *, alphabet: str | None, stop: str | N
         ranks,
         [
             *parts,
-            *_of_rollout(config, ranks, cache, head.shape[0], size),
+            *(_of_rollout(config, ranks, cache, head.shape[0], size) if own else ()),
             Part("weights, cast or gathered", casts, ("update",)),
             Part("activations" + ", checkpointed" * kept, activations[kept], ("update",)),
             Part("the loss", loss.peak_bytes, ("update",)),
@@ -185,6 +187,8 @@ def table(found: Footprint, config: Config) -> str:
     other = found.peak("update") + found.activations[not kept] - found.activations[kept]
     switch = f"  with model.gradient_checkpointing = {str(not kept).lower()}"
     lines.append(f"{switch:<46} {plan.human(other):>11}")
-    if config.rollout.max_prompt_tokens is None:
+    if config.rollout.engine != "own":
+        lines.append("  and vLLM takes its own share: rollout.engine_args.gpu_memory_utilization")
+    elif config.rollout.max_prompt_tokens is None:
         lines.append("  prompts are not in the KV cache: rollout.max_prompt_tokens is not given")
     return "\n".join(lines)

@@ -194,6 +194,10 @@ class Trainer:
         config = self.config
         selfcheck.check(policy, config.optim)
         self.policy = policy = distributed.shard(policy, config.replicas)
+        if config.rollout.engine == "vllm":
+            from fastpo.trainer.rollout_vllm import VllmRollout
+
+            policy.engine = VllmRollout(policy, config.rollout)
         fits = policy.fits(config.rollout.max_prompt_tokens)
         self.held_out = held_out(self.verifier, config.eval.problems, fits)
         policy.encode_all(self.held_out, config.rollout.max_new_tokens)
@@ -313,7 +317,7 @@ class Trainer:
             if self.critic and state["critic"]:
                 self.critic.load_state_dict(state["critic"])
             self.problems.load_state(state["problems"])
-            self.surplus = experience.from_plain(state["surplus"])
+            self.surplus = experience.from_plain(state["surplus"], self.config.rollout)
             self.generator.set_state(state["generator"])
             self.order.set_state(state["order"])
         except (KeyError, RuntimeError, TypeError, ValueError) as error:

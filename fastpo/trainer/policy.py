@@ -39,6 +39,7 @@ class Policy:
     stop_ids: Tensor  # (S,) every token id that ends a completion
     root: nn.Module | None = None  # of FSDP2, where the model is sharded
     adapted: bool = True  # False: its adapters are off
+    engine: Any = None  # a `rollout.Rollout` that samples in place of `rollout.sample`
 
     @property
     def dtype(self) -> torch.dtype:

@@ -8,7 +8,7 @@ copies the cache for every token: half of a rollout of 256), and drops rows that
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -60,6 +60,24 @@ class Sampling:
         return {} if given == {"top_k": 0, "top_p": 1.0, "min_p": 0.0} else given
 
 
+class Rollout(Protocol):
+    """What the trainer asks of a sampler: `sample` is one, `rollout_vllm.VllmRollout` another."""
+
+    def __call__(
+        self,
+        policy: Policy,
+        prompts: list[list[int]],
+        sampling: Sampling,
+        generator: torch.Generator,
+        share: slice = slice(None),
+    ) -> list[Completion]:
+        """`group_size` completions of every prompt of `share`, a group's side by side.
+
+        With the log-probs they were sampled at and, where not every token could be drawn, kept
+        sets. `generator` moves on alike on all ranks, whatever their share.
+        """
+
+
 @torch.no_grad()
 def sample(
     policy: Policy,
@@ -79,6 +97,8 @@ def sample(
     if sampling.temperature == 0 and sampling.group_size > 1:
         once = sample(policy, prompts, replace(sampling, group_size=1), generator, share)
         return [replace(done) for done in once for _ in range(sampling.group_size)]
+    if policy.engine is not None:
+        return policy.engine(policy, prompts, sampling, generator, share)
     completions = []
     step = max(1, sampling.batch_size // sampling.group_size) * (share.step or 1)
     with policy.forward_pass(), distributed.whole(policy.root):

@@ -65,6 +65,7 @@ class Learner:
             lr=config.learning_rate,
             betas=(config.beta1, config.beta2),
             weight_decay=config.weight_decay,
+            fused=config.fused or None,
         )
         self.total_updates = total_updates
         self.correction = correction

@@ -29,6 +29,7 @@ else:
 
 
 BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
+TAKES_BOOLEANS = re.compile(r"\b(bool|dict)\b")  # in a setting's type
 BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 
@@ -62,12 +63,28 @@ def load(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
 
 def build(values: dict[str, Any]) -> Config:
     """Check nested values (as TOML gives them) and make a Config of them."""
+    _check_booleans(values)
     try:
         config = TypeAdapter(Config).validate_python(values)
     except ValidationError as error:
         raise RecipeError(_explain(error.errors()[0])) from None
     _check_together(config)
+    _check_engine(config)
     return config
+
+
+def _check_booleans(values: dict[str, Any]) -> None:
+    """Refuse true and false where a number is expected: to Python they are 1 and 0."""
+    for setting in settings():
+        try:
+            value = reduce(getitem, setting.key.split("."), values)
+        except (KeyError, TypeError):  # not given, or no table: for others to refuse
+            continue
+        several = value if isinstance(value, list) else [value]
+        if any(isinstance(x, bool) for x in several) and not TAKES_BOOLEANS.search(setting.type):
+            raise RecipeError(
+                f"{setting.key} is {json.dumps(value)}, expected {setting.type} ({setting.help})"
+            )
 
 
 def _check_together(config: Config) -> None:
@@ -83,6 +100,27 @@ def _check_together(config: Config) -> None:
             "model.lora adapts a model that has learned something, which is also its reference: "
             "set model.path, and warmup.max_steps=0"
         )
+    if model.lora.rank and config.algorithm.sync_reference_every:
+        raise RecipeError(
+            "algorithm.sync_reference_every moves the reference policy, which with model.lora.rank "
+            "is the model without its adapters: set one of them to 0"
+        )
+
+
+def _check_engine(config: Config) -> None:
+    """What another sampler needs: a model that it can read, and a correction of its ratios."""
+    rollout = config.rollout
+    if rollout.engine == "own":
+        return
+    if config.model.path is None or config.model.lora.rank or config.warmup.max_steps:
+        raise RecipeError(
+            "rollout.engine=vllm reads the model itself: set model.path, model.lora.rank=0 and "
+            "warmup.max_steps=0"
+        )
+    if not rollout.kept_sets and (rollout.top_k or rollout.top_p < 1 or rollout.min_p):
+        raise RecipeError("rollout.engine=vllm gives log-probs over kept sets: set kept_sets=true")
+    if not config.algorithm.correction:
+        config.algorithm.correction = {"mode": "truncate"}
 
 
 def dump(config: Config) -> str:

@@ -1,4 +1,4 @@
-"""`positions` and `tokens` of an attached model: packed rows, positions scored several times."""
+"""Attached models: `positions` and `tokens` in a mask's place, and hooks that come later."""
 
 from __future__ import annotations
 
@@ -85,3 +85,39 @@ def test_what_does_not_fit_is_refused(model, ids, change, message):
     asked |= {"objective": fastpo.ppo()} | change
     with pytest.raises((TypeError, ValueError), match=message):
         model(input_ids=ids, policy_loss=asked)
+
+
+def halving(module, args, outputs):
+    """A user's hook: the policy samples at twice the temperature."""
+    if hasattr(outputs, "logits"):
+        outputs.logits = outputs.logits / 2
+    return outputs
+
+
+class Halving:
+    def __call__(self, module, args, kwargs, outputs):
+        return halving(module, args, outputs)
+
+
+@pytest.mark.parametrize("hook", [halving, Halving()])
+def test_a_hook_that_changes_the_logits_of_an_attached_model_is_seen(model, ids, hook):
+    """REGRESSIONS 51: registered after the first scored call, on the model itself."""
+    asked = {"completion_mask": torch.ones(B, T)}
+    expected = model(input_ids=ids, token_logprobs=asked)
+    seen = []
+    reading = model.register_forward_hook(lambda module, args, outputs: seen.append(outputs))
+    again = model(input_ids=ids, token_logprobs=asked)
+    assert torch.equal(again.logprobs, expected.logprobs)
+    assert len(seen) == 2 and seen[0].logits.shape[-1] == V and seen[1] is again
+    model(input_ids=ids, token_logprobs=asked)
+    assert len(seen) == 3  # looked at once
+    changing = model.register_forward_hook(hook, with_kwargs=hook is not halving)
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match=r"LlamaForCausalLM has a forward hook, .*alving, that"
+        ):
+            model(input_ids=ids, token_logprobs=asked)
+    changing.remove()
+    again = model(input_ids=ids, token_logprobs=asked)
+    assert torch.equal(again.logprobs, expected.logprobs)
+    reading.remove()
