@@ -141,6 +141,18 @@ def test_a_temperature_costs_no_accuracy_far_from_zero():
         torch.testing.assert_close(got, want, rtol=1e-6, atol=2e-6)
 
 
+def test_what_rounding_the_maximum_took_stands_in_the_log_of_the_sum():
+    """m / T of logits around 1e4 is rounded by up to 5e-4 in fp32; m / T + log s is not."""
+    case = RowCase.random(9, 300, CLIP)
+    logits = case.logits + 1e4
+    stats = cpp_rows.row_stats(logits, case.tokens, 0.7)
+    largest = logits.double().amax(1)
+    whole = ((logits.double() - largest[:, None]) / 0.7).logsumexp(1)
+    rounded = stats.row_max.double() - largest * torch.tensor(1 / 0.7).double()
+    assert rounded.abs().max() > 1e-5
+    torch.testing.assert_close(rounded + stats.log_sum.double(), whole, rtol=1e-6, atol=2e-6)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("where", ["first half", "last half", "all but the token"])
 def test_minus_infinity(where, dtype):

@@ -14,7 +14,13 @@ from torch import Tensor
 from fastpo.backends import cpp as cpp_rows
 from fastpo.backends.base import RowStats, alias_rows
 from fastpo.objective import Objective
-from fastpo.testing.rows import RowCase, check_policy_loss, check_stats_and_grad, run_policy_loss
+from fastpo.testing.rows import (
+    RowCase,
+    check_details,
+    check_policy_loss,
+    check_stats_and_grad,
+    run_policy_loss,
+)
 
 if (reason := cpp_rows.unavailable()) is not None:
     pytest.skip(reason, allow_module_level=True)
@@ -106,6 +112,7 @@ def test_blocks_of_different_height(name, dtype):
     case = RowCase(logits=logits, tokens=case.tokens, temperature=case.temperature, inputs=inputs)
     check_policy_loss(cpp_rows, case, EVERYTHING)
     check_stats_and_grad(cpp_rows, case)
+    check_details(cpp_rows, case)
     grad = run_policy_loss(cpp_rows, case, EVERYTHING)[1]
     assert (grad[logits == -math.inf] == 0).all()
     plain = inputs._replace(ref_logprobs=None, entropy_weight=None)

@@ -168,6 +168,8 @@ def test_the_host_may_know_how_many_rows_are_dense(monkeypatch):
     assert gemms(step(batch, dense_rows=LIVE)) == 2 * LIVE  # the hidden states are no leaf
     assert gemms(step(none, dense_rows=0)) == 0
     exact, known = batch.loss(**options, dense_rows=LIVE), none.loss(**options, dense_rows=0)
+    way = [str(each.loss.grad_fn.next_functions) for each in (exact, known)]
+    assert ["FusedLinearLoss" in each for each in way] == [True, False]
     monkeypatch.setattr(linear_kept, "unmasked_rows", lambda *_: (None, None))
     assert gemms(step(batch)) == 2 * (N + 8)  # padded to 16
     torch.testing.assert_close(batch.loss(**options).loss, exact.loss)
