@@ -25,7 +25,8 @@ TRL_TILE = (4096, 32768)
 PATHS = ("materialized", "chunked_recompute", "fastpo")
 EXP_PATHS = ("triton-exp", "triton-exp-kept")
 _EXP_PAD = 8  # columns that rows of exponentials are padded to
-_EXP_TILE = 128  # columns of the narrowest tile of their GEMM: two partial sums each
+_EXP_TILES = (128, 64)  # columns of the narrowest tile of their GEMM, two partial sums each; and
+#                         where the width of the hidden states is no multiple of 16
 _TRL_TEMPORARIES = 7
 _FP32 = 4
 _PER_TOKEN = 32  # loss, log-probs, entropy, flags; weights, advantages, indices of unmasked rows
@@ -208,7 +209,8 @@ def _has_exponentials(dtype: torch.dtype, device: str) -> bool:
 
 def _exponentials(vocab: int, hidden: int, tokens: int, chunk: int, *, kept: bool) -> list[Buffer]:
     columns = linear_chunks.padded(vocab, _EXP_PAD)
-    tiles = linear_chunks.padded(vocab, _EXP_TILE) // _EXP_TILE
+    tile = _EXP_TILES[hidden % 16 != 0]
+    tiles = linear_chunks.padded(vocab, tile) // tile
     rows = tokens if kept else chunk
     two = torch.bfloat16.itemsize
     return [

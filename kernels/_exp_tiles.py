@@ -6,6 +6,8 @@ Registers under Triton 3.6 / 3.9, without spills (tests/test_exp_aot.py):
     sm_100    the same, 3 stages         172 / 188   4 stages in two parts spill 110
     a bias    128 x 128 x 64, TMA        134 / 134   a bias is 64 more registers: 128 x 256 spills
     others    128 x 128 x 64, pointers   247 / 229   128 x 256 spills 156 on sm_80
+    ragged D  64 x 64 x 32, pointers     159 / 155   loads of 2 bytes hold an address each: 128 x
+                                                     128 spills 117 to 206, its redone rows 434
 
 The larger a tile, the fewer bytes of L2 an operation takes: 48 bytes a clock and SM for 128 x 256,
 64, which is all that an SM's port has, for 128 x 128. Which is fastest only a GPU can tell:
@@ -45,6 +47,7 @@ class ExpTile(NamedTuple):
 
 
 _BY_POINTERS = ExpTile(128, 128, 64, 1, False, False, 16, 8, 3)
+_RAGGED = ExpTile(64, 64, 32, 1, False, False, 16, 8, 2)
 _NARROW = ExpTile(128, 128, 64, 1, True, True, 16, 8, 4)
 _BY_TMA = {  # by major compute capability
     9: ExpTile(128, 256, 64, 2, True, True, 16, 8, 4),
@@ -58,7 +61,9 @@ def exp_tile(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: bool)
     It decides the order of a row's sums: one head has one tile, whatever its rows are for.
     """
     major = _capability() // 10
-    if major not in _BY_TMA or not _tma_can_read(hidden, weight):
+    if not _reads_wide(hidden, weight):
+        return _RAGGED
+    if major not in _BY_TMA:
         return _BY_POINTERS
     spills = bias is not None or (softcap and major == 10)
     return _NARROW if spills else _BY_TMA[major]
@@ -67,12 +72,15 @@ def exp_tile(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: bool)
 def redo_tile(tile: ExpTile) -> ExpTile:
     """The tile for listed rows. They are gathered, so by pointers; of the width of `tile`, so that
     their sums have the same places; of fewer rows, for there are few, and 128 x 256 spills."""
+    if tile == _RAGGED:
+        return tile
     return _BY_POINTERS._replace(M=64 if tile.N > 128 else tile.M, N=tile.N)
 
 
-def _tma_can_read(*matrices: Tensor) -> bool:
-    """Addresses and row strides of 16 bytes."""
-    return all(x.data_ptr() % 16 == 0 and x.stride(0) % PAD_COLUMNS == 0 for x in matrices)
+def _reads_wide(*matrices: Tensor) -> bool:
+    """Addresses and row strides of 32 bytes: those of which Triton makes 16-byte loads. TMA takes
+    16, but the rows that are done again are read by pointers."""
+    return all(x.data_ptr() % 16 == 0 and x.stride(0) % 16 == 0 for x in matrices)
 
 
 def _capability() -> int:

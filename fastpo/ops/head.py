@@ -43,7 +43,7 @@ class Head:
 
     def logits_(self, out: Tensor, hidden: Tensor) -> None:
         """Fill `out` (n, V) with the logits, before the outer softcap, of `hidden` (n, D)."""
-        if self.bias is not None:
+        if self.bias is not None:  # as a 1-D input, addmm would copy it, too
             out.copy_(self.bias.expand_as(out))
         beta = 0.0 if self.bias is None else self.gain
         add_matmul_(out, hidden, self.weight.t(), alpha=self.gain, beta=beta)

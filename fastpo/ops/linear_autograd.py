@@ -98,7 +98,7 @@ class FusedLinearLoss(torch.autograd.Function):
                 scale.undo(grads)
             grads.finish(call.backend)
         parts += idle
-        losses = _gather_rows(call, hidden, with_gradient + without, parts)
+        losses = scatter_losses(call, hidden, with_gradient + without, parts)
         if beside is not None:
             losses = beside.finish(head, hidden, losses, grads)
         ctx.grads, ctx.backend = grads, call.backend
@@ -124,7 +124,7 @@ class FusedLinearLoss(torch.autograd.Function):
         return *hand_over(scaled, ctx.add_to), None, None, None, None
 
 
-def _gather_rows(
+def scatter_losses(
     call: LinearCall, hidden: Tensor, chunks: list[ChunkRows], parts: list[RowLosses]
 ) -> RowLosses:
     """The losses of all rows, 0 where no chunk was."""

@@ -23,7 +23,7 @@ from fastpo.ops.linear_autograd import (
     ChunkLoss,
     FusedLinearLoss,
     LinearTokenLogprobs,
-    _gather_rows,
+    scatter_losses,
 )
 from fastpo.ops.linear_chunks import ChunkRows, LinearCall, length, put, take
 from fastpo.ops.linear_workspace import LinearGrads
@@ -185,7 +185,7 @@ class FusedExpLoss(FusedLinearLoss):
                 grads.add(chunk)
         if grads is not None:
             grads.finish(call.backend)
-        losses = _gather_rows(call, hidden, chunks, parts)
+        losses = scatter_losses(call, hidden, chunks, parts)
         ctx.grads, ctx.backend, ctx.add_to = grads, call.backend, None
         ctx.mark_non_differentiable(losses.logprobs, losses.entropy, losses.clipped)
         return losses.loss.sum(), losses.logprobs, losses.entropy, losses.clipped
