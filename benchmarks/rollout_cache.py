@@ -28,7 +28,7 @@ from fastpo.trainer.models import make_policy  # noqa: E402
 
 TABLE = HERE / "results" / "rollout_cache.md"
 SHAPES = ((64, 256), (64, 768))  # completions, tokens of each
-CACHES = {"copied": lambda cache, dtype: cache, "doubled": rollout.growing}
+CACHES = {"copied": lambda cache, *_: cache, "doubled": rollout.growing}
 
 
 def endless():

@@ -100,7 +100,7 @@ def test_checkpointed_layers_learn_bit_for_bit(base, dtype):
 
 
 def test_checkpointed_layers_take_less_memory():
-    """Peak bytes of activations; a layer runs again where there are gradients, and only there."""
+    """REGRESSIONS 56: peak bytes; a layer runs again where there are gradients, and only there."""
     peaks, calls = [], []
     for kept in (False, True):
         policy = make(layers=6, gradient_checkpointing=kept)

@@ -112,12 +112,13 @@ def test_looking_seldom_at_which_rows_have_ended_changes_nothing(policy, monkeyp
 
 def test_the_cache_is_appended_to_not_concatenated(policy, monkeypatch):
     """A token copies itself, and the whole cache only when its room doubles."""
-    copied, grown = [], rollout._Buffer.update
+    copied, rooms, grown = [], [], rollout._Buffer.update
 
     def update(self, keys, values, *rest):
         before = self.room
         out = grown(self, keys, values, *rest)
         copied.append(self.room is not before)
+        rooms.append(self.room[0].shape[-2])
         return out
 
     monkeypatch.setattr(rollout._Buffer, "update", update)
@@ -126,6 +127,7 @@ def test_the_cache_is_appended_to_not_concatenated(policy, monkeypatch):
     assert {len(c.tokens) for c in longest} == {64}
     layers = 2
     assert len(copied) == 63 * layers and sum(copied) <= 4 * layers
+    assert max(rooms) <= max(map(len, PROMPTS)) + 64
     for prompt, completion in zip(PROMPTS, longest, strict=True):
         expected = rescored(policy, prompt, completion.tokens, 0.7)
         found = torch.tensor(completion.logprobs, dtype=torch.float64)
@@ -137,9 +139,9 @@ def test_keys_are_kept_as_attention_takes_them(policy, monkeypatch):
     low = replace(policy, config=replace(policy.config, dtype="bfloat16"))
     found, kinds, grow = [], [], rollout.growing
 
-    def growing(cache, dtype):
+    def growing(cache, dtype, longest):
         kinds.append((cache.layers[0].keys.dtype, dtype))
-        return grow(cache, dtype if len(kinds) == 1 else torch.float32)
+        return grow(cache, dtype if len(kinds) == 1 else torch.float32, longest)
 
     monkeypatch.setattr(rollout, "growing", growing)
     for _ in range(2):

@@ -115,10 +115,9 @@ def footprint(config: Config, ranks: int, *, alphabet: str | None, stop: str | N
 
 def _of_rollout(config: Config, ranks: int, cache: float, vocab: int, size: int) -> list[Part]:
     rollout = config.rollout
-    rows = min(rollout.batch_size, -(-rollout.prompts // ranks) * rollout.group_size)
-    prompt = room = rollout.max_prompt_tokens or 0
-    while room < prompt + rollout.max_new_tokens:
-        room = 2 * (room + 1)  # as the cache grows
+    groups = min(max(1, rollout.batch_size // rollout.group_size), -(-rollout.prompts // ranks))
+    rows = groups * rollout.group_size
+    room = (rollout.max_prompt_tokens or 0) + rollout.max_new_tokens
     return [
         Part(f"KV cache, {rows} x {room} tokens", rows * room * cache, ("rollout",)),
         Part(f"logits of {rows} rows", rows * vocab * (size + 20), ("rollout",)),
@@ -162,13 +161,12 @@ def _cache_bytes(policy: Policy) -> float:
     ids = torch.zeros(1, TOKENS, dtype=torch.long)
     with policy.forward_pass():
         cache = policy.model.base_model(input_ids=ids, use_cache=True).past_key_values
-    elements = sum(
-        value.numel()
+    layers = [
+        (layer.keys.numel() + layer.values.numel()) * policy.dtype.itemsize / TOKENS
         for layer in getattr(cache, "layers", ())
-        for value in (getattr(layer, "keys", None), getattr(layer, "values", None))
-        if isinstance(value, Tensor)
-    )
-    return elements * policy.dtype.itemsize / TOKENS
+        if isinstance(getattr(layer, "keys", None), Tensor)
+    ]
+    return sum(layers) + max(layers, default=0)  # where a buffer grows, the old one stands, too
 
 
 def table(found: Footprint, config: Config) -> str:

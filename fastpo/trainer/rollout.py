@@ -122,7 +122,8 @@ class _Decoding:
         self.mask = None if padding is None else ~padding  # [R, T]; None = no row is padded
         positions = self._positions(ids)
         output = self._forward(ids, positions, None)
-        self.cache = growing(output.past_key_values, policy.dtype)
+        longest = ids.shape[1] + sampling.max_new_tokens
+        self.cache = growing(output.past_key_values, policy.dtype, longest)
         self.logits, self.position = output.logits[:, -1], positions[:, -1:]  # [R, V], [R, 1]
         owner = torch.arange(len(prompts), device=policy.device)
         self._select(owner.repeat_interleave(sampling.group_size))
@@ -204,7 +205,7 @@ class _Decoding:
         return (self.mask.long().cumsum(1) - 1).clamp(min=0)
 
 
-def growing(cache: Any, dtype: torch.dtype) -> Any:
+def growing(cache: Any, dtype: torch.dtype, longest: int) -> Any:
     """Give every layer of a DynamicCache that concatenates a `_Buffer`; others are bounded.
 
     Autocast hands on float32 keys, rotated, and rounds all of them to `dtype` for every product:
@@ -215,15 +216,18 @@ def growing(cache: Any, dtype: torch.dtype) -> Any:
     for layer in cache.layers:
         if type(layer) is DynamicLayer:
             layer.keys, layer.values = layer.keys.to(dtype), layer.values.to(dtype)
-            layer.update = _Buffer(layer).update
+            layer.update = _Buffer(layer, longest).update
     return cache
 
 
 class _Buffer:
-    """Room for the keys and values of one cache layer [R, heads, T, D], doubled when it is full."""
+    """Room for the keys and values of one cache layer [R, heads, T, D], doubled when it is full.
 
-    def __init__(self, layer: Any):
-        self.layer = layer
+    For `longest` tokens at most.
+    """
+
+    def __init__(self, layer: Any, longest: int):
+        self.layer, self.longest = layer, longest
         self.room: tuple[Tensor, ...] = ()
         self.shown: Tensor | None = None
 
@@ -234,7 +238,7 @@ class _Buffer:
         # Rows were picked since: the layer holds new tensors, and the room is of the old ones.
         if self.shown is not layer.keys or total > self.room[0].shape[-2]:
             self.room = tuple(
-                old.new_empty(*old.shape[:-2], 2 * total, old.shape[-1])
+                old.new_empty(*old.shape[:-2], min(2 * total, self.longest), old.shape[-1])
                 for old in (layer.keys, layer.values)
             )
             self.room[0][..., :length, :] = layer.keys
