@@ -2,7 +2,7 @@
 
 `generate` of transformers costs more per token than a small model does. This sampler prefills every
 prompt once, copies its cache for the whole group, appends to buffers that double (concatenation
-copies the cache for every token: half of a rollout of 256), and drops rows that have ended.
+copies the cache for every token: a third of a rollout of 256), and drops rows that have ended.
 """
 
 from __future__ import annotations
