@@ -88,7 +88,9 @@ def table(found: Worst) -> str:
         "differences over norms. verl, SkyRL, OpenRLHF and AReaL: their own function in fp64 on "
         "the same log-probs, gradient in these. ms-swift: its own loss in fp32 through a two-layer "
         "Llama, gradient in all weights. TRL: losses and gradient norms of five steps of training "
-        "in fp32, each on its own weights; SkyRL's dppo has another value of the same gradient.",
+        "in fp32, each on its own weights; SkyRL's dppo has another value of the same gradient."
+        " On-policy cases of TRL (no num_iterations) have a loss of 0 up to rounding: a ratio "
+        "there says nothing.",
         "",
         "| trainer | feature | settings | loss | gradient |",
         "|---|---|---|---|---|",
