@@ -108,6 +108,17 @@ def test_every_token_weighs_what_the_policy_gives_it_over_the_sampler(correction
     assert 0 < shown["sampling/cut"] < 1
 
 
+def test_the_difference_to_the_sampler_is_over_tokens_that_were_not_rejected():
+    """REGRESSIONS 57: rejected ones have no log-prob, and their 0 is not one."""
+    learner = make(correction={"mode": "none", "reject": {"token_k1": [0.8, 2.0]}})
+    samples = foreign_samples(learner)
+    sums = learner.learn(samples, torch.Generator().manual_seed(0)).read()
+    shifts = [SHIFTS[i % 4] for i in range(sum(s.length for s in samples))]
+    kept = [shift for shift in shifts if shift in (0.4, 0.0)]  # 0.8 <= ratio <= 2
+    assert sums["sampled"] == len(kept)
+    assert sums["sampled_difference"] == pytest.approx(sum(kept), rel=1e-4)
+
+
 def test_a_step_corrects_by_itself_and_a_batch_without_tokens_changes_nothing():
     learner = make(correction={"mode": "reject", "level": "geometric", "high": 1e-3})
     before = [p.detach().clone() for p in learner.parameters]

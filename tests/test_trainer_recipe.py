@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from fastpo.advantages import ESTIMATORS
 from fastpo.trainer.config import Config
 from fastpo.trainer.run import recipe
 from fastpo.trainer.run.errors import RecipeError
@@ -93,6 +94,8 @@ def test_every_setting_is_documented():
     settings = list(recipe.settings())
     assert len(settings) > 40
     assert [setting.key for setting in settings if not setting.help] == []
+    (estimator,) = (s.help for s in settings if s.key == "algorithm.estimator")
+    assert [name for name in ESTIMATORS if name not in estimator] == []
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
