@@ -146,6 +146,21 @@ def test_a_reference_can_only_move_where_there_is_one():
         resolve(AlgorithmConfig(sync_reference_every=3), 10)
 
 
+def test_a_reference_that_moved_outlives_steps_without_a_penalty():
+    """REGRESSIONS 58: a checkpoint of a learner that has no use for it holds it all the same."""
+    first = make(objective=fastpo.dapo(kl_coef=0.1))
+    first.reference = make(seed=1).policy
+    first.sync_reference()
+    without = make(seed=2)
+    without.load_state_dict(first.state_dict())
+    last = make(seed=3, objective=fastpo.dapo(kl_coef=0.1))
+    last.reference = make(seed=4).policy
+    last.load_state_dict(without.state_dict())
+    pairs = zip(last.reference.model.parameters(), first.policy.model.parameters(), strict=True)
+    assert all(torch.equal(kept, moved) for kept, moved in pairs)
+    assert last.synced and "reference" not in make().state_dict()
+
+
 def test_the_reference_becomes_the_policy_and_stays_behind_it():
     learner = make(objective=fastpo.dapo(kl_coef=0.1), learning_rate=1e-2)
     learner.reference = make(seed=1).policy

@@ -61,6 +61,12 @@ def test_text_needs_no_quotes_and_numbers_may_name_a_directory(tmp_path):
         ("", ["threads=100000"], ["threads", "100000", "1024"]),
         ("", ["algorithm.kl_coef=0.1"], ["it is algorithm.objective.kl_coef"]),
         ("", ["optim=3"], ["optim", "table"]),
+        ("", ["algorithm.correction=none"], ["algorithm.correction is None", "dictionary"]),
+        (  # REGRESSIONS 59
+            "[rollout.engine_args]\nmax_model_len = 9",
+            [],
+            ["engine_args names max_model_len", "rollout.engine=vllm"],
+        ),
         ("seed = 1", ["seed.x=3"], ["seed.x", "seed is a value"]),
         ("", ["steps"], ["'steps'", "key=value"]),
         ("steps = ", [], ["not valid TOML"]),

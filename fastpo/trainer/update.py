@@ -70,6 +70,7 @@ class Learner:
         self.total_updates = total_updates
         self.correction = correction
         self.synced = False  # the reference is no longer that of the beginning
+        self.unused: list[Tensor] = []  # weights of such a one, kept while there is no KL penalty
         self.updates = 0  # that are over, those without a sample to learn from included
 
     @property
@@ -84,6 +85,8 @@ class Learner:
         state = {"optimizer": self.optimizer.state_dict(), "updates": self.updates}
         if self.synced:
             state["reference"] = [p.detach() for p in self.reference.model.parameters()]
+        elif self.unused:
+            state["reference"] = self.unused
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -95,6 +98,8 @@ class Learner:
         self.updates = state["updates"]
         if self.reference and "reference" in state:
             self._set_reference(state["reference"])
+        elif "reference" in state:
+            self.unused = [weight.cpu() for weight in state["reference"]]
 
     def learn(
         self, samples: list[Sample], generator: torch.Generator, *, fresh: bool = True
