@@ -90,6 +90,20 @@ def test_an_existing_run_is_left_alone_or_moved_aside(tiny, capsys):
     assert (run.with_name("run.1") / "metrics.jsonl").read_bytes() == before
 
 
+def test_a_run_that_failed_before_its_first_step_does_not_block_the_next(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(Even, "after", EVALUATION)
+    monkeypatch.setattr(Even, "sabotage", lambda self: {}["nothing"])
+    run = tiny(code=1)
+    one_line(capsys, "Even.reward raised KeyError")
+    assert [row["step"] for row in rows(run)] == [0]
+    tiny("seed=1")
+    assert "ended before its first step" in " ".join(capsys.readouterr().out.split())
+    assert [row["step"] for row in rows(run) if "eval_accuracy" in row] == [0, 2]
+    assert "seed = 1" in (run / "config.toml").read_text()
+    tiny("seed=2", code=2)  # of a run with steps, nothing is lost
+    one_line(capsys, "exists", "move_aside")
+
+
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [

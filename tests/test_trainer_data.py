@@ -8,7 +8,7 @@ import pytest
 
 from fastpo.trainer import verifiers
 from fastpo.trainer.run.errors import RecipeError, TrainerError
-from fastpo.trainer.tasks import ProblemStream, held_out, load_task
+from fastpo.trainer.tasks import ProblemStream, fewer_held_out, held_out, load_task
 from fastpo.trainer.verifier import Verifier
 
 ROWS = [{"prompt": f"{n}+1=", "answer": str(n + 1)} for n in range(7)]
@@ -60,11 +60,17 @@ def test_held_out_rows_are_the_test_file_or_taken_out_of_training(write):
             held_out(source, 2, lambda problem: False)
         stream = ProblemStream(source, "train-0", prompts(kept))
         assert not {"1+2="} & set(prompts(stream.take(50)))
-    with Verifier(load_task("jsonl", {"train": args["train"]}), workers=1) as source:
+    rows = [{"prompt": f"{n}+1=", "answer": str(n + 1)} for n in (*range(20), 1)]
+    with Verifier(load_task("jsonl", {"train": write(rows)}), workers=1) as source:
         kept = prompts(held_out(source, 4))
         assert len(set(kept)) == 4
         rest = set(prompts(ProblemStream(source, "train-0", kept).take(50)))
-        assert len(rest) == 4 and not rest & set(kept)
+        assert len(rest) == 16 and not rest & set(kept)
+        assert fewer_held_out(source, 4, len(kept)) == ""
+        assert prompts(held_out(source, 256)) == kept  # a fifth at most, and a line says so
+        assert "4 of 21 rows" in fewer_held_out(source, 256, len(kept))
+    with Verifier(load_task("jsonl", {"train": write(ROWS[:2])}), workers=1) as source:
+        assert len(held_out(source, 256)) == 1  # one is left to train on
 
 
 def test_rows_that_do_not_fit_are_skipped(write):
@@ -120,6 +126,8 @@ def test_a_data_set_of_hugging_face_gives_the_same_problems(write, tmp_path):
         (ROWS, {"test": "/nowhere.jsonl"}, "cannot read /nowhere.jsonl"),
         (ROWS, {"reward": "numbers"}, "verifier is 'numbers', expected exact, text, numeric"),
         (ROWS, {"reward": "no_module:f"}, "cannot import verifier 'no_module:f'"),
+        (ROWS, {"reward": "operator:not_"}, r"'operator:not_'.*\(completion, answer, row\)"),
+        (ROWS, {"reward": "string:digits"}, r"'string:digits'.*\(completion, answer, row\)"),
         (ROWS, {"colour": "red"}, "does not take task_args"),
     ],
 )

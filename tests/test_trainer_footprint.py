@@ -148,6 +148,10 @@ def test_recipes_for_gpus_pass_a_dry_run(offline, capsys, name, ranks):
     assert f"on {ranks} rank" in checked and "peak of an update" in checked
     assert main(["plan", path, *offline, "--ranks", str(ranks)]) == 0
     assert capsys.readouterr().out == checked
+    # Of rows and verifiers, which a plan does not need, nothing has to be there.
+    absent = ["task_args.train=absent", "task_args.reward=absent", "task_args.test=none"]
+    assert main(["plan", path, *offline, *absent, "--ranks", str(ranks)]) == 0
+    assert capsys.readouterr().out == checked
     assert sorted(p.name for p in Path().iterdir()) == ["model", "rows.jsonl"]  # nothing is written
     assert not torch.distributed.is_initialized()
 

@@ -1,6 +1,7 @@
 """Other people's code in processes of its own: hostile tasks cost one line, and never the run."""
 
 import contextlib
+import multiprocessing
 import os
 import random
 import signal
@@ -138,6 +139,23 @@ def test_a_hostile_task_is_one_line_and_leaves_no_process(task, parts):
     for part in parts:
         assert part in str(caught.value)
     assert children() == before
+
+
+def test_a_worker_whose_run_has_failed_ends_without_a_word(capfd):
+    """What another one raised is the run's last line, with no traceback of a broken pipe before."""
+    turn = multiprocessing.Value("i", 0)
+
+    def one_raises_the_other_is_late():
+        with turn:
+            turn.value += 1
+            first = turn.value == 1
+        time.sleep(0.1 if first else 0.3)
+        return {}["nothing"] if first else 1.0
+
+    task = task_whose(reward=one_raises_the_other_is_late)
+    with Verifier(task, workers=2) as verifier, pytest.raises(TrainerError, match="nothing"):
+        verifier.judge(ANSWERS)
+    assert capfd.readouterr().err == ""
 
 
 def test_the_limit_is_for_one_call_not_for_a_batch():

@@ -29,7 +29,7 @@ from fastpo.trainer.run import checkpoint, console, directory, recipe, report
 from fastpo.trainer.run.errors import Interrupted, RecipeError, TrainerError
 from fastpo.trainer.run.plot import plot
 from fastpo.trainer.run.signals import StopRequest, terminable
-from fastpo.trainer.tasks import ProblemStream, held_out, load_task
+from fastpo.trainer.tasks import ProblemStream, fewer_held_out, held_out, load_task
 from fastpo.trainer.update import Learner, Sums
 from fastpo.trainer.verifier import Verifier
 from fastpo.trainer.warmup import reference_answers, warm_up
@@ -200,6 +200,8 @@ class Trainer:
             policy.engine = VllmRollout(policy, config.rollout)
         fits = policy.fits(config.rollout.max_prompt_tokens)
         self.held_out = held_out(self.verifier, config.eval.problems, fits)
+        if note := fewer_held_out(self.verifier, config.eval.problems, len(self.held_out)):
+            self._say(note)
         policy.encode_all(self.held_out, config.rollout.max_new_tokens)
         if config.warmup.max_steps:
             reference_answers(self.held_out)

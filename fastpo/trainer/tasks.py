@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 from fastpo.trainer.run.errors import RecipeError, TrainerError
 
+HELD_OUT_PART = 5  # of rows that are trained on, too: one in so many
 TASK_PARTS = ("alphabet", "stop", "problem", "reward")
 
 
@@ -94,11 +95,8 @@ class SortDigits:
         return float(completion == problem.answer)
 
 
-TASKS: dict[str, Any] = {
-    "sort": SortDigits,
-    "jsonl": "fastpo.trainer.data:JsonLines",
-    "datasets": "fastpo.trainer.data:HubRows",
-}
+ROW_TASKS = {"jsonl": "fastpo.trainer.data:JsonLines", "datasets": "fastpo.trainer.data:HubRows"}
+TASKS: dict[str, Any] = {"sort": SortDigits, **ROW_TASKS}
 
 
 def load_task(name: str, arguments: dict[str, Any]) -> Task:
@@ -292,12 +290,27 @@ def held_out(
 ) -> list[Problem]:
     """`count` different problems, the same for every seed; a task's own test rows in their order.
 
+    Of a task that has `rows` and no test rows, a fifth at most: the others are there to train on.
+
     Raises:
         TrainerError: the task makes too few; or no test row fits.
     """
     if task.test_rows is None:
+        if task.rows is not None:
+            different = len({row.prompt for row in task.rows})
+            count = min(count, max(1, different // HELD_OUT_PART))
         return ProblemStream(task, "held-out", fits=fits).take(count, distinct=True)
     problems = [problem for problem in task.test_rows if fits(problem)]
     if not problems:
         raise TrainerError("no test row fits rollout.max_prompt_tokens: raise it")
     return problems[:count]
+
+
+def fewer_held_out(task: Source, wanted: int, found: int) -> str:
+    """A line on rows that were too few to hold out what was asked for; "" where they were not."""
+    if task.rows is None or task.test_rows is not None or found >= wanted:
+        return ""
+    return (
+        f"Held out: {found} of {len(task.rows)} rows, a fifth at most, and not eval.problems = "
+        f"{wanted}; rows of their own, task_args.test, are held out as they are"
+    )

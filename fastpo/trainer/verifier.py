@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 from fastpo.trainer.run import console
@@ -205,20 +206,22 @@ def _serve(
         signal.signal(number, lambda *_: None)
     for other in others:  # or this worker would keep its siblings' pipes open
         other.close()
-    while True:
-        try:
+    with suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the run has ended, or failed
+        while True:
             work, part = connection.recv()
-        except EOFError:
-            return
-        try:
-            answer = (None, work(task, part, clock))
-            connection.send(answer)
-        except TrainerError as error:
-            connection.send((str(error), None))
-        except Exception as error:  # of pickling
-            reason = " ".join(str(error).split())
-            message = f"{type(task).__name__}.problem gave what no pipe can carry ({reason}): "
-            connection.send((f"{message}keep plain values in Problem.data", None))
+            connection.send_bytes(_answer(task, work, part, clock))
+
+
+def _answer(task: Task, work: Any, part: Any, clock: memoryview) -> bytes:
+    """A pickle of (error, result), one of them None."""
+    try:
+        return ForkingPickler.dumps((None, work(task, part, clock)))
+    except TrainerError as error:
+        return ForkingPickler.dumps((str(error), None))
+    except Exception as error:  # of pickling
+        reason = " ".join(str(error).split())
+        message = f"{type(task).__name__}.problem gave what no pipe can carry ({reason}): "
+        return ForkingPickler.dumps((f"{message}keep plain values in Problem.data", None))
 
 
 def _draw(task: Task, part: tuple[Any, int], clock: memoryview) -> tuple[list[Problem], Any]:

@@ -7,6 +7,7 @@ evaluates nothing of what a model wrote but bounded arithmetic. `module:function
 from __future__ import annotations
 
 import ast
+import inspect
 import json
 import operator
 import re
@@ -94,7 +95,7 @@ def verifier_named(name: str) -> Check:
     """One of VERIFIERS, `json.FIELD`, or `module:function`.
 
     Raises:
-        RecipeError: no such verifier, or `math` without its package.
+        RecipeError: no such verifier, one of another signature, or `math` without its package.
     """
     if name.startswith("json."):
         return json_field(name.removeprefix("json."))
@@ -102,9 +103,25 @@ def verifier_named(name: str) -> Check:
         try:
             import math_verify  # noqa: F401
         except ImportError:
-            raise RecipeError("verifier 'math' needs the package math-verify") from None
+            raise RecipeError(
+                "verifier 'math' needs the package math-verify: pip install math-verify"
+            ) from None
     known = f"{', '.join(VERIFIERS)}, json.FIELD"
-    return VERIFIERS.get(name) or import_attribute(name, "verifier", known)
+    return VERIFIERS.get(name) or _checked(name, import_attribute(name, "verifier", known))
+
+
+def _checked(name: str, check: Any) -> Check:
+    """A verifier that can be called as such."""
+    try:
+        inspect.signature(check).bind("", "", None)
+    except ValueError:  # of C: has none that could be read
+        return check
+    except TypeError as error:
+        raise RecipeError(
+            f"verifier {name!r} cannot be called: {error}; expected a function of (completion, "
+            "answer, row) that returns a number"
+        ) from None
+    return check
 
 
 def last_number(text: str) -> Fraction | None:

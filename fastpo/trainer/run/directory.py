@@ -38,12 +38,22 @@ def path_of(config: Config) -> Path:
 def create(config: Config, say: Callable[[str], None]) -> Path:
     """Make the directory of a new run and write its config; `say` what was moved out of the way.
 
+    What failed before its first step has left nothing to keep: its directory is taken again.
+
     Raises:
         RecipeError: it exists and `config.existing` says refuse.
     """
     path = path_of(config)
     if config.log.wandb:
         _import_wandb(config.log.wandb)
+    if can_begin_again(path):
+        with (path / METRICS).open("a") as metrics:
+            _claim(metrics)
+            for name in (METRICS, SAMPLES):
+                (path / name).write_text("")
+        say(f"The run in {path} had ended before its first step: it begins again")
+        write_config(path, config)
+        return path
     if path.exists():
         if config.existing == "refuse":
             raise RecipeError(
@@ -61,6 +71,17 @@ def create(config: Config, say: Callable[[str], None]) -> Path:
     path.mkdir(parents=True)
     write_config(path, config)
     return path
+
+
+def can_begin_again(path: Path) -> bool:
+    """Whether `path` holds a run without a checkpoint or a step, e.g. one that soon failed."""
+    kept = (*path.glob("checkpoint*"), path / SUMMARY, path / CURVES)
+    if not (path / CONFIG).is_file() or any(file.exists() for file in kept):
+        return False
+    with suppress(RecipeError):
+        metrics = path / METRICS
+        return not metrics.exists() or all(row["step"] == 0 for row in read_metrics(path))
+    return False
 
 
 def config_of(path: Path, overrides: Iterable[str] = ()) -> Config:

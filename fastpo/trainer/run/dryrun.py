@@ -23,15 +23,19 @@ from fastpo.trainer.models import outline
 from fastpo.trainer.policy import Policy
 from fastpo.trainer.run import directory, recipe
 from fastpo.trainer.run.errors import RecipeError
-from fastpo.trainer.tasks import held_out, load_task
+from fastpo.trainer.tasks import ROW_TASKS, held_out, load_task
 from fastpo.trainer.verifier import Verifier
 from fastpo.trainer.warmup import reference_answers
 
 
 def plan(config: Config, ranks: int) -> Footprint:
     """The memory of a run; of its task, no problem is asked."""
-    task = load_task(config.task, config.task_args)
-    return footprint(config, ranks, alphabet=task.alphabet, stop=task.stop)
+    if config.task in ROW_TASKS:  # neither their rows nor their verifiers need to be there
+        alphabet, stop = (config.task_args.get(part) for part in ("alphabet", "stop"))
+    else:
+        task = load_task(config.task, config.task_args)
+        alphabet, stop = task.alphabet, task.stop
+    return footprint(config, ranks, alphabet=alphabet, stop=stop)
 
 
 def dry_run(config: Config, ranks: int) -> Footprint:
@@ -45,7 +49,8 @@ def dry_run(config: Config, ranks: int) -> Footprint:
     if config.rollout.engine == "vllm":
         rollout_vllm.installed()
     path = directory.path_of(config)
-    if path.exists() and config.existing == "refuse":
+    fresh = not path.exists() or directory.can_begin_again(path)
+    if not fresh and config.existing == "refuse":
         raise RecipeError(f"{path} exists: a run would refuse to write to it")
     task = load_task(config.task, config.task_args)
     with Verifier(task, **asdict(config.verifier)) as verifier:
