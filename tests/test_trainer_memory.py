@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from functools import partial
 
 import peft
 import pytest
@@ -15,9 +16,10 @@ from fastpo.trainer import selfcheck
 from fastpo.trainer.config import LoraConfig, ModelConfig, OptimConfig
 from fastpo.trainer.evaluation import evaluate_saved
 from fastpo.trainer.experience import Sample
+from fastpo.trainer.footprint import footprint
 from fastpo.trainer.loop import train
 from fastpo.trainer.microbatch import MicroBatch
-from fastpo.trainer.models import load_policy, make_policy
+from fastpo.trainer.models import load_policy, make_policy, outline
 from fastpo.trainer.rollout import Sampling, sample
 from fastpo.trainer.run import recipe
 from fastpo.trainer.run.errors import RecipeError, TrainerError
@@ -173,6 +175,46 @@ def test_saved_adapters_load_into_transformers_and_merge(base, tmp_path):
         policy.model.named_parameters(), again.model.parameters(), strict=True
     ):
         assert torch.equal(weight, other) and weight.requires_grad == other.requires_grad, name
+
+
+@pytest.mark.parametrize(
+    ("lora", "line"),
+    [
+        (LoraConfig(rank=8, alpha=16), "have rank 4 and alpha 16, got model.lora.rank=8 and alpha"),
+        (LoraConfig(rank=4, alpha=64), "alpha=64: set model.lora.rank=4 and model.lora.alpha=16"),
+        (LoraConfig(), "got model.lora.rank=0 and .* to train them"),
+        (replace(ADAPTED, target_modules=["q_proj"]), r"target_modules = \['q_proj'\]: expected"),
+        (ADAPTED, None),
+    ],
+)
+def test_adapters_to_go_on_with_are_those_of_the_recipe(base, tmp_path, lora, line):
+    """REGRESSIONS 60: by a run, and by a plan of it."""
+    adapted(base).save(tmp_path)
+    config = ModelConfig(path=str(tmp_path), lora=lora)
+    for make_it in (partial(make_policy, config, CPU), partial(outline, config)):
+        if line is None:
+            model = make_it(alphabet=None, stop=None).model
+            assert {p.shape[0] for n, p in model.named_parameters() if "lora_A" in n} == {4}
+            continue
+        with pytest.raises(RecipeError, match=line) as caught:
+            make_it(alphabet=None, stop=None)
+        assert "\n" not in str(caught.value)
+
+
+def test_adapters_of_the_head_alone_are_planned_checked_and_learn(base):
+    """On a tied head: no hidden state depends on what is trained."""
+    lora = replace(ADAPTED, target_modules=["lm_head"])
+    policy = adapted(base, lora=lora)
+    selfcheck.check(policy, OptimConfig())
+    before = {n: w.clone() for n, w in policy.model.named_parameters()}
+    learn(policy)
+    changed = {n for n, w in policy.model.named_parameters() if not torch.equal(w, before[n])}
+    assert changed == {n for n in before if n.startswith("lm_head.lora_")}
+    config = recipe.load(None, [f"model.path={base}", "model.lora.rank=4"])
+    config.model.lora = lora
+    planned = footprint(config, 1, alphabet=None, stop=None)
+    assert planned.parameters == sum(p.numel() for p in policy.model.parameters())
+    assert planned.trained == sum(before[n].numel() for n in changed)
 
 
 def test_what_does_not_go_together_is_one_line(base, tmp_path):

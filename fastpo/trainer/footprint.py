@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastpo import plan
 from fastpo.trainer import distributed
@@ -57,7 +57,7 @@ def footprint(config: Config, ranks: int, *, alphabet: str | None, stop: str | N
     if policy.model.supports_gradient_checkpointing:
         checkpoint_layers(policy.model)  # both ways are measured
     with FakeTensorMode(allow_non_fake_inputs=True):
-        policy.model.to_empty(device="cpu").tie_weights()
+        _materialize(policy.model)
         fake = replace(policy, device=CPU)
         activations, casts = _activations(fake, config.optim.token_budget)
         cache = _cache_bytes(fake)
@@ -93,7 +93,7 @@ def footprint(config: Config, ranks: int, *, alphabet: str | None, stop: str | N
         dtype=policy.dtype,
         device="cuda" if "cuda" in (config.device or "cuda") else "cpu",
     )
-    if not head.requires_grad:
+    if not any(p.requires_grad for p in model.get_output_embeddings().parameters()):
         learned = (buffer for buffer in loss.buffers if not buffer.name.endswith("dW"))
         loss = replace(loss, buffers=tuple(learned))
     kept = config.model.gradient_checkpointing
@@ -111,6 +111,15 @@ def footprint(config: Config, ranks: int, *, alphabet: str | None, stop: str | N
         ],
         activations,
     )
+
+
+def _materialize(model: nn.Module) -> None:
+    """`to_empty` that keeps what is tied one, under adapters, too, where `tie_weights` fails."""
+    places = [(m, name, p) for m in model.modules() for name, p in m._parameters.items()]
+    model.to_empty(device=CPU)
+    made: dict[int, nn.Parameter | None] = {}
+    for module, name, shape in places:
+        module._parameters[name] = made.setdefault(id(shape), module._parameters[name])
 
 
 def _of_rollout(config: Config, ranks: int, cache: float, vocab: int, size: int) -> list[Part]:

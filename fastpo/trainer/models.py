@@ -5,8 +5,10 @@ Adapters and gradient checkpointing are put on here; `distributed.shard` comes a
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ def make_policy(
         RecipeError: nothing loadable there, no alphabet, or a head that fastpo cannot express.
     """
     if config.path is not None:
+        base_of(config)
         return load_policy(config.path, config, device, stop=stop)
     model, tokenizer = _small_llama(config, alphabet)
     return _wrap(model.to(device), tokenizer, config, device, stop)
@@ -48,7 +51,7 @@ def outline(config: ModelConfig, *, alphabet: str | None, stop: str | None) -> P
         else:
             with _loading(config.path):
                 tokenizer = AutoTokenizer.from_pretrained(config.path, trust_remote_code=False)
-                shape = AutoConfig.from_pretrained(config.path, trust_remote_code=False)
+                shape = AutoConfig.from_pretrained(base_of(config), trust_remote_code=False)
                 model = AutoModelForCausalLM.from_config(
                     shape, dtype=_weight_dtype(config), attn_implementation="sdpa"
                 )
@@ -114,10 +117,58 @@ def load_policy(
     return _wrap(model.to(device), tokenizer, config, device, stop)
 
 
+def base_of(config: ModelConfig) -> str:
+    """The model at `config.path`, or the one that adapters there are put on.
+
+    Raises:
+        RecipeError: adapters that are not those of `config.lora`.
+    """
+    from transformers.utils import find_adapter_config_file
+
+    with _loading(config.path):
+        file = find_adapter_config_file(config.path)
+        saved = file and json.loads(Path(file).read_text(encoding="utf-8"))
+    if not saved:
+        return config.path
+    if saved["peft_type"] != "LORA":
+        raise RecipeError(
+            f"the adapters at {config.path!r} are {saved['peft_type']}, expected LORA: merge them "
+            "into their model"
+        )
+    lora, base = config.lora, saved["base_model_name_or_path"]
+    rank, alpha, layers = (saved[key] for key in ("r", "lora_alpha", "target_modules"))
+    if (lora.rank, lora.alpha) != (rank, alpha):
+        raise RecipeError(
+            f"the adapters at {config.path!r} have rank {rank} and alpha {alpha:g}, got "
+            f"model.lora.rank={lora.rank} and alpha={lora.alpha:g}: set model.lora.rank={rank} and "
+            f"model.lora.alpha={alpha:g} to train them, or merge them into their model"
+        )
+    if _adapted_layers(base, lora) != _adapted_layers(base, replace(lora, target_modules=layers)):
+        raise RecipeError(
+            f"the adapters at {config.path!r} are of other layers than model.lora.target_modules = "
+            f"{lora.target_modules!r}: expected {str(layers)[:100]}"
+        )
+    return base
+
+
+def _adapted_layers(base: str, lora: LoraConfig) -> list[str]:
+    """Names of the layers of a model that get adapters."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"), _loading(base):
+        shape = AutoConfig.from_pretrained(base, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(shape)
+    with torch.device("meta"):
+        add_adapters(model, lora)
+    return [name for name, module in model.named_modules() if hasattr(module, "lora_A")]
+
+
 @contextmanager
 def _loading(path: str | Path) -> Iterator[None]:
     try:
         yield
+    except RecipeError:
+        raise
     except Exception as error:  # transformers and safetensors raise many kinds
         raise RecipeError(f"cannot load a model from {str(path)!r}: {reason_of(error)}") from error
 

@@ -34,7 +34,7 @@ class Numbers(NamedTuple):
     """What a model makes of some sequences."""
 
     hidden: Tensor  # (N, D)
-    gradient: Tensor  # of the first trained parameter
+    gradient: Tensor  # of the first trained parameter behind them
     logprobs: Tensor  # (N,) by fastpo
 
 
@@ -130,8 +130,19 @@ def _numbers(policy: Policy, samples: list[Sample], **layout: bool) -> Numbers:
     hidden = batch.hidden(policy)
     columns = torch.arange(hidden.shape[1], device=hidden.device)
     weights = columns % 7 - 3.0  # the same for every row: batches add up
-    first = next(p for p in policy.model.parameters() if p.requires_grad)
-    (gradient,) = torch.autograd.grad((hidden.float() * weights).sum(), first)
+    gradient = _first_gradient((hidden.float() * weights).sum(), policy)
     with torch.no_grad():
         scored = fastpo.linear_token_logprobs(hidden, tokens=batch.tokens, **policy.head())
     return Numbers(hidden.detach().float(), gradient, scored.logprobs)
+
+
+def _first_gradient(total: Tensor, policy: Policy) -> Tensor:
+    """Of the first trained parameter that `total` depends on; 0 if there is none, as where the head
+    alone is trained."""
+    for parameter in policy.model.parameters() if total.requires_grad else ():
+        if parameter.requires_grad:
+            options = {"retain_graph": True, "allow_unused": True}
+            (gradient,) = torch.autograd.grad(total, parameter, **options)
+            if gradient is not None:
+                return gradient
+    return torch.zeros(1, device=total.device)
