@@ -125,7 +125,10 @@ def _check_engine(config: Config) -> None:
 
 def dump(config: Config) -> str:
     """The config as TOML that `load` reads back to an equal one; unset (None) keys are left out."""
-    return _table(asdict(config))
+    values = asdict(config)
+    objective = values["algorithm"]["objective"]
+    objective |= {name: "none" for name, value in objective.items() if value is None}
+    return _table(values)
 
 
 def flatten(config: Config) -> dict[str, Any]:
