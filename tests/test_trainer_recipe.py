@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from fastpo.advantages import ESTIMATORS
 from fastpo.trainer.algorithm import resolve
 from fastpo.trainer.config import Config
 from fastpo.trainer.run import recipe
@@ -61,6 +62,12 @@ def test_text_needs_no_quotes_and_numbers_may_name_a_directory(tmp_path):
         ("", ["threads=100000"], ["threads", "100000", "1024"]),
         ("", ["algorithm.kl_coef=0.1"], ["it is algorithm.objective.kl_coef"]),
         ("", ["optim=3"], ["optim", "table"]),
+        ("", ["algorithm.correction=none"], ["algorithm.correction is None", "dictionary"]),
+        (  # REGRESSIONS 59
+            "[rollout.engine_args]\nmax_model_len = 9",
+            [],
+            ["engine_args names max_model_len", "rollout.engine=vllm"],
+        ),
         ("seed = 1", ["seed.x=3"], ["seed.x", "seed is a value"]),
         ("", ["steps"], ["'steps'", "key=value"]),
         ("steps = ", [], ["not valid TOML"]),
@@ -105,6 +112,8 @@ def test_every_setting_is_documented():
     settings = list(recipe.settings())
     assert len(settings) > 40
     assert [setting.key for setting in settings if not setting.help] == []
+    (estimator,) = (s.help for s in settings if s.key == "algorithm.estimator")
+    assert [name for name in ESTIMATORS if name not in estimator] == []
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -69,6 +69,11 @@ def resolve(config: AlgorithmConfig, max_new_tokens: int) -> Algorithm:
             f"rollout.max_new_tokens = {max_new_tokens}"
         )
     critic = config.preset == "ppo" if config.critic is None else config.critic
+    if config.estimator == "maxrl" and cache and not critic:
+        raise RecipeError(
+            "algorithm.estimator=maxrl takes no rewards below 0, and the soft overlong penalty "
+            f"over the last {cache} tokens makes such: set algorithm.overlong_cache=0"
+        )
     if critic and not objective.is_token_level:
         raise RecipeError(
             f"algorithm.critic gives advantages to tokens, but the loss of {config.preset} is of "

@@ -131,7 +131,7 @@ class AlgorithmConfig:
     max_gen_batches: Count = 8
     """Dynamic sampling gives up after so many rounds of sampling in one step."""
     estimator: str = "grpo"
-    """Of the advantages: grpo, dr_grpo, rloo, opo, passk, reinforce_pp."""
+    """Of the advantages: grpo, dr_grpo, rloo, opo, passk, reinforce_pp, maxrl."""
     carry_surplus: bool = False
     """Groups that dynamic sampling drew and this step has no room for are used in the next one, at
     the log-probs they were sampled at."""
