@@ -185,3 +185,8 @@ def test_ranks_are_counted_from_one(capsys):
     with pytest.raises(SystemExit):
         main(["plan", str(RECIPES / "demo.toml"), "--ranks", "0"])
     assert "--ranks" in capsys.readouterr().err
+
+
+def test_a_plan_refuses_ranks_that_replicas_do_not_divide(capsys):
+    assert main(["plan", str(RECIPES / "dapo-2nodes.toml")]) != 0
+    assert "replicas is 2, expected a divisor of the 1 ranks" in capsys.readouterr().err
