@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+import fastpo
 from fastpo.trainer.algorithm import resolve
 from fastpo.trainer.config import AlgorithmConfig, CriticConfig, ModelConfig, OptimConfig
 from fastpo.trainer.critic import Critic
@@ -14,6 +15,7 @@ from fastpo.trainer.models import make_policy
 from fastpo.trainer.rollout import Completion
 from fastpo.trainer.run.errors import RecipeError, TrainerError
 from fastpo.trainer.tasks import Problem
+from fastpo.trainer.update import Learner
 
 CPU = torch.device("cpu")
 TOKENS = [[3, 4, 5], [6], [7, 8, 9, 10], [5, 4]]
@@ -86,6 +88,17 @@ def test_a_new_critic_knows_nothing_and_a_nan_reward_takes_part_in_nothing():
     assert third.returns == [0.0] * 4 and groups[0][1].returns == []
     with pytest.raises(TrainerError, match="no reward of this batch"):
         critic.assign_advantages(groups_of(*[math.nan] * 4))
+
+
+def test_a_sample_without_a_reward_has_no_old_log_probs_to_recompute():
+    critic = make()
+    samples = groups_of(1.0, math.nan, 0.0, math.inf)
+    critic.assign_advantages(samples)
+    learner = Learner(critic.policy, OptimConfig(), fastpo.ppo(), 1.0, correction={"mode": "mask"})
+    learner.recompute_old_logprobs(samples[0])
+    assert [s.old_logprobs == s.completion.logprobs for s in samples[0]] == [False, True] * 2
+    sums = learner.learn(samples[0], torch.Generator().manual_seed(0)).read()
+    assert sums["sampled"] == 7
 
 
 def test_the_critic_learns_what_the_reward_will_be():

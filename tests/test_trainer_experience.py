@@ -140,6 +140,11 @@ def test_a_nan_reward_leaves_its_group_and_is_counted(monkeypatch):
     assert metrics["reward"] == pytest.approx(1 / 3)
 
 
+def test_rewards_that_an_estimator_refuses_are_one_line():
+    with pytest.raises(TrainerError, match=r"^algorithm.estimator=maxrl: rewards hold -1.0, .*$"):
+        experience.assign_advantages([scored(1.0, -1.0)], "maxrl")
+
+
 def scored(*scores, parts=()):
     made = []
     for index, score in enumerate(scores):
@@ -308,6 +313,10 @@ def test_presets_set_the_techniques_and_each_can_be_switched():
             "needs algorithm.objective.aggregation=token_mean",
         ),
         ({"estimator": "gae"}, "algorithm.estimator is 'gae', expected one of grpo"),
+        (
+            {"estimator": "maxrl"},
+            "maxrl takes no rewards below 0.*: set algorithm.overlong_cache=0",
+        ),
         ({"overlong_cache": 20}, "overlong_cache is 20, expected less than"),
     ],
 )

@@ -1,6 +1,7 @@
 """`fastpo plan RECIPE` says what a run takes, and a run takes it. `--dry-run` finds mistakes."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -168,11 +169,13 @@ def test_recipes_for_gpus_pass_a_dry_run(offline, capsys, name, ranks):
         (["rollout.max_new_tokens=50000"], "exceed the 32768 positions"),
         (["rollout.max_prompt_tokens=1"], "no test row fits"),
         (["run_dir=model"], "model exists"),
+        (["rollout.engine=vllm"], "pip install vllm"),
         (["algorithm.preset=absent"], "algorithm.preset is 'absent'"),
         (["model.lora.rank=2", "model.lora.target_modules=absent"], "model.lora: "),
     ],
 )
-def test_a_dry_run_says_what_a_run_would_refuse(offline, capsys, overrides, line):
+def test_a_dry_run_says_what_a_run_would_refuse(offline, capsys, monkeypatch, overrides, line):
+    monkeypatch.setitem(sys.modules, "vllm", None)
     arguments = ["rollout.prompts=16", *offline, *overrides, "--dry-run", "--ranks", "8"]
     assert main(["train", *arguments]) in (1, 2)
     errors = capsys.readouterr().err

@@ -108,6 +108,17 @@ def test_every_token_weighs_what_the_policy_gives_it_over_the_sampler(correction
     assert 0 < shown["sampling/cut"] < 1
 
 
+def test_the_difference_to_the_sampler_is_over_tokens_that_were_not_rejected():
+    """REGRESSIONS 57: rejected ones have no log-prob, and their 0 is not one."""
+    learner = make(correction={"mode": "none", "reject": {"token_k1": [0.8, 2.0]}})
+    samples = foreign_samples(learner)
+    sums = learner.learn(samples, torch.Generator().manual_seed(0)).read()
+    shifts = [SHIFTS[i % 4] for i in range(sum(s.length for s in samples))]
+    kept = [shift for shift in shifts if shift in (0.4, 0.0)]  # 0.8 <= ratio <= 2
+    assert sums["sampled"] == len(kept)
+    assert sums["sampled_difference"] == pytest.approx(sum(kept), rel=1e-4)
+
+
 def test_a_step_corrects_by_itself_and_a_batch_without_tokens_changes_nothing():
     learner = make(correction={"mode": "reject", "level": "geometric", "high": 1e-3})
     before = [p.detach().clone() for p in learner.parameters]
@@ -133,6 +144,21 @@ def test_a_correction_that_is_none_is_refused(config, message):
 def test_a_reference_can_only_move_where_there_is_one():
     with pytest.raises(RecipeError, match=r"no reference policy: set .*kl_coef"):
         resolve(AlgorithmConfig(sync_reference_every=3), 10)
+
+
+def test_a_reference_that_moved_outlives_steps_without_a_penalty():
+    """REGRESSIONS 58: a checkpoint of a learner that has no use for it holds it all the same."""
+    first = make(objective=fastpo.dapo(kl_coef=0.1))
+    first.reference = make(seed=1).policy
+    first.sync_reference()
+    without = make(seed=2)
+    without.load_state_dict(first.state_dict())
+    last = make(seed=3, objective=fastpo.dapo(kl_coef=0.1))
+    last.reference = make(seed=4).policy
+    last.load_state_dict(without.state_dict())
+    pairs = zip(last.reference.model.parameters(), first.policy.model.parameters(), strict=True)
+    assert all(torch.equal(kept, moved) for kept, moved in pairs)
+    assert last.synced and "reference" not in make().state_dict()
 
 
 def test_the_reference_becomes_the_policy_and_stays_behind_it():

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from fastpo.advantages import ESTIMATORS
+from fastpo.trainer.algorithm import resolve
 from fastpo.trainer.config import Config
 from fastpo.trainer.run import recipe
 from fastpo.trainer.run.errors import RecipeError
@@ -60,6 +62,12 @@ def test_text_needs_no_quotes_and_numbers_may_name_a_directory(tmp_path):
         ("", ["threads=100000"], ["threads", "100000", "1024"]),
         ("", ["algorithm.kl_coef=0.1"], ["it is algorithm.objective.kl_coef"]),
         ("", ["optim=3"], ["optim", "table"]),
+        ("", ["algorithm.correction=none"], ["algorithm.correction is None", "dictionary"]),
+        (  # REGRESSIONS 59
+            "[rollout.engine_args]\nmax_model_len = 9",
+            [],
+            ["engine_args names max_model_len", "rollout.engine=vllm"],
+        ),
         ("seed = 1", ["seed.x=3"], ["seed.x", "seed is a value"]),
         ("", ["steps"], ["'steps'", "key=value"]),
         ("steps = ", [], ["not valid TOML"]),
@@ -73,6 +81,17 @@ def test_a_mistake_is_one_line_that_names_it(tmp_path, text, overrides, parts):
     for part in parts:
         assert part in message
     assert caught.value.exit_code == 2
+
+
+def test_none_switches_a_bound_of_the_preset_off(tmp_path):
+    """REGRESSIONS 60: it was dropped in silence, and the preset's own number stayed."""
+    text = ["algorithm.preset=dppo", "algorithm.objective.ratio_max=none"]
+    config = recipe.load(None, [*text, "algorithm.objective.gate=none"])
+    objective = resolve(config.algorithm, max_new_tokens=16).objective
+    assert (objective.ratio_max, objective.gate) == (None, "none")
+    path = tmp_path / "again.toml"
+    path.write_text(recipe.dump(config))
+    assert resolve(recipe.load(path).algorithm, max_new_tokens=16).objective == objective
 
 
 def test_missing_recipe_is_named(tmp_path):
@@ -93,6 +112,8 @@ def test_every_setting_is_documented():
     settings = list(recipe.settings())
     assert len(settings) > 40
     assert [setting.key for setting in settings if not setting.help] == []
+    (estimator,) = (s.help for s in settings if s.key == "algorithm.estimator")
+    assert [name for name in ESTIMATORS if name not in estimator] == []
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

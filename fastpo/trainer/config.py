@@ -119,7 +119,7 @@ class AlgorithmConfig:
     critic: bool | None = None
     """Advantages of every token from a critic, by GAE, in place of the group's (ppo: yes)."""
     objective: dict[str, Any] = field(default_factory=dict)
-    """Fields of fastpo.Objective in place of the preset's: clip_high, kl_coef, aggregation, ..."""
+    """Fields of fastpo.Objective in place of the preset's: clip_high, ...; none = no bound here."""
     dynamic_sampling: bool | None = None
     """Refill the batch until every group can teach something."""
     dynamic_sampling_by: Literal["correct", "reward"] = "correct"
@@ -131,7 +131,7 @@ class AlgorithmConfig:
     max_gen_batches: Count = 8
     """Dynamic sampling gives up after so many rounds of sampling in one step."""
     estimator: str = "grpo"
-    """Of the advantages: grpo, dr_grpo, rloo, opo, passk, reinforce_pp."""
+    """Of the advantages: grpo, dr_grpo, rloo, opo, passk, reinforce_pp, maxrl."""
     carry_surplus: bool = False
     """Groups that dynamic sampling drew and this step has no room for are used in the next one, at
     the log-probs they were sampled at."""

@@ -225,9 +225,12 @@ def assign_advantages(groups: list[list[Sample]], estimator: str) -> None:
     if not live.any():
         raise TrainerError("no reward of this batch is a finite number: check the task's reward")
     lengths = torch.tensor([member.length for member in members]) if estimator == "opo" else None
-    advantages = fastpo.group_advantages(
-        rewards, group_size=len(groups[0]), estimator=estimator, lengths=lengths
-    ).advantages
+    try:
+        advantages = fastpo.group_advantages(
+            rewards, group_size=len(groups[0]), estimator=estimator, lengths=lengths
+        ).advantages
+    except ValueError as error:  # rewards that this estimator is not made for
+        raise TrainerError(f"algorithm.estimator={estimator}: {error}") from error
     for member, advantage, kept in zip(members, advantages.tolist(), live.tolist(), strict=True):
         member.advantage, member.live = advantage, kept
 

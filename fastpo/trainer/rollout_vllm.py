@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 from itertools import accumulate
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,6 +22,19 @@ from fastpo.trainer.rollout import Completion, Sampling
 from fastpo.trainer.run.errors import RecipeError, TrainerError, reason_of
 
 SEEDS = 2**31  # of requests: one per prompt, drawn alike on all ranks
+
+
+def installed() -> ModuleType:
+    """The package `vllm`.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    try:
+        import vllm
+    except ImportError:
+        raise RecipeError("rollout.engine=vllm needs vllm: pip install vllm") from None
+    return vllm
 
 
 class VllmRollout:
@@ -36,10 +50,7 @@ class VllmRollout:
 
     def __init__(self, policy: Policy, config: RolloutConfig):
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # weights are handed over
-        try:
-            import vllm
-        except ImportError:
-            raise RecipeError("rollout.engine=vllm needs vllm: pip install vllm") from None
+        vllm = installed()
         options: dict[str, Any] = {
             "model": policy.config.path,
             "dtype": policy.config.dtype,

@@ -70,6 +70,7 @@ class Learner:
         self.total_updates = total_updates
         self.correction = correction
         self.synced = False  # the reference is no longer that of the beginning
+        self.unused: list[Tensor] = []  # weights of such a one, kept while there is no KL penalty
         self.updates = 0  # that are over, those without a sample to learn from included
 
     @property
@@ -84,6 +85,8 @@ class Learner:
         state = {"optimizer": self.optimizer.state_dict(), "updates": self.updates}
         if self.synced:
             state["reference"] = [p.detach() for p in self.reference.model.parameters()]
+        elif self.unused:
+            state["reference"] = self.unused
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -95,6 +98,8 @@ class Learner:
         self.updates = state["updates"]
         if self.reference and "reference" in state:
             self._set_reference(state["reference"])
+        elif "reference" in state:
+            self.unused = [weight.cpu() for weight in state["reference"]]
 
     def learn(
         self, samples: list[Sample], generator: torch.Generator, *, fresh: bool = True
@@ -141,8 +146,7 @@ class Learner:
             if (
                 "updates" not in sums
             ):  # but for carried samples, the policy is still the one that sampled
-                difference = (result.logprobs - batch.sampled_logprobs).abs()
-                sums.add({"sampled": len(difference), "sampled_difference": difference.sum()})
+                sums.add(_sampled_difference(result.logprobs, batch))
             sums.add(result.metrics)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
         norm, ranks = distributed.full_tensor(norm), distributed.size()
@@ -209,7 +213,11 @@ class Learner:
         self.synced = True
 
     def recompute_old_logprobs(self, samples: list[Sample]) -> None:
-        """Old log-probs as the update computes them: low-precision decoding gives others."""
+        """Old log-probs as the update computes them: low-precision decoding gives others.
+
+        Of samples that carry a loss: the others need none, and may have no advantages to lay out.
+        """
+        samples = [sample for sample in samples if sample.live]
         number = {id(sample): index for index, sample in enumerate(samples)}
         found: dict[int, list[float]] = {}
         for part, batch in micro_batches(samples, self.policy, self.config):
@@ -232,6 +240,15 @@ class Learner:
                 **policy.head(),
             )
         ).logprobs
+
+
+def _sampled_difference(logprobs: Tensor, batch: MicroBatch) -> dict[str, Tensor | int]:
+    """How far log-probs are from the sampler's, over tokens that were computed: others hold 0."""
+    difference, count = (logprobs - batch.sampled_logprobs).abs(), len(logprobs)
+    if batch.correction:
+        difference = difference.where(batch.correction["mask"], 0)
+        count = batch.correction["live_rows"]
+    return {"sampled": count, "sampled_difference": difference.sum()}
 
 
 def rate_factor(config: OptimConfig, total: int, update: int) -> float:

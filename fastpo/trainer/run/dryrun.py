@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from fastpo.integrations._lm_head import read_head
-from fastpo.trainer import distributed
+from fastpo.trainer import distributed, rollout_vllm
 from fastpo.trainer.algorithm import resolve
 from fastpo.trainer.config import Config
 from fastpo.trainer.footprint import Footprint, footprint
@@ -46,6 +46,8 @@ def dry_run(config: Config, ranks: int) -> Footprint:
     """
     algorithm = resolve(config.algorithm, config.rollout.max_new_tokens)
     distributed.check_size(recipe.flatten(config), algorithm.critic, ranks)
+    if config.rollout.engine == "vllm":
+        rollout_vllm.installed()
     path = directory.path_of(config)
     fresh = not path.exists() or directory.can_begin_again(path)
     if not fresh and config.existing == "refuse":

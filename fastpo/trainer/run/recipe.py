@@ -111,6 +111,11 @@ def _check_engine(config: Config) -> None:
     """What another sampler needs: a model that it can read, and a correction of its ratios."""
     rollout = config.rollout
     if rollout.engine == "own":
+        if rollout.engine_args:
+            raise RecipeError(
+                f"rollout.engine_args names {', '.join(rollout.engine_args)}, which rollout.engine="
+                "own does not take: set rollout.engine=vllm, or leave them out"
+            )
         return
     if config.model.path is None or config.model.lora.rank or config.warmup.max_steps:
         raise RecipeError(
@@ -125,7 +130,10 @@ def _check_engine(config: Config) -> None:
 
 def dump(config: Config) -> str:
     """The config as TOML that `load` reads back to an equal one; unset (None) keys are left out."""
-    return _table(asdict(config))
+    values = asdict(config)
+    objective = values["algorithm"]["objective"]
+    objective |= {name: "none" for name, value in objective.items() if value is None}
+    return _table(values)
 
 
 def flatten(config: Config) -> dict[str, Any]:
@@ -238,5 +246,5 @@ def _field_docs(cls: type) -> dict[str, str]:
     for node, below in zip(body, [*body[1:], None], strict=True):
         if isinstance(node, ast.AnnAssign):
             has_doc = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
-            docs[node.target.id] = inspect.cleandoc(below.value.value) if has_doc else ""
+            docs[node.target.id] = " ".join(below.value.value.split()) if has_doc else ""
     return docs
