@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastpo import _extension
-from fastpo.objective import FLOAT_MAX, shown
+from fastpo.objective import is_finite, shown
 
 _REWARD_DTYPES = (
     *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
@@ -290,7 +290,7 @@ def _check_numbers(rewards: Tensor, weights: object, estimator: str, eps: float)
         raise ValueError(f"estimator is {estimator!r}, expected one of {', '.join(ESTIMATORS)}")
     if isinstance(eps, bool) or not isinstance(eps, Real):
         raise TypeError(f"eps is {type(eps).__name__}, expected a number >= 0")
-    if not 0 <= eps <= FLOAT_MAX:
+    if not (is_finite(eps) and eps >= 0):
         raise ValueError(f"eps is {shown(eps)}, expected a finite number >= 0")
 
 

@@ -134,11 +134,13 @@ def _parser(arguments: list[str]) -> argparse.ArgumentParser:
     compare.set_defaults(run=_compare)
     planned = commands.add_parser(
         "plan",
+        usage="fastpo plan RECIPE [key=value ...] [--ranks N]\n       "
+        "fastpo plan --vocab V --hidden D --tokens N [--dtype T] [--budget B] [--device D]",
         help="memory of a recipe's run, or of a loss step for each way to compute it",
         description="Of a recipe, `fastpo plan RECIPE key=value --ranks N`: bytes per rank of a "
         "run of it. Without one, of a loss step of the shape given:",
     )
-    if arguments[:1] == ["plan"] and not (arguments[1:2] or ["-"])[0].startswith("-"):
+    if arguments[:1] == ["plan"] and _names_recipe(arguments[1:]):
         planned.add_argument("recipe", help="TOML file")
         planned.add_argument("overrides", nargs="*", metavar="key=value")
         _add_ranks(planned)
@@ -154,6 +156,16 @@ def _parser(arguments: list[str]) -> argparse.ArgumentParser:
     )
     doctor.set_defaults(run=_doctor)
     return parser
+
+
+def _names_recipe(arguments: list[str]) -> bool:
+    """Whether these, of `plan`, are about a recipe: it may stand behind options."""
+    first = (arguments or ["-"])[0]
+    return (
+        not first.startswith("-")
+        or any(a.startswith("--rank") for a in arguments)
+        or any(a.endswith(".toml") for a in arguments)
+    )
 
 
 def _add_ranks(parser: argparse.ArgumentParser) -> None:
@@ -210,10 +222,13 @@ def _compare(options: argparse.Namespace, command: str) -> int:
 
 
 def _show_footprint(check: str, config: Config, ranks: int) -> int:
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # where there is no network: one line
     from fastpo.trainer import footprint
     from fastpo.trainer.run import dryrun
 
     print(footprint.table(getattr(dryrun, check)(config, ranks), config))
+    if check == "dry_run":
+        print(f"The dry run passed: {ranks} rank{'s' * (ranks > 1)}, and nothing was written.")
     return 0
 
 

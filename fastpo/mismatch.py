@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastpo.objective import FLOAT_MAX, MAX_LOG_RATIO, shown
+from fastpo.objective import MAX_LOG_RATIO, is_finite, shown
 from fastpo.ops import checks
 from fastpo.ops.batch import flat_mask
 from fastpo.segments import Segments
@@ -270,6 +270,6 @@ def _check_off_policy(threshold: object, advantages: object) -> None:
             f"got {given} alone, expected off_policy_threshold and advantages together, or neither"
         )
     number = isinstance(threshold, Real) and not isinstance(threshold, bool)
-    if threshold is not None and not (number and abs(threshold) <= FLOAT_MAX):
+    if threshold is not None and not (number and is_finite(threshold)):
         got = shown(threshold) if number else repr(threshold)
         raise ValueError(f"off_policy_threshold is {got}, expected a finite number of nats")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import sys
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import NamedTuple
@@ -28,7 +27,7 @@ KL_ESTIMATORS = ("k1", "k2", "k3", "abs", "k1+", "k3+")
 AGGREGATIONS = ("token_mean", "sequence_mean", "sequence_sum", "constant")
 RATIO_LEVELS = ("token", "sequence", "sequence_token")
 
-FLOAT_MAX = sys.float_info.max  # to compare with: isfinite() fails on an int that is no float
+FLOAT_MAX = torch.finfo(torch.float32).max  # backends take numbers as float32
 MAX_LOG_RATIO = 20.0  # |log r| is clamped here before exp: 0 * inf would be NaN for clipped tokens
 VESPO_MIN_LOG_WEIGHT = math.log(1e-8)
 VESPO_MIN_RATE = 1e-4
@@ -51,6 +50,15 @@ _ONLY_FOR = {
         ("gate",),
     ),
 }
+
+
+def without_meaning(surrogate: str, gate: str) -> set[str]:
+    """Fields that the surrogate never looks at, nor, of "gate", the gate."""
+    unused = {field for field, users in _ONLY_FOR.items() if surrogate not in users}
+    if surrogate == "gate" and gate == "none":
+        unused |= {"clip_low", "clip_high", "gate_two_sided"}
+    return unused
+
 
 _PYTHON_TYPES = {"str": str, "bool": bool, "int": Integral, "float": Real}
 
@@ -178,7 +186,7 @@ class Objective:
                 raise TypeError(
                     f"{field.name} is {value!r} ({type(value).__name__}), expected {field.type}"
                 )
-            if wanted in ("float", "int") and not -FLOAT_MAX <= value <= FLOAT_MAX:
+            if wanted in ("float", "int") and not is_finite(value):
                 raise ValueError(f"{field.name} is {shown(value)}, expected a finite number")
 
     def _check_numbers(self) -> None:
@@ -199,13 +207,16 @@ class Objective:
                 raise ValueError(f"{field} is {getattr(self, field)}, expected 1, 0 or -1")
 
     def _check_bounds(self) -> None:
+        kind = f"surrogate={self.surrogate!r}"
+        if self.surrogate == "gate":
+            kind = f"gate={self.gate!r}, which has no bounds"
+        unused = without_meaning(self.surrogate, self.gate)
         for field in fields(self):
-            allowed = _ONLY_FOR.get(field.name, SURROGATES)
             value = getattr(self, field.name)
-            if value != field.default and self.surrogate not in allowed:
+            if value != field.default and field.name in unused:
                 raise ValueError(
-                    f"{field.name} is {value!r} but has no meaning for surrogate="
-                    f"{self.surrogate!r}; leave it {field.default!r}"
+                    f"{field.name} is {value!r} but has no meaning for {kind}; "
+                    f"leave it {field.default!r}"
                 )
         if self.surrogate == "cispo" and self.ratio_max is None:
             raise ValueError("surrogate='cispo' needs ratio_max, the bound on the ratio, e.g. 5.0")
@@ -214,22 +225,11 @@ class Objective:
             value = getattr(self, field)
             if value is not None and value <= lowest:
                 raise ValueError(f"{field} is {value}, expected more than {lowest:g}")
-        if self.surrogate == "gate" and self.gate == "none":
-            self._check_has_no_clip()
         if self.gate != "ratio" and (self.gate_keep_low or self.gate_keep_high):
             raise ValueError(
                 f"gate_keep_low and gate_keep_high scale a bound on the ratio, got gate="
                 f"{self.gate!r}: leave them 0 (outside tokens are dropped), or use gate='ratio'"
             )
-
-    def _check_has_no_clip(self) -> None:
-        for field in ("clip_low", "clip_high"):
-            value, default = getattr(self, field), self.__dataclass_fields__[field].default
-            if value != default:
-                raise ValueError(
-                    f"{field} is {value!r} but has no meaning for gate='none', which has no "
-                    f"bounds; leave it {default!r}, or set gate"
-                )
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -676,9 +676,17 @@ def _max_length(objective: Objective, segments: Segments) -> int:
     return segments.width
 
 
+def is_finite(value: Real) -> bool:
+    """Whether float32 holds it: no NaN, no infinity, no integer of a thousand bits."""
+    try:
+        return abs(float(value)) <= FLOAT_MAX
+    except OverflowError:
+        return False
+
+
 def shown(value: Real) -> str:
     """A number in a message of one line."""
-    huge = isinstance(value, int) and abs(value) > FLOAT_MAX
+    huge = isinstance(value, int) and not is_finite(value)
     return f"an integer of {value.bit_length()} bits" if huge else str(value)
 
 

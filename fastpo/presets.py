@@ -23,7 +23,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
-from fastpo.objective import Objective, unknown_option
+from fastpo.objective import Objective, unknown_option, without_meaning
 
 __all__ = [
     "aspo",
@@ -306,4 +306,7 @@ def _make(name: str, overrides: dict[str, Any], **defaults: Any) -> Objective:
     for key in overrides:
         if key not in _FIELDS:
             raise unknown_option(name, key)
-    return Objective(**{"name": name, **defaults, **overrides})
+    chosen = {"surrogate": "clip", "gate": "none", **defaults, **overrides}
+    # With another surrogate or gate the preset's own numbers for the old one mean nothing.
+    unused = without_meaning(chosen["surrogate"], chosen["gate"]) - overrides.keys()
+    return Objective(**{"name": name} | {k: v for k, v in chosen.items() if k not in unused})

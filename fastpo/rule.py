@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastpo.objective import AGGREGATIONS, FLOAT_MAX, Objective, shown
+from fastpo.objective import AGGREGATIONS, Objective, is_finite, shown
 
 
 class TokenInputs(NamedTuple):
@@ -91,7 +91,7 @@ def loss_rule(
     if max_length is not None:
         if isinstance(max_length, bool) or not isinstance(max_length, Integral):
             raise TypeError(f"max_length is {max_length!r}, expected a number of tokens, or None")
-        if not 0 < max_length <= FLOAT_MAX:
+        if not (is_finite(max_length) and max_length > 0):
             raise ValueError(
                 f"max_length is {shown(max_length)}, expected a positive number of tokens"
             )

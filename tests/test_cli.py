@@ -108,9 +108,12 @@ def test_a_run_that_failed_before_its_first_step_does_not_block_the_next(tiny, m
     ("arguments", "parts"),
     [
         (["optim.lerning_rate=1"], ["optim.lerning_rate", "optim.learning_rate"]),
+        (["optim.lr=1"], ["optim.lr", "optim has learning_rate, warmup_steps"]),
+        (["optim.learning_rte=1"], ["nearest known key is 'optim.learning_rate'"]),
         (["steps=many"], ["steps", "'many'", "integer"]),
         (["task=none_such"], ["none_such", "sort"]),
-        (["model.path=/nowhere"], ["/nowhere"]),
+        (["model.path=/nowhere"], ["/nowhere", "no such folder"]),
+        (["model.path=.cache/nowhere"], [".cache/nowhere", "no such folder"]),
         (["algorithm.preset=dpo"], ["algorithm.preset", "dapo"]),
         (["run_dir={nope}"], ["run_dir", "{task}"]),
         (["run_dir=/dev/null/run"], ["/dev/null/run"]),
@@ -139,6 +142,16 @@ def test_missing_files_are_named(tmp_path, capsys):
     one_line(capsys, "metrics.jsonl")
     assert main(["eval", str(tmp_path)]) == 2
     one_line(capsys, "config.toml")
+    assert main(["eval", str(tmp_path / "absent")]) == 2
+    one_line(capsys, "absent", "directory of a run or a model, or a recipe")
+
+
+def test_evaluating_what_a_recipe_begins_with_says_that_it_is_untrained(tiny, tmp_path, capsys):
+    tiny()
+    for path, said in (("tiny.toml", True), ("run", False)):
+        capsys.readouterr()
+        assert main(["eval", str(tmp_path / path), "rollout.max_new_tokens=2"]) == 0
+        assert ("untrained" in capsys.readouterr().err) is said
 
 
 def test_a_verifier_that_raises_in_an_evaluation_costs_no_step(tiny, monkeypatch, capsys):
@@ -243,17 +256,22 @@ def test_several_seeds_in_one_command_are_runs_of_their_own(tiny, tmp_path, caps
 
 def test_compare_names_what_differs(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(Even, "__init__", lambda self, **_: setattr(self, "calls", 0))
     for rate in ("0.01", "0.02"):
-        tiny(f"run_dir={tmp_path}/lr{rate}", f"optim.learning_rate={rate}")
+        tiny(
+            *(f"run_dir={tmp_path}/lr{rate}", f"optim.learning_rate={rate}"),
+            *(f"task_args.rate={rate}", "task_args.same=1"),
+        )
     capsys.readouterr()
     assert main(["compare", f"{tmp_path}/lr0.01", f"{tmp_path}/lr0.02"]) == 0
     output = capsys.readouterr().out
     assert "optim.learning_rate=0.01" in output and "optim.learning_rate=0.02" in output
+    assert "\n  task_args.rate=0.02\n" in output and "task_args.same" not in output
     assert "group_size" not in output and "standard deviation" not in output
     summary = json.loads((tmp_path / "lr0.02" / "summary.json").read_text())
     assert f"{summary['after']['accuracy']:.3f}" in output
     assert main(["compare", str(tmp_path)]) == 2
-    one_line(capsys, "metrics.jsonl")
+    one_line(capsys, "metrics.jsonl", "directory of a run", f"{tmp_path}/lr0.01, {tmp_path}/lr0.02")
 
 
 def test_any_checkpoint_directory_can_be_evaluated(tiny, tmp_path, capsys):

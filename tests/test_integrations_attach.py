@@ -101,7 +101,7 @@ class Halving:
 
 @pytest.mark.parametrize("hook", [halving, Halving()])
 def test_a_hook_that_changes_the_logits_of_an_attached_model_is_seen(model, ids, hook):
-    """REGRESSIONS 51: registered after the first scored call, on the model itself."""
+    """REGRESSIONS 61: registered after the first scored call, on the model itself."""
     asked = {"completion_mask": torch.ones(B, T)}
     expected = model(input_ids=ids, token_logprobs=asked)
     seen = []

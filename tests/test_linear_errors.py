@@ -37,7 +37,12 @@ BAD = {
     "weight_transposed": (
         {"weight": torch.randn(D, V)},
         ValueError,
-        r"weight has shape \[4, 11\], expected \[V, 4\]",
+        r"weight has shape \[4, 11\], expected \[V, 4\].*transposed.*t\(\)\.contiguous\(\)",
+    ),
+    "weight_transposed_view": (
+        {"weight": torch.randn(V, D).t()},
+        ValueError,
+        r"weight has shape \[4, 11\], expected \[V, 4\].*transposed, pass weight\.t\(\),",
     ),
     "weight_none": ({"weight": None}, TypeError, r"expected a tensor \[V, D\]"),
     "weight_3d": ({"weight": torch.randn(2, V, D)}, ValueError, r"expected \[V, D\]"),

@@ -50,6 +50,8 @@ BAD = [
     ({"surrogate": "gate", "clip_low": 0.1}, ValueError, ["clip_low is 0.1", "gate='none'"]),
     ({"sapo_tau_neg": 1.1}, ValueError, ["sapo_tau_neg is 1.1", "'clip'", "leave it 1.05"]),
     ({"vespo_k_pos": 1.0}, ValueError, ["vespo_k_pos is 1.0", "'clip'", "leave it 2.0"]),
+    ({"surrogate": "gate", "gate_two_sided": True}, ValueError, ["gate_two_sided", "no bounds"]),
+    ({"clip_high": 1e39}, ValueError, ["clip_high is 1e+39", "finite"]),
     ({"name": 3}, TypeError, ["name is 3 (int)", "expected str"]),
     ({"ratio_max": torch.tensor(3.0)}, TypeError, ["ratio_max", "(Tensor)", "float | None"]),
 ]

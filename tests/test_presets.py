@@ -148,6 +148,14 @@ def test_every_preset_has_a_row_in_the_docs():
     assert named == set(presets.__all__)
 
 
+def test_numbers_of_a_preset_go_with_its_surrogate():
+    """Another surrogate or gate is an override like any other; what the user gave still counts."""
+    assert presets.dapo(surrogate="cispo", ratio_max=5.0).clip_high == 0.2
+    assert not presets.ipo(gate="none").gate_two_sided
+    with pytest.raises(ValueError, match="no meaning for surrogate='cispo'"):
+        presets.dapo(surrogate="cispo", ratio_max=5.0, clip_high=0.3)
+
+
 def test_bad_values_are_refused_through_a_preset():
     with pytest.raises(ValueError, match="clip_low is -1, expected a number >= 0"):
         presets.dapo(clip_low=-1)

@@ -145,7 +145,8 @@ def test_recipes_for_gpus_pass_a_dry_run(offline, capsys, name, ranks):
     path = str(RECIPES / f"{name}.toml")
     assert main(["train", path, *offline, "--dry-run", "--ranks", str(ranks)]) == 0
     checked = capsys.readouterr().out
-    assert f"on {ranks} rank" in checked and "peak of an update" in checked
+    checked, said, _ = checked.partition("The dry run passed: ")
+    assert said and f"on {ranks} rank" in checked and "peak of an update" in checked
     assert main(["plan", path, *offline, "--ranks", str(ranks)]) == 0
     assert capsys.readouterr().out == checked
     # Of rows and verifiers, which a plan does not need, nothing has to be there.
@@ -181,7 +182,28 @@ def test_a_dry_run_says_what_a_run_would_refuse(offline, capsys, monkeypatch, ov
     assert errors.startswith("fastpo: ") and line in errors and errors.count("\n") == 1
 
 
+def test_a_recipe_may_stand_behind_the_options_of_a_plan(offline, capsys):
+    path = str(RECIPES / "demo.toml")
+    for arguments in (
+        ["--ranks", "8", path],
+        [path, "--ranks", "8"],
+        ["--ranks=8", path, "seed=1"],
+    ):
+        assert main(["plan", *arguments]) == 0
+        assert "on 8 ranks" in capsys.readouterr().out
+    for form in ([], [path]):
+        with pytest.raises(SystemExit):
+            main(["plan", *form, "--help"])
+        usage = capsys.readouterr().out
+        assert "plan RECIPE" in usage and "plan --vocab V" in usage
+
+
 def test_ranks_are_counted_from_one(capsys):
     with pytest.raises(SystemExit):
         main(["plan", str(RECIPES / "demo.toml"), "--ranks", "0"])
     assert "--ranks" in capsys.readouterr().err
+
+
+def test_a_plan_refuses_ranks_that_replicas_do_not_divide(capsys):
+    assert main(["plan", str(RECIPES / "dapo-2nodes.toml")]) != 0
+    assert "replicas is 2, expected a divisor of the 1 ranks" in capsys.readouterr().err

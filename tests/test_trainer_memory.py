@@ -188,7 +188,7 @@ def test_saved_adapters_load_into_transformers_and_merge(base, tmp_path):
     ],
 )
 def test_adapters_to_go_on_with_are_those_of_the_recipe(base, tmp_path, lora, line):
-    """REGRESSIONS 60: by a run, and by a plan of it."""
+    """REGRESSIONS 62: by a run, and by a plan of it."""
     adapted(base).save(tmp_path)
     config = ModelConfig(path=str(tmp_path), lora=lora)
     for make_it in (partial(make_policy, config, CPU), partial(outline, config)):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from fastpo.advantages import ESTIMATORS
+from fastpo.trainer.algorithm import resolve
 from fastpo.trainer.config import Config
 from fastpo.trainer.run import recipe
 from fastpo.trainer.run.errors import RecipeError
@@ -80,6 +81,17 @@ def test_a_mistake_is_one_line_that_names_it(tmp_path, text, overrides, parts):
     for part in parts:
         assert part in message
     assert caught.value.exit_code == 2
+
+
+def test_none_switches_a_bound_of_the_preset_off(tmp_path):
+    """REGRESSIONS 60: it was dropped in silence, and the preset's own number stayed."""
+    text = ["algorithm.preset=dppo", "algorithm.objective.ratio_max=none"]
+    config = recipe.load(None, [*text, "algorithm.objective.gate=none"])
+    objective = resolve(config.algorithm, max_new_tokens=16).objective
+    assert (objective.ratio_max, objective.gate) == (None, "none")
+    path = tmp_path / "again.toml"
+    path.write_text(recipe.dump(config))
+    assert resolve(recipe.load(path).algorithm, max_new_tokens=16).objective == objective
 
 
 def test_missing_recipe_is_named(tmp_path):

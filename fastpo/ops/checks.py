@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpo.backends.base import RowDetails
-from fastpo.objective import FLOAT_MAX, Objective, check_takes_clip_bounds, shown
+from fastpo.objective import Objective, check_takes_clip_bounds, is_finite, shown
 from fastpo.rule import RuleObjective
 
 _debug = False
@@ -230,7 +230,7 @@ def check_positive(name: str, value: object, *, what: str = "a number") -> None:
     """A finite number > 0."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} is {type(value).__name__}, expected {what}")
-    if not 0 < value <= FLOAT_MAX:
+    if not (is_finite(value) and value > 0):
         raise ValueError(f"{name} is {shown(value)}, expected a finite number > 0")
 
 
@@ -282,7 +282,7 @@ def check_normalizer(normalizer: object) -> None:
         raise TypeError(
             f"normalizer is {type(normalizer).__name__}, expected a number or a 0-d tensor"
         )
-    if not 0 <= normalizer <= FLOAT_MAX:
+    if not (is_finite(normalizer) and normalizer >= 0):
         raise ValueError(f"normalizer is {shown(normalizer)}, expected a finite count >= 0")
 
 

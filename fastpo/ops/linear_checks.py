@@ -65,6 +65,7 @@ def _check_head(hidden: object, weight: object, bias: object) -> None:
             "it, call inside deepspeed.zero.GatheredParameters"
         )
     checks.check_matrix("hidden", hidden, "D")
+    _check_orientation(weight, hidden.shape[-1])
     checks.check_matrix("weight", weight, "D", leading=("V",))
     checks.check_device("weight", weight, hidden)
     if weight.shape[1] != hidden.shape[-1]:
@@ -84,6 +85,18 @@ def _check_head(hidden: object, weight: object, bias: object) -> None:
                 f"{name} has dtype {value.dtype}, expected {dtype} as the hidden states: "
                 "cast one of them, or call under torch.autocast"
             )
+
+
+def _check_orientation(weight: object, width: int) -> None:
+    """Not a head [D, V], as `hidden @ weight` would take it."""
+    if not isinstance(weight, Tensor) or weight.ndim != 2 or weight.shape[1] == width:
+        return
+    if weight.shape[0] == width:
+        copied = "" if weight.stride(0) == 1 else ".contiguous()"
+        raise ValueError(
+            f"weight has shape {list(weight.shape)}, expected [V, {width}]: it looks transposed, "
+            f"pass weight.t(){copied}, or an nn.Linear's weight as it is"
+        )
 
 
 def autocasts(hidden: Tensor) -> bool:

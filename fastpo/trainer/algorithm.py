@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ def resolve(config: AlgorithmConfig, max_new_tokens: int) -> Algorithm:
         raise RecipeError(
             f"algorithm.estimator is {config.estimator!r}, expected one of {', '.join(ESTIMATORS)}"
         )
-    chosen = {name: value for name, value in config.objective.items() if value is not None}
+    chosen = {name: _none(name, value) for name, value in config.objective.items()}
     try:
         objective = getattr(fastpo, config.preset)(**chosen)
         if objective.aggregation == "constant" and objective.max_length is None:
@@ -97,6 +97,14 @@ def resolve(config: AlgorithmConfig, max_new_tokens: int) -> Algorithm:
         correction=_correction(config.correction),
         sync_reference_every=config.sync_reference_every,
     )
+
+
+def _none(name: str, value: Any) -> Any:
+    """What a recipe's `none` means for a field of the objective: no bound, or the word itself."""
+    types = {field.name: field.type for field in fields(fastpo.Objective)}
+    if value not in (None, "none"):
+        return value
+    return None if types.get(name, "").endswith("None") else "none"
 
 
 def _correction(config: dict[str, Any]) -> dict[str, Any]:

@@ -119,7 +119,7 @@ class AlgorithmConfig:
     critic: bool | None = None
     """Advantages of every token from a critic, by GAE, in place of the group's (ppo: yes)."""
     objective: dict[str, Any] = field(default_factory=dict)
-    """Fields of fastpo.Objective in place of the preset's: clip_high, kl_coef, aggregation, ..."""
+    """Fields of fastpo.Objective in place of the preset's: clip_high, ...; none = no bound here."""
     dynamic_sampling: bool | None = None
     """Refill the batch until every group can teach something."""
     dynamic_sampling_by: Literal["correct", "reward"] = "correct"

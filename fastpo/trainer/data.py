@@ -76,7 +76,11 @@ class JsonLines:
         except json.JSONDecodeError as error:
             raise RecipeError(f"{source} line {number} is not JSON: {error}") from None
         except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(f"cannot read {source}: {error}") from None
+            reason = getattr(error, "strerror", None) or error
+            raise RecipeError(
+                f"cannot read {source}: {reason} (a recipe that comes with fastpo says in its "
+                "first lines what makes it)"
+            ) from None
 
     def _problems(self, source: Any) -> list[Problem]:
         problems = [self._problem(place, row) for place, row in self.read(source)]

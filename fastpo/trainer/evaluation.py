@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +22,7 @@ from fastpo.trainer.policy import Policy
 from fastpo.trainer.rollout import Sampling
 from fastpo.trainer.run import checkpoint, directory, recipe
 from fastpo.trainer.run.errors import RecipeError, TrainerError
-from fastpo.trainer.tasks import Problem, held_out, load_task
+from fastpo.trainer.tasks import Problem, fewer_held_out, held_out, load_task
 from fastpo.trainer.verifier import Verifier
 
 
@@ -97,15 +98,29 @@ def evaluate_saved(path: Path, overrides: Sequence[str]) -> Evaluation:
             checkpoint.verify(saved)
             policy = load_policy(saved, config.model, device, stop=task.stop)
         else:
+            if config.model.path is None:
+                _note(f"{path} builds its model from nothing: what is evaluated is untrained")
             torch.manual_seed(config.seed)
             policy = make_policy(config.model, device, alphabet=task.alphabet, stop=task.stop)
         fits = policy.fits(config.rollout.max_prompt_tokens)
         problems = held_out(verifier, config.eval.problems, fits)
+        if note := fewer_held_out(verifier, config.eval.problems, len(problems)):
+            _note(note)
         return evaluate_held_out(policy, verifier, problems, config)
+
+
+def _note(text: str) -> None:
+    """Beside the results, which may be JSON."""
+    print(f"fastpo: {text}", file=sys.stderr)
 
 
 def _find(path: Path, overrides: Sequence[str]) -> tuple[Config, Path | None]:
     """The recipe of `path` and the directory of its model, where it has one."""
+    if not path.exists():
+        raise RecipeError(
+            f"{path}: no such file or directory; expected the directory of a run or a model, or a "
+            "recipe"
+        )
     if not path.is_dir():
         return recipe.load(path, overrides), None
     # Every directory of a model has the one, every directory of adapters the other.

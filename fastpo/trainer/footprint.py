@@ -197,5 +197,5 @@ def table(found: Footprint, config: Config) -> str:
     if config.rollout.engine != "own":
         lines.append("  and vLLM takes its own share: rollout.engine_args.gpu_memory_utilization")
     elif config.rollout.max_prompt_tokens is None:
-        lines.append("  prompts are not in the KV cache: rollout.max_prompt_tokens is not given")
+        lines.append("  prompts are not counted: rollout.max_prompt_tokens is not given")
     return "\n".join(lines)

@@ -165,12 +165,22 @@ def _adapted_layers(base: str, lora: LoraConfig) -> list[str]:
 
 @contextmanager
 def _loading(path: str | Path) -> Iterator[None]:
+    if _is_local(str(path)) and not Path(path).exists():
+        raise RecipeError(
+            f"cannot load a model from {str(path)!r}: no such folder (a recipe that comes with "
+            "fastpo says in its first lines what fetches it)"
+        )
     try:
         yield
     except RecipeError:
         raise
     except Exception as error:  # transformers and safetensors raise many kinds
         raise RecipeError(f"cannot load a model from {str(path)!r}: {reason_of(error)}") from error
+
+
+def _is_local(path: str) -> bool:
+    """Whether a path can be no hub id, which is `name` or `owner/name`."""
+    return path.startswith((".", "/", "~")) or path.count("/") > 1
 
 
 def _weight_dtype(config: ModelConfig) -> torch.dtype:

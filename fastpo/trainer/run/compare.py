@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ LAST_SHARE = 10  # the reward shown is the mean of the last tenth of the steps
 
 
 def compare(runs: Sequence[Path], out: Console | None = None) -> None:
-    """Print a row for every run with the settings that differ; for those that are alike, the mean.
+    """Print a row for every run, and the settings that differ; of runs that are alike, the mean.
 
     Raises:
         RecipeError: a directory is no run, or a run has no metrics yet.
@@ -27,21 +28,43 @@ def compare(runs: Sequence[Path], out: Console | None = None) -> None:
     found = [_read(run) for run in runs]
     differing = [
         key
-        for key in found[0]["settings"]
-        if key not in OWN and len({str(each["settings"].get(key)) for each in found}) > 1
+        for key in dict.fromkeys(key for each in found for key in each["settings"])
+        if key not in OWN and len({_shown(each, key) for each in found}) > 1
     ]
+    out = out or Console(highlight=False)
     table = Table(title="Held-out accuracy and training reward", title_justify="left")
     table.add_column("run", overflow="fold")
     for heading in ("steps", "before", "after", "best", "change", "reward", "min"):
         table.add_column(heading, justify="right", no_wrap=True)
     for each in found:
-        settings = [f"{key}={each['settings'].get(key)}" for key in differing]
-        table.add_row(escape("\n".join([each["name"], *settings])), *_cells(each))
+        table.add_row(escape(each["name"]), *_cells(each))
     if len(found) > 1 and not differing:
         table.add_section()
         table.add_row("mean", *_over(found, statistics.fmean, NUMBERS))
         table.add_row("standard deviation", *_over(found, statistics.stdev, SPREADS))
-    (out or Console(highlight=False)).print(table)
+    out.print(table)
+    for each in found if differing else ():
+        for line in (each["name"], *(f"  {_shown(each, key)}" for key in differing)):
+            out.print(line, markup=False, soft_wrap=True)
+
+
+def _shown(each: dict[str, Any], key: str) -> str:
+    """A setting of a run, as an override gives it."""
+    value = each["settings"].get(key)
+    return f"{key}={'none' if value is None else json.dumps(value, ensure_ascii=False)}"
+
+
+def _leaves(values: dict[str, Any]) -> dict[str, Any]:
+    """Settings that are tables, such as task_args, key by key."""
+    return {
+        name: leaf
+        for key, value in values.items()
+        for name, leaf in (
+            _leaves({f"{key}.{part}": v for part, v in value.items()}).items()
+            if isinstance(value, dict)
+            else [(key, value)]
+        )
+    }
 
 
 def _read(run: Path) -> dict[str, Any]:
@@ -55,7 +78,7 @@ def _read(run: Path) -> dict[str, Any]:
     seconds = summary.get("seconds") or sum(row.get("step_time") or 0.0 for row in trained)
     return {
         "name": str(run),
-        "settings": recipe.flatten(directory.config_of(run)),
+        "settings": _leaves(recipe.flatten(directory.config_of(run))),
         "steps": trained[-1]["step"],
         "before": held_out[0] if held_out else None,
         "after": held_out[-1] if len(held_out) > 1 else None,

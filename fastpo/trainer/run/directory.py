@@ -207,10 +207,18 @@ def _lines(file: Path) -> list[tuple[str, dict[str, Any]]]:
             return found
         reason = "a step is no integer"
     except OSError as error:
-        raise RecipeError(f"cannot read {file}: {error.strerror}") from None
+        raise RecipeError(f"cannot read {file}: {error.strerror}{_runs_in(file.parent)}") from None
     except (ValueError, KeyError, TypeError) as error:
         reason = str(error)
     raise RecipeError(f"{file} is damaged: {reason}")
+
+
+def _runs_in(path: Path) -> str:
+    """What to name in place of a directory that is no run."""
+    runs = sorted(str(file.parent) for file in path.glob(f"*/{METRICS}"))
+    more = ", ..." if len(runs) > 4 else ""
+    found = f"; in {path} are: {', '.join(runs[:4])}{more}" if runs else ""
+    return f" (expected the directory of a run{found})"
 
 
 def _gaps(rows: list[dict[str, Any]], last: int) -> str:

@@ -29,7 +29,13 @@ from fastpo.trainer.warmup import reference_answers
 
 
 def plan(config: Config, ranks: int) -> Footprint:
-    """The memory of a run; of its task, no problem is asked."""
+    """The memory of a run; of its task, no problem is asked.
+
+    Raises:
+        RecipeError: prompts or replicas that so many ranks cannot share.
+    """
+    algorithm = resolve(config.algorithm, config.rollout.max_new_tokens)
+    distributed.check_size(recipe.flatten(config), algorithm.critic, ranks)
     if config.task in ROW_TASKS:  # neither their rows nor their verifiers need to be there
         alphabet, stop = (config.task_args.get(part) for part in ("alphabet", "stop"))
     else:

@@ -130,7 +130,10 @@ def _check_engine(config: Config) -> None:
 
 def dump(config: Config) -> str:
     """The config as TOML that `load` reads back to an equal one; unset (None) keys are left out."""
-    return _table(asdict(config))
+    values = asdict(config)
+    objective = values["algorithm"]["objective"]
+    objective |= {name: "none" for name, value in objective.items() if value is None}
+    return _table(values)
 
 
 def flatten(config: Config) -> dict[str, Any]:
@@ -200,12 +203,23 @@ def _explain(error: dict[str, Any]) -> str:
         key = ".".join(parts)
         if parts[0] == "algorithm" and parts[-1] in {field.name for field in fields(Objective)}:
             return f"unknown key {key!r}; it is algorithm.objective.{parts[-1]}"
-        near = difflib.get_close_matches(key, [*known, *tables], n=1, cutoff=0.0)
-        return f"unknown key {key!r}; the nearest known key is {near[0]!r}"
+        return _nearest(key, known, tables)
     if key is None:
         return f"{'.'.join(parts)}: expected a table of keys, got {error['input']!r}"
     expected = error["msg"].removeprefix("Input should be ").removeprefix("a valid ")
     return f"{key} is {error['input']!r}, expected {expected} ({known[key].help})"
+
+
+def _nearest(key: str, known: Iterable[str], tables: Iterable[str]) -> str:
+    """What an unknown key may have meant: one of its table that is alike, or any of that table."""
+    table, _, name = key.rpartition(".")
+    inside = [k.removeprefix(f"{table}.") for k in known if table and k.startswith(f"{table}.")]
+    alike = difflib.get_close_matches(name, inside, n=1)
+    if inside and not alike:
+        return f"unknown key {key!r}; {table} has {', '.join(inside)}"
+    every = [*known, *tables]
+    near = f"{table}.{alike[0]}" if alike else difflib.get_close_matches(key, every, 1, 0.0)[0]
+    return f"unknown key {key!r}; the nearest known key is {near!r}"
 
 
 def _table(values: dict[str, Any], name: str = "") -> str:

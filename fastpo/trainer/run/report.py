@@ -108,7 +108,7 @@ def _number_table(before: dict[str, Any], after: dict[str, Any]) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     for key in (name for name in before if name != "answers" and name in after):
         change = after[key] - before[key]
-        name = key.replace("_", " ")
+        name = key if key.startswith("rewards/") else key.replace("_", " ")
         table.add_row(name, f"{before[key]:.3f}", f"{after[key]:.3f}", f"{change:+.3f}")
     return table
 
