@@ -15,6 +15,8 @@ SMOLLM2 := .cache/smollm2-135m-instruct
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints-dev.txt
 EXTENSION_SOURCES := $(wildcard setup.py csrc/* csrc/*/*)
 CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
+# A worker a core, each with whole files, whose fixtures are made once.
+PARALLEL := -n logical --maxprocesses 8 --dist loadfile
 PEERS := trl liger-kernel pytest-benchmark peft accelerate datasets
 VERL_IMPORTS := ray tensordict hydra-core codetiming orjson
 
@@ -41,11 +43,11 @@ ablation: $(STAMPS)/fastpo ## From GRPO to DAPO, one technique at a time, three 
 
 test: export OMP_NUM_THREADS ?= 1
 test: $(STAMPS)/fastpo ## Run the quick tests (PYTEST_ARGS=...)
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest $(PARALLEL) $(PYTEST_ARGS)
 
 test-all: export OMP_NUM_THREADS ?= 1
 test-all: $(STAMPS)/peers $(PEER_WHEELS) $(OTHER_TRITON) ## Run every test that needs no GPU, the slow ones and the peers' included
-	@$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest $(PARALLEL) -m "not gpu" $(PYTEST_ARGS)
 
 lint: $(STAMPS)/lint ## Check the style: ruff for Python, clang-format and cpplint for csrc
 	@$(BIN)/ruff check
