@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from learner_cases import gradients
 
 import fastpo
 from fastpo.trainer.algorithm import resolve
@@ -14,7 +15,7 @@ from fastpo.trainer.models import make_policy
 from fastpo.trainer.rollout import Sampling, sample
 from fastpo.trainer.run.errors import RecipeError
 from fastpo.trainer.tasks import Problem
-from fastpo.trainer.update import Learner, Sums
+from fastpo.trainer.update import Learner
 
 SHIFTS = [0.4, -0.3, 1.2, 0.0]  # policy over sampler, in nats, token after token
 
@@ -44,17 +45,6 @@ def samples_of(policy):
         )
         for index, completion in enumerate(found)
     ]
-
-
-def gradients(learner, samples):
-    """Gradient and sums of one update that is made off-policy and taken back."""
-    before = [p.detach().clone() for p in learner.parameters]
-    sums = Sums()
-    learner.update(samples, sums, on_policy=False)
-    gradient = torch.cat([p.grad.flatten() for p in learner.parameters])
-    for parameter, value in zip(learner.parameters, before, strict=True):
-        parameter.data.copy_(value)
-    return gradient, sums.read()
 
 
 def foreign_samples(learner):
@@ -90,7 +80,7 @@ def test_every_token_weighs_what_the_policy_gives_it_over_the_sampler(correction
     samples = foreign_samples(learner)
     learner.recompute_old_logprobs(samples)
     metrics = learner.correct(samples)
-    gradient, sums = gradients(learner, samples)
+    gradient, sums = gradients(learner, samples, on_policy=False)
     total = sum(s.length for s in samples)
     ratio = torch.tensor([SHIFTS[i % 4] for i in range(total)], dtype=torch.float64).exp()
     kept = torch.ones_like(ratio, dtype=torch.bool) if counts is None else counts(ratio)
@@ -98,7 +88,7 @@ def test_every_token_weighs_what_the_policy_gives_it_over_the_sampler(correction
     plain = samples_of(learner.policy)
     for s, w in zip(plain, weights, strict=True):
         s.advantage = (s.advantage * w).tolist()
-    expected, _ = gradients(learner, plain)
+    expected, _ = gradients(learner, plain, on_policy=False)
     expected = expected * total / int(kept.sum())
     torch.testing.assert_close(gradient, expected, atol=1e-6, rtol=1e-4)
     assert sums["tokens"] == int(kept.sum())
@@ -167,7 +157,7 @@ def test_the_reference_becomes_the_policy_and_stays_behind_it():
     samples = samples_of(learner.policy)
 
     def divergence():
-        return gradients(learner, samples)[1]["ref_kl"]
+        return gradients(learner, samples, on_policy=False)[1]["ref_kl"]
 
     assert divergence() > 1e-3
     learner.sync_reference()

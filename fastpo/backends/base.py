@@ -43,7 +43,14 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from fastpo.objective import GATES, KL_ESTIMATORS, TOKEN_SURROGATES, Objective
+from fastpo.objective import (
+    GATES,
+    KL_ESTIMATORS,
+    TOKEN_SURROGATES,
+    Objective,
+    TokenLoss,
+    token_loss,
+)
 
 
 class RowStats(NamedTuple):
@@ -127,6 +134,19 @@ class RowInputs(NamedTuple):
         if self.entropy_weight is None:
             return self.weight != 0
         return (self.weight != 0) | (self.entropy_weight != 0)
+
+    def token_loss(self, objective: Objective, logprobs: Tensor, mask: Tensor) -> TokenLoss:
+        """The specification on these numbers, before weights."""
+        return token_loss(
+            objective,
+            logprobs,
+            self.advantages,
+            old_logprobs=self.old_logprobs,
+            ref_logprobs=self.ref_logprobs,
+            clip_bounds=self.clip_bounds,
+            nll_weights=self.nll_weight,
+            mask=mask,
+        )
 
 
 class RowLosses(NamedTuple):

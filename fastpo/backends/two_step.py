@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastpo.backends.base import Backend, RowInputs, RowLosses
-from fastpo.objective import Objective, token_loss
+from fastpo.objective import Objective
 
 LossOf = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -68,16 +68,7 @@ def two_step_policy_loss(
     mask = inputs.mask
 
     def loss_of(logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor]:
-        terms = token_loss(
-            objective,
-            logprobs,
-            inputs.advantages,
-            old_logprobs=inputs.old_logprobs,
-            ref_logprobs=inputs.ref_logprobs,
-            clip_bounds=inputs.clip_bounds,
-            nll_weights=inputs.nll_weight,
-            mask=mask,
-        )
+        terms = inputs.token_loss(objective, logprobs, mask)
         loss = inputs.weight * terms.loss
         if inputs.entropy_weight is not None:
             loss = loss - inputs.entropy_weight * entropy

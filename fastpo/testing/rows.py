@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastpo.backends.base import RowInputs, RowLosses, RowStats
-from fastpo.objective import Objective, token_loss
+from fastpo.objective import Objective
 from fastpo.testing.budget import assert_within_budget, cosine
 
 FP32_FACTOR = 4.0  # sums of V terms in another order than torch's, over few rows: luck plays a part
@@ -121,22 +121,11 @@ def expected_policy_loss(
     """Row losses and the gradient (N, V) by autograd in `dtype`; masked rows give exact zeros."""
     inputs = case.inputs.map(lambda x: x.to(dtype))
     weight, entropy_weight = inputs.weight, inputs.entropy_weight
-    mask = weight != 0
-    if entropy_weight is not None:
-        mask = mask | (entropy_weight != 0)
+    mask = inputs.mask
     leaf = case.logits.to(dtype).where(mask[:, None], 0).requires_grad_()
     logprobs, entropy = _logprobs(leaf, case.tokens, case.temperature, dtype)
     logprobs, entropy = logprobs.where(mask, 0), entropy.where(mask, 0)
-    terms = token_loss(
-        objective,
-        logprobs,
-        inputs.advantages,
-        old_logprobs=inputs.old_logprobs,
-        ref_logprobs=inputs.ref_logprobs,
-        clip_bounds=inputs.clip_bounds,
-        nll_weights=inputs.nll_weight,
-        mask=mask,
-    )
+    terms = inputs.token_loss(objective, logprobs, mask)
     loss = weight.where(mask, 0) * terms.loss
     if entropy_weight is not None:
         loss = loss - entropy_weight.where(mask, 0) * entropy
