@@ -396,8 +396,9 @@ def _constant(values: Tensor | None, mask: Tensor | None, fill: float) -> Tensor
 def _constant_sequence_weights(
     weights: Tensor | None, mask: Tensor | None, segments: Segments | None
 ) -> Tensor | None:
-    mask = None if mask is None or weights is None else segments.sum(mask.to(weights.dtype)) > 0
-    return _constant(weights, mask, 1)
+    # Where this rank's rows use them: a collective for whole sequences would change nothing.
+    used = None if mask is None or weights is None else segments.own_sum(mask.to(weights.dtype)) > 0
+    return _constant(weights, used, 1)
 
 
 def clamp(x: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
@@ -624,8 +625,7 @@ def token_weights(
     """
     mask = _full_mask(mask, segments).to(dtype)
     if objective.aggregation == "token_mean":
-        total = mask.sum().clamp(min=1) if normalizer is None else count_or_one(normalizer, mask)
-        return mask / total
+        return mask / _token_count(mask, segments, normalizer)
     sequences = count_or_one(segments.count if normalizer is None else normalizer, mask)
     if objective.aggregation == "sequence_mean":
         return mask / (segments.broadcast(segments.sum(mask).clamp(min=1)) * sequences)
@@ -657,8 +657,16 @@ def entropy_weights(
             f"aggregation={objective.aggregation!r}: use aggregation='token_mean', or no normalizer"
         )
     mask = _full_mask(mask, segments).to(dtype)
-    total = mask.sum().clamp(min=1) if normalizer is None else count_or_one(normalizer, mask)
-    return mask * objective.entropy_coef / total
+    return mask * objective.entropy_coef / _token_count(mask, segments, normalizer)
+
+
+def _token_count(
+    mask: Tensor, segments: Segments, normalizer: Tensor | float | None
+) -> Tensor | float:
+    """What a token mean divides by, at least 1: the caller's count, or the mask's own (N,)."""
+    if normalizer is not None:
+        return count_or_one(normalizer, mask)
+    return segments.total(mask).clamp(min=1)
 
 
 def _full_mask(mask: Tensor | None, segments: Segments) -> Tensor:
@@ -668,9 +676,10 @@ def _full_mask(mask: Tensor | None, segments: Segments) -> Tensor:
 def _max_length(objective: Objective, segments: Segments) -> int:
     if objective.max_length is not None:
         return objective.max_length
-    if segments.width is None:
+    if segments.width is None or segments.group is not None:
+        where = "a packed batch" if segments.width is None else "a rank's part of the sequences"
         raise ValueError(
-            "aggregation='constant' on a packed batch needs Objective.max_length, the longest "
+            f"aggregation='constant' on {where} needs Objective.max_length, the longest "
             "completion in tokens, e.g. fastpo.dr_grpo(max_length=4096)"
         )
     return segments.width

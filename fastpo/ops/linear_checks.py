@@ -11,7 +11,6 @@ from torch.distributed import ProcessGroup
 
 from fastpo.ops import checks
 from fastpo.ops.kept import Kept
-from fastpo.ops.tensor_parallel import check_tp_group
 
 
 class LinearOptions(NamedTuple):
@@ -42,7 +41,7 @@ def check_linear_op(
         checks.check_positive("softcap", options.softcap)
     _check_logits_dtype(options.logits_dtype, operand_dtype(hidden))
     _check_chunk_tokens(options.chunk_tokens)
-    check_tp_group(options.tp_group, "weight is")
+    checks.check_group("tp_group", options.tp_group, "weight is sharded along V")
     if options.tp_group is None:
         checks.check_token_range(tokens, weight.shape[0], mask)
     _check_live_rows(options.live_rows, mask)
