@@ -160,6 +160,7 @@ class Objective:
                 f"'sapo', got {self.surrogate!r}; "
                 "gmpo and vespo already couple a whole sequence with ratio_level='token'"
             )
+        self._check_meaning()
         self._check_bounds()
 
     def _check_names(self) -> None:
@@ -206,18 +207,26 @@ class Objective:
             if getattr(self, field) not in (1, 0, -1):
                 raise ValueError(f"{field} is {getattr(self, field)}, expected 1, 0 or -1")
 
-    def _check_bounds(self) -> None:
+    def _check_meaning(self) -> None:
         kind = f"surrogate={self.surrogate!r}"
         if self.surrogate == "gate":
             kind = f"gate={self.gate!r}, which has no bounds"
-        unused = without_meaning(self.surrogate, self.gate)
+        ignored_by = dict.fromkeys(without_meaning(self.surrogate, self.gate), kind)
+        if self.kl_coef == 0:
+            ignored_by |= dict.fromkeys(("kl_estimator", "kl_ratio_weighted"), "kl_coef=0")
+        if self.old_kl_coef == 0:
+            ignored_by["old_kl_estimator"] = "old_kl_coef=0"
+        if self.aggregation != "constant":
+            ignored_by["max_length"] = f"aggregation={self.aggregation!r}"
         for field in fields(self):
             value = getattr(self, field.name)
-            if value != field.default and field.name in unused:
+            if value != field.default and field.name in ignored_by:
                 raise ValueError(
-                    f"{field.name} is {value!r} but has no meaning for {kind}; "
+                    f"{field.name} is {value!r} but has no meaning for {ignored_by[field.name]}; "
                     f"leave it {field.default!r}"
                 )
+
+    def _check_bounds(self) -> None:
         if self.surrogate == "cispo" and self.ratio_max is None:
             raise ValueError("surrogate='cispo' needs ratio_max, the bound on the ratio, e.g. 5.0")
         lowest = 1 + self.clip_high if self.surrogate == "clip" else self.ratio_min

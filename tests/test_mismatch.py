@@ -317,6 +317,7 @@ ROW = torch.zeros(3)
         ({"off_policy_threshold": 0.1}, ValueError, "together"),
         ({"advantages": ROW}, ValueError, "got advantages alone"),
         ({"mask": torch.ones(2).bool()}, ValueError, "mask has shape"),
+        ({"mode": "none", "high": 3.0}, ValueError, "high 3.0 but have no meaning for mode='none'"),
     ],
 )
 def test_refusals(options, error, words):
