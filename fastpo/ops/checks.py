@@ -39,7 +39,7 @@ def check_logits_op(
     """What `policy_loss` and `token_logprobs` share, but for ids, of which a shard knows less."""
     check_matrix("logits", logits, "V")
     check_rows(tokens, mask, temperature, logits)
-    if inplace and _overlaps(logits):
+    if inplace and overlaps(logits):
         raise ValueError(
             "inplace on expanded or overlapping logits would write one row's gradient over "
             "another's: clone them"
@@ -307,7 +307,7 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _overlaps(tensor: Tensor) -> bool:
+def overlaps(tensor: Tensor) -> bool:
     """Whether elements of `tensor` may share memory, as those of an expanded view do."""
     if tensor.numel() == 0:
         return False
