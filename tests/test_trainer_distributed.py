@@ -138,17 +138,62 @@ def test_two_ranks_train_as_one_process_does(tmp_path, one, more):
     assert max(row.get("gen_batches", 0) for row in rows(one)) > 1  # refilled
 
 
+def in_two_parts(tmp_path, ranks, *options):
+    """The directory of a run that was stopped at step 2 and went on, each on so many ranks."""
+    train(tmp_path, "run", *options, "steps=2", ranks=ranks[0])
+    more = "model.gradient_checkpointing=true"
+    train(tmp_path, "run", "--resume", *options, more, ranks=ranks[1])
+    assert (tmp_path / "run/summary.json").exists()
+    metrics = tmp_path / "run/metrics.jsonl"  # the first part evaluated at its last step
+    kept = [x for x in metrics.open() if json.loads(x)["step"] != 2 or "reward" in json.loads(x)]
+    metrics.write_text("".join(kept))
+    return tmp_path / "run"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [(2, 1), (1, 2)], ids=str)
 def test_a_run_resumes_on_another_number_of_ranks(tmp_path, one, ranks):
-    train(tmp_path, "run", "steps=2", ranks=ranks[0])
-    train(tmp_path, "run", "--resume", "model.gradient_checkpointing=true", ranks=ranks[1])
-    assert (tmp_path / "run/summary.json").exists()
-    for name in ("metrics.jsonl",):  # the first run evaluated at its last step
-        lines = (tmp_path / "run" / name).read_text().splitlines()
-        kept = [x for x in lines if json.loads(x)["step"] != 2 or "reward" in json.loads(x)]
-        (tmp_path / "run" / name).write_text("\n".join(kept) + "\n")
-    same(tmp_path / "run", one)
+    same(in_two_parts(tmp_path, ranks), one)
+
+
+PPO = (
+    *("algorithm.preset=ppo", "algorithm.dynamic_sampling=false", "algorithm.correction={}"),
+    *("critic.learning_rate=1e-3", "critic.clip=0.01", "optim.epochs=2"),
+)
+
+
+def critic_of(run):
+    """Its weights and moments, by name."""
+    state = torch.load(run / "checkpoint/trainer_state.pt", weights_only=True)["critic"]
+    moments = state["optimizer"]["state"]
+    return dict(state["modules"]) | {(i, n): x for i in moments for n, x in moments[i].items()}
+
+
+@pytest.fixture(scope="module")
+def one_with_a_critic(tmp_path_factory):
+    """The run of one process."""
+    folder = tmp_path_factory.mktemp("critic")
+    train(folder, "run", *PPO, ranks=1)
+    return folder / "run"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "more"), [((2, 2), ["replicas=2"]), ((2, 1), []), ((1, 2), [])], ids=str
+)
+def test_a_critic_trains_and_resumes_on_two_ranks_as_on_one(
+    tmp_path, one_with_a_critic, ranks, more
+):
+    """REGRESSIONS 63: value curve, weights and moments are those of one process."""
+    expected = critic_of(one_with_a_critic)
+    assert expected["head.weight"].abs().max() > 1e-3
+    assert max(row.get("value/clip_ratio", 0) for row in rows(one_with_a_critic)) > 0.1
+    run = in_two_parts(tmp_path, ranks, *PPO, *more)
+    same(run, one_with_a_critic)
+    found = critic_of(run)
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], atol=1e-5, rtol=1e-4, msg=str(name))
 
 
 @pytest.mark.slow

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from fastpo.trainer import distributed, experience, selfcheck
+from fastpo.trainer import distributed, experience, optimizer, selfcheck
 from fastpo.trainer.algorithm import resolve
 from fastpo.trainer.config import Config
-from fastpo.trainer.critic import Critic
+from fastpo.trainer.critic import Critic, beside
 from fastpo.trainer.evaluation import evaluate_held_out
 from fastpo.trainer.experience import Batch, Sample, assign_advantages, collect, mute_truncated
 from fastpo.trainer.metrics import rollout_metrics, speed_metrics, update_metrics
@@ -121,7 +121,7 @@ class Trainer:
         quiet_transformers()
         self.device = default_device(config.device)
         self.algorithm = resolve(config.algorithm, config.rollout.max_new_tokens)
-        distributed.check(recipe.flatten(config), self.algorithm.critic)
+        distributed.check(recipe.flatten(config))
         # On the CPU whatever the device: draws depend neither on it nor on the batch size.
         self.generator = torch.Generator().manual_seed(config.seed)
         self.order = torch.Generator().manual_seed(config.seed)  # which samples share an update
@@ -162,6 +162,12 @@ class Trainer:
         saved = checkpoint.find(self.dir)
         changed = directory.check_resumable(self.dir, self.config)
         state = checkpoint.load_state(saved)
+        if bool(state["critic"]) != self.algorithm.critic:
+            has, said = ("a", "false") if state["critic"] else ("no", "true")
+            raise RecipeError(
+                f"the run has {has} critic, and algorithm.critic is {said} now: set it back, or "
+                "train anew with model.path set to the checkpoint"
+            )
         left = self.config.steps - state["step"]
         if left < 0 or (left == 0 and report.completed(self.dir, self.config.steps)):
             raise TrainerError(
@@ -192,8 +198,10 @@ class Trainer:
     def _take_policy(self, policy: Policy) -> None:
         """Refuse what cannot be trained, before anything is written, and draw the problems."""
         config = self.config
+        optimizer.kind(config.optim.name)
         selfcheck.check(policy, config.optim)
-        self.policy = policy = distributed.shard(policy, config.replicas)
+        self.trunk = beside(policy, config) if self.algorithm.critic else None
+        self.policy = policy = distributed.shard(policy, config)
         if config.rollout.engine == "vllm":
             from fastpo.trainer.rollout_vllm import VllmRollout
 
@@ -345,8 +353,10 @@ class Trainer:
     def _make_learner(self) -> None:
         optim = self.config.optim
         self.critic = None
-        if self.algorithm.critic:
-            self.critic = Critic(self.policy, self.config.critic, optim)
+        if self.trunk:
+            trunks = (p.model.base_model.parameters() for p in (self.trunk, self.policy))
+            distributed.assign(*trunks)
+            self.critic = Critic(self.trunk, self.config.critic, optim)
         self.learner = Learner(
             self.policy,
             optim,
@@ -372,7 +382,7 @@ class Trainer:
                 "and kept no reference policy: set it to 0, or train anew"
             )
         reference = load_policy(directory, self.config.model, self.device, stop=self.verifier.stop)
-        return distributed.shard(reference, self.config.replicas)
+        return distributed.shard(reference, self.config)
 
     def evaluate(self) -> dict[str, Any]:
         """Numbers and first answers on the held-out problems; logged."""
