@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -76,7 +77,11 @@ def start(tmp_path, name, *arguments, launcher=TWO):
     return subprocess.Popen(
         [*command, f"run_dir={name}", *arguments],
         cwd=tmp_path,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env=os.environ
+        | {
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -122,11 +127,13 @@ def one(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "more", [("optim.share_prompts=true",), ("replicas=2", "optim.token_budget=1")], ids=str
+    "more",
+    [("optim.share_prompts=true", "offload=true"), ("replicas=2", "optim.token_budget=1")],
+    ids=str,
 )
 def test_two_ranks_train_as_one_process_does(tmp_path, one, more):
-    """REGRESSIONS 16, 32: the same completions, curves and weights; in another layout, as two
-    replicas, and with a micro-batch per sample, too."""
+    """REGRESSIONS 16, 32: the same completions, curves and weights; in another layout, with shards
+    on the host (which on CPU they are), as two replicas, and with a micro-batch per sample, too."""
     output, _ = train(tmp_path, "run", *more)
     assert output.count("Held-out accuracy before") == 1  # rank 0 alone speaks
     same(tmp_path / "run", one)
@@ -209,6 +216,28 @@ def test_adapters_train_on_two_ranks_as_on_one(tmp_path, one):
     train(tmp_path, "low", *arguments, "model.dtype=bfloat16", "replicas=2")
     train(tmp_path, "low", "--resume", *arguments, "model.dtype=bfloat16", "steps=3")
     assert [row["step"] for row in rows(tmp_path / "low") if "reward" in row] == [1, 2, 3]
+
+
+@pytest.mark.slow
+@pytest.mark.peer
+def test_moments_of_eight_bits_resume_bit_for_bit_on_two_ranks(tmp_path, monkeypatch):
+    """On one process, whose blocks are others, almost."""
+    pytest.importorskip("torchao")
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # compiling takes minutes
+    wide = ("model.hidden_size=128", "optim.name=adamw_8bit", "steps=3", "warmup.max_steps=2")
+    train(tmp_path, "whole", *wide)
+    train(tmp_path, "run", *wide, "steps=2")
+    shutil.copytree(tmp_path / "run", tmp_path / "one")
+    for name, ranks in (("run", 2), ("one", 1)):
+        train(tmp_path, name, "--resume", *wide, ranks=ranks)
+    whole, run, one = (
+        load_file(tmp_path / n / "checkpoint/model.safetensors") for n in ("whole", "run", "one")
+    )
+    assert all(torch.equal(run[name], value) for name, value in whole.items())
+    assert all((one[name] - value).abs().max() < 2e-3 for name, value in whole.items())
+    state = torch.load(tmp_path / "run/checkpoint/trainer_state.pt", weights_only=True)
+    moments = [m["exp_avg"] for m in state["learner"]["optimizer"]["state"].values()]
+    assert {type(m) for m in moments} == {dict, torch.Tensor}
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from peak_bytes import peak_bytes
 
 import fastpo
 from fastpo.cli import main
+from fastpo.trainer import hub
 from fastpo.trainer.experience import Sample
 from fastpo.trainer.footprint import footprint
 from fastpo.trainer.models import character_tokenizer, make_policy
@@ -241,6 +242,29 @@ def test_ranks_are_counted_from_one(capsys):
     with pytest.raises(SystemExit):
         main(["plan", str(RECIPES / "demo.toml"), "--ranks", "0"])
     assert "--ranks" in capsys.readouterr().err
+
+
+def test_a_hub_that_is_not_there_is_tried_once(capsys, monkeypatch):
+    """It took 45 seconds."""
+    tried = []
+
+    class Session:
+        def head(self, url, timeout):
+            tried.append(url)
+            raise OSError("no route to host")
+
+    from huggingface_hub import constants
+
+    hub._answers.cache_clear()
+    monkeypatch.setattr("huggingface_hub.utils.get_session", Session)
+    monkeypatch.setattr("huggingface_hub.file_download.get_hf_file_metadata", pytest.fail)
+    recipe = str(RECIPES / "gsm8k-0.6b.toml")
+    for check, what in ((["plan"], "a model from"), (["train", "--dry-run"], "the data set")):
+        assert main([*check, recipe, "model.path=fastpo-tests/absent"]) != 0
+        line = capsys.readouterr().err
+        assert line.startswith(f"fastpo: cannot load {what} ") and line.count("\n") == 1
+    assert tried == [constants.ENDPOINT] and not constants.HF_HUB_OFFLINE
+    hub._answers.cache_clear()
 
 
 def test_a_plan_refuses_ranks_that_replicas_do_not_divide(capsys):
