@@ -117,6 +117,19 @@ def same(one, other, weights="model"):
                 assert row[name] == pytest.approx(value, abs=1e-5, rel=1e-5), (row["step"], name)
 
 
+PPO = (
+    *("algorithm.preset=ppo", "algorithm.dynamic_sampling=false", "algorithm.correction={}"),
+    *("critic.learning_rate=1e-3", "critic.clip=0.01", "optim.epochs=2"),
+)
+
+
+def critic_of(run):
+    """Its weights and moments, by name."""
+    state = torch.load(run / "checkpoint/trainer_state.pt", weights_only=True)["critic"]
+    moments = state["optimizer"]["state"]
+    return dict(state["modules"]) | {(i, n): x for i in moments for n, x in moments[i].items()}
+
+
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
     """The run of one process."""
@@ -163,19 +176,6 @@ def test_a_run_resumes_on_another_number_of_ranks(tmp_path, one, ranks):
     same(in_two_parts(tmp_path, ranks), one)
 
 
-PPO = (
-    *("algorithm.preset=ppo", "algorithm.dynamic_sampling=false", "algorithm.correction={}"),
-    *("critic.learning_rate=1e-3", "critic.clip=0.01", "optim.epochs=2"),
-)
-
-
-def critic_of(run):
-    """Its weights and moments, by name."""
-    state = torch.load(run / "checkpoint/trainer_state.pt", weights_only=True)["critic"]
-    moments = state["optimizer"]["state"]
-    return dict(state["modules"]) | {(i, n): x for i in moments for n, x in moments[i].items()}
-
-
 @pytest.fixture(scope="module")
 def one_with_a_critic(tmp_path_factory):
     """The run of one process."""
@@ -213,8 +213,11 @@ def test_adapters_train_on_two_ranks_as_on_one(tmp_path, one):
     for ranks in (1, 2):
         train(tmp_path, f"run{ranks}", *arguments, ranks=ranks)
     same(tmp_path / "run2", tmp_path / "run1", "adapter_model")
-    train(tmp_path, "low", *arguments, "model.dtype=bfloat16", "replicas=2")
-    train(tmp_path, "low", "--resume", *arguments, "model.dtype=bfloat16", "steps=3")
+    low = (*arguments, *PPO, "model.dtype=bfloat16")
+    train(tmp_path, "low", *low, "replicas=2")
+    train(tmp_path, "low", "--resume", *low, "steps=3")
+    names = [name for name in critic_of(tmp_path / "low") if isinstance(name, str)]
+    assert names and all("lora" in name or name.startswith("head.") for name in names)
     assert [row["step"] for row in rows(tmp_path / "low") if "reward" in row] == [1, 2, 3]
 
 

@@ -48,21 +48,21 @@ class Critic:
         self.config, self.optim, self.policy = config, optim, trunk
         self.head = trunk.model.get_output_embeddings()
         self.modules = nn.ModuleDict({"trunk": trunk.model.base_model, "head": self.head})
-        self.parameters = [p for p in self.modules.parameters() if p.requires_grad]
+        self.weights = {n: p for n, p in self.modules.named_parameters() if p.requires_grad}
+        self.parameters = list(self.weights.values())
         self.optimizer = optimizer.kind(optim.name)(
             self.parameters, lr=config.learning_rate, weight_decay=0.0
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the critic."""
-        modules, moments = self.modules.state_dict(), optimizer.state_of(self.optimizer)
-        return {"modules": modules, "optimizer": moments}
+        """What a checkpoint keeps of the critic: not what is frozen, which the policy's base is."""
+        weights = {name: weight.detach() for name, weight in self.weights.items()}
+        return {"modules": weights, "optimizer": optimizer.state_of(self.optimizer)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take a checkpoint's weights and moments, and keep this recipe's learning rate."""
-        own = self.modules.state_dict()
-        weights = {n: distributed.place_like(w, own.get(n)) for n, w in state["modules"].items()}
-        self.modules.load_state_dict(weights)
+        saved = state["modules"]
+        distributed.assign(self.parameters, [saved[name] for name in self.weights])
         optimizer.load(self.optimizer, state["optimizer"])
 
     def values(self, batch: MicroBatch) -> Tensor:
