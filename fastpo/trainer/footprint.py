@@ -206,7 +206,7 @@ def table(found: Footprint, config: Config) -> str:
     ]
     for part in found.parts:
         if part.bytes:
-            when = "" if part.phases == EVER else f"   {', '.join(part.phases)}"
+            when = "" if part.phases in (EVER, ()) else f"   {', '.join(part.phases)}"
             lines.append(f"  {part.name:<44} {plan.human(part.bytes):>11}{when}")
     for phase, name in PHASES.items():
         lines.append(f"  {'peak ' + name:<44} {plan.human(found.peak(phase)):>11}")
