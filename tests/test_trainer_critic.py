@@ -28,7 +28,8 @@ def make_a_policy():
 
 
 def make(optim=None, **config):
-    return Critic(beside(make_a_policy()), CriticConfig(**config), optim or OptimConfig())
+    policy = make_a_policy()
+    return Critic(beside(policy), policy, CriticConfig(**config), optim or OptimConfig())
 
 
 def groups_of(*rewards):
@@ -125,7 +126,7 @@ def test_the_critic_leaves_the_policy_alone():
     """Its trunk is a copy: the policy moves by its own loss only."""
     policy = make_a_policy()
     before = [p.detach().clone() for p in policy.model.parameters()]
-    critic = Critic(beside(policy), CriticConfig(), OptimConfig(epochs=2))  # at first its head is 0
+    critic = Critic(beside(policy), policy, CriticConfig(), OptimConfig(epochs=2))
     groups = groups_of(1.0, 0.0, 0.5, 1.0)
     critic.assign_advantages(groups)
     critic.learn(groups[0], torch.Generator())

@@ -20,7 +20,7 @@ from fastpo.trainer.config import Config, CriticConfig, OptimConfig
 from fastpo.trainer.experience import Sample
 from fastpo.trainer.microbatch import MicroBatch, micro_batches
 from fastpo.trainer.policy import Policy
-from fastpo.trainer.run.errors import TrainerError
+from fastpo.trainer.run.errors import RecipeError, TrainerError
 from fastpo.trainer.update import Sums, by_token, mini_batches
 
 
@@ -41,11 +41,26 @@ def beside(policy: Policy, config: Config | None = None) -> Policy:
     return distributed.shard(replace(policy, model=model), config or Config(), exact=head)
 
 
-class Critic:
-    """V(prompt and tokens so far), with its optimizer."""
+def check_kept(saved: dict[str, Any] | None, wanted: bool) -> None:
+    """Refuse a run that would lose its critic on its way, or get one that has seen no warm-up.
 
-    def __init__(self, trunk: Policy, config: CriticConfig, optim: OptimConfig):
+    Raises:
+        RecipeError: `saved` in the checkpoint and `wanted` by the recipe differ.
+    """
+    if bool(saved) != wanted:
+        has, said = ("a", "false") if saved else ("no", "true")
+        raise RecipeError(
+            f"the run has {has} critic, and algorithm.critic is {said} now: set it back, or train "
+            "anew with model.path set to the checkpoint"
+        )
+
+
+class Critic:
+    """V(prompt and tokens so far), with its optimizer; `trunk` is made by `beside`."""
+
+    def __init__(self, trunk: Policy, policy: Policy, config: CriticConfig, optim: OptimConfig):
         self.config, self.optim, self.policy = config, optim, trunk
+        distributed.assign(*(p.model.base_model.parameters() for p in (trunk, policy)))
         self.head = trunk.model.get_output_embeddings()
         self.modules = nn.ModuleDict({"trunk": trunk.model.base_model, "head": self.head})
         self.weights = {n: p for n, p in self.modules.named_parameters() if p.requires_grad}

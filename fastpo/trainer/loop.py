@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from fastpo.trainer import distributed, experience, optimizer, selfcheck
+from fastpo.trainer import critic, distributed, experience, optimizer, selfcheck
 from fastpo.trainer.algorithm import resolve
 from fastpo.trainer.config import Config
-from fastpo.trainer.critic import Critic, beside
 from fastpo.trainer.evaluation import evaluate_held_out
 from fastpo.trainer.experience import Batch, Sample, assign_advantages, collect, mute_truncated
 from fastpo.trainer.metrics import rollout_metrics, speed_metrics, update_metrics
@@ -162,12 +161,7 @@ class Trainer:
         saved = checkpoint.find(self.dir)
         changed = directory.check_resumable(self.dir, self.config)
         state = checkpoint.load_state(saved)
-        if bool(state["critic"]) != self.algorithm.critic:
-            has, said = ("a", "false") if state["critic"] else ("no", "true")
-            raise RecipeError(
-                f"the run has {has} critic, and algorithm.critic is {said} now: set it back, or "
-                "train anew with model.path set to the checkpoint"
-            )
+        critic.check_kept(state["critic"], self.algorithm.critic)
         left = self.config.steps - state["step"]
         if left < 0 or (left == 0 and report.completed(self.dir, self.config.steps)):
             raise TrainerError(
@@ -200,7 +194,7 @@ class Trainer:
         config = self.config
         optimizer.kind(config.optim.name)
         selfcheck.check(policy, config.optim)
-        self.trunk = beside(policy, config) if self.algorithm.critic else None
+        self.trunk = critic.beside(policy, config) if self.algorithm.critic else None
         self.policy = policy = distributed.shard(policy, config)
         if config.rollout.engine == "vllm":
             from fastpo.trainer.rollout_vllm import VllmRollout
@@ -324,7 +318,7 @@ class Trainer:
         )
         try:
             self.learner.load_state_dict(state["learner"])
-            if self.critic and state["critic"]:
+            if self.critic:
                 self.critic.load_state_dict(state["critic"])
             self.problems.load_state(state["problems"])
             self.surplus = experience.from_plain(state["surplus"], self.config.rollout)
@@ -352,11 +346,9 @@ class Trainer:
 
     def _make_learner(self) -> None:
         optim = self.config.optim
-        self.critic = None
-        if self.trunk:
-            trunks = (p.model.base_model.parameters() for p in (self.trunk, self.policy))
-            distributed.assign(*trunks)
-            self.critic = Critic(self.trunk, self.config.critic, optim)
+        self.critic = self.trunk and critic.Critic(
+            self.trunk, self.policy, self.config.critic, optim
+        )
         self.learner = Learner(
             self.policy,
             optim,
