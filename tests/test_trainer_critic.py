@@ -7,7 +7,7 @@ import torch
 
 import fastpo
 from fastpo.trainer.algorithm import resolve
-from fastpo.trainer.config import AlgorithmConfig, CriticConfig, ModelConfig, OptimConfig
+from fastpo.trainer.config import AlgorithmConfig, Config, ModelConfig, OptimConfig
 from fastpo.trainer.critic import Critic, beside
 from fastpo.trainer.experience import Sample
 from fastpo.trainer.microbatch import MicroBatch
@@ -28,8 +28,8 @@ def make_a_policy():
 
 
 def make(optim=None, **config):
-    policy = make_a_policy()
-    return Critic(beside(policy), policy, CriticConfig(**config), optim or OptimConfig())
+    policy, config = make_a_policy(), Config(critic=config, optim=optim or OptimConfig())
+    return Critic(beside(policy, config), policy, config)
 
 
 def groups_of(*rewards):
@@ -126,7 +126,8 @@ def test_the_critic_leaves_the_policy_alone():
     """Its trunk is a copy: the policy moves by its own loss only."""
     policy = make_a_policy()
     before = [p.detach().clone() for p in policy.model.parameters()]
-    critic = Critic(beside(policy), policy, CriticConfig(), OptimConfig(epochs=2))
+    config = Config(optim=OptimConfig(epochs=2))
+    critic = Critic(beside(policy, config), policy, config)
     groups = groups_of(1.0, 0.0, 0.5, 1.0)
     critic.assign_advantages(groups)
     critic.learn(groups[0], torch.Generator())

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import fastpo
 from fastpo.trainer import distributed, optimizer
-from fastpo.trainer.config import Config, CriticConfig, OptimConfig
+from fastpo.trainer.config import Config
 from fastpo.trainer.experience import Sample
 from fastpo.trainer.microbatch import MicroBatch, micro_batches
 from fastpo.trainer.policy import Policy
@@ -24,7 +24,7 @@ from fastpo.trainer.run.errors import RecipeError, TrainerError
 from fastpo.trainer.update import Sums, by_token, mini_batches
 
 
-def beside(policy: Policy, config: Config | None = None) -> Policy:
+def beside(policy: Policy, config: Config) -> Policy:
     """The trunk of a critic for a policy that is not sharded yet, with a scalar head; sharded.
 
     Frozen weights below adapters are the policy's own on one process; on several, which copy what
@@ -38,7 +38,7 @@ def beside(policy: Policy, config: Config | None = None) -> Policy:
     for parameter in head.parameters():
         nn.init.zeros_(parameter)
     model.set_output_embeddings(head)
-    return distributed.shard(replace(policy, model=model), config or Config(), exact=head)
+    return distributed.shard(replace(policy, model=model), config, exact=head)
 
 
 def check_kept(saved: dict[str, Any] | None, wanted: bool) -> None:
@@ -58,15 +58,15 @@ def check_kept(saved: dict[str, Any] | None, wanted: bool) -> None:
 class Critic:
     """V(prompt and tokens so far), with its optimizer; `trunk` is made by `beside`."""
 
-    def __init__(self, trunk: Policy, policy: Policy, config: CriticConfig, optim: OptimConfig):
-        self.config, self.optim, self.policy = config, optim, trunk
+    def __init__(self, trunk: Policy, policy: Policy, config: Config):
+        self.config, self.optim, self.policy = config.critic, config.optim, trunk
         distributed.assign(*(p.model.base_model.parameters() for p in (trunk, policy)))
         self.head = trunk.model.get_output_embeddings()
         self.modules = nn.ModuleDict({"trunk": trunk.model.base_model, "head": self.head})
         self.weights = {n: p for n, p in self.modules.named_parameters() if p.requires_grad}
         self.parameters = list(self.weights.values())
-        self.optimizer = optimizer.kind(optim.name)(
-            self.parameters, lr=config.learning_rate, weight_decay=0.0
+        self.optimizer = optimizer.kind(self.optim.name)(
+            self.parameters, lr=self.config.learning_rate, weight_decay=0.0
         )
 
     def state_dict(self) -> dict[str, Any]:

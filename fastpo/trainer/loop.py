@@ -346,9 +346,7 @@ class Trainer:
 
     def _make_learner(self) -> None:
         optim = self.config.optim
-        self.critic = self.trunk and critic.Critic(
-            self.trunk, self.policy, self.config.critic, optim
-        )
+        self.critic = self.trunk and critic.Critic(self.trunk, self.policy, self.config)
         self.learner = Learner(
             self.policy,
             optim,
