@@ -68,6 +68,7 @@ def test_a_resumed_run_says_what_changed_and_refuses_what_cannot(tiny, capsys):
         ("seed=1", "0 -> 1"),
         ("model.hidden_size=64", "32 -> 64"),
         ("eval.problems=8", "16 -> 8"),
+        ("warmup.max_steps=3", "0 -> 3"),
     ):
         tiny("--resume", "steps=3", change, code=2)
         one_line(capsys, change.partition("=")[0], old, "another run_dir")
