@@ -118,8 +118,8 @@ def same(one, other, weights="model"):
 
 
 PPO = (
-    *("algorithm.preset=ppo", "algorithm.dynamic_sampling=false", "algorithm.correction={}"),
-    *("critic.learning_rate=1e-3", "critic.clip=0.01", "optim.epochs=2"),
+    *("algorithm.preset=ppo", "algorithm.dynamic_sampling=false", "algorithm.carry_surplus=false"),
+    *("critic.learning_rate=1e-3", "critic.clip=0.01", "optim.epochs=2", "algorithm.correction={}"),
 )
 
 
@@ -168,6 +168,14 @@ def in_two_parts(tmp_path, ranks, *options):
     kept = [x for x in metrics.open() if json.loads(x)["step"] != 2 or "reward" in json.loads(x)]
     metrics.write_text("".join(kept))
     return tmp_path / "run"
+
+
+@pytest.mark.slow
+def test_two_ranks_draw_ahead_as_one_process_does(tmp_path):
+    """Messages of the thread and gathers of the update do not wait for each other."""
+    for ranks in (1, 2):
+        train(tmp_path, f"run{ranks}", "rollout.ahead=true", ranks=ranks)
+    same(tmp_path / "run2", tmp_path / "run1")
 
 
 @pytest.mark.slow
