@@ -34,8 +34,15 @@ HELPERS = (
 pytest.register_assert_rewrite(*HELPERS, "tiny_transformers")
 
 
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    """What pyproject.toml asks of pytest-timeout, which a machine with a GPU may not have."""
+    if not pluginmanager.hasplugin("timeout"):
+        parser.addini("timeout", "of a test, which nothing keeps here")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Refuse to test on an interpreter that computes wrongly: such tests would prove nothing."""
+    config.addinivalue_line("markers", "timeout(seconds): of pytest-timeout")
     if HAS_GPU or not HAS_TRITON:
         return
     from triton_interpreter import fix_arithmetic
