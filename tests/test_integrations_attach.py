@@ -178,3 +178,53 @@ def test_a_hook_on_a_wrapper_is_seen_when_it_comes(wrapper, ids, tmp_path):
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+class Gather(torch.autograd.Function):
+    """What ZeRO-3's hook makes of a module's output: its backward gathers the weight again."""
+
+    @staticmethod
+    def forward(ctx, output, gather):
+        ctx.gather = gather
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.gather()
+        return grad, None
+
+
+def partition(head):
+    """ZeRO-3 of one rank: the weight is empty but for the head's own forward and backward."""
+    weight = head.weight
+    full = weight.data if weight.numel() else head.full
+    head.full, weight.data = full, full.new_empty(0)
+
+    def gather(*_):
+        weight.data = full
+
+    def release(module, args, output):
+        weight.data = full.new_empty(0)
+        return Gather.apply(output, gather)
+
+    release.__module__ = gather.__module__ = "deepspeed.runtime.zero"
+    return head.register_forward_pre_hook(gather), head.register_forward_hook(release)
+
+
+def test_a_frameworks_hooks_that_are_put_back_find_the_loss(ids):
+    """REGRESSIONS 77: TRL takes ZeRO-3's hooks off for each generation, and puts them back."""
+    asked = {
+        "advantages": torch.tensor([1.0, -0.5]).double(),
+        "completion_mask": torch.ones(B, T),
+        "objective": fastpo.dapo(),
+    }
+    expected = llama()
+    expected(input_ids=ids, policy_loss=asked).loss.backward()
+    model = llama()
+    for _ in range(3):
+        model.zero_grad()
+        handles = partition(model.lm_head)
+        model(input_ids=ids, policy_loss=asked).loss.backward()
+        torch.testing.assert_close(model.lm_head.weight.grad, expected.lm_head.weight.grad)
+        for handle in handles:
+            handle.remove()

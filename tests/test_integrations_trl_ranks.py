@@ -40,7 +40,7 @@ def sharded(strategy: str) -> dict[str, object]:
     """Settings of a TRL config with which the model is sharded over these processes."""
     if strategy == "ddp":
         return {"ddp_backend": "gloo"}
-    from accelerate.state import PartialState
+    from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType
 
     if strategy == "zero3":
@@ -49,12 +49,13 @@ def sharded(strategy: str) -> dict[str, object]:
         # A shared-memory all-reduce, which takes a compiler and half a minute
         importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
         deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
+    AcceleratorState._reset_state(reset_partial_state=True)
     PartialState(cpu=True, backend="gloo")
     gpus = {"fsdp2": DistributedType.MULTI_GPU, "zero3": DistributedType.DEEPSPEED}
     PartialState._shared_state["distributed_type"] = gpus[strategy]
-    configured = {"accelerator_config": {"use_configured_state": True}, "use_cpu": False}
+    configured = {"accelerator_config": {"use_configured_state": True}}
     if strategy == "zero3":
-        return configured | {"deepspeed": ZERO3}
+        return configured | {"deepspeed": ZERO3, "use_cpu": False}
     layers = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
     return configured | {"fsdp": True, "fsdp_config": {"version": 2, **layers}}
 

@@ -60,6 +60,8 @@ class Tap:
         self.calls += 1
         if self.calls > 1:
             raise ValueError(_called(self.model, "more than once"))
+        # Behind hooks that came later: ZeRO-3's are put back after each generation of TRL.
+        head._forward_hooks.move_to_end(head._fastpo_hook.id)
         reading = read_head(self.model, head)
         state = head_state(head)
         self.stand_in = hidden.new_zeros(*hidden.shape[:-1], 1)
@@ -137,14 +139,18 @@ class Hook(NamedTuple):
 
 def _hooks_of_others(module: nn.Module) -> list[Hook]:
     """A module's forward hooks that no framework has put there."""
-    found = []
-    for number, hook in module._forward_hooks.items():
+    keywords = module._forward_hooks_with_kwargs
+    return [
+        Hook(module, number, hook, number in keywords, name)
+        for number, hook, name in _of_others(module._forward_hooks)
+    ]
+
+
+def _of_others(hooks: dict[int, Any]) -> Iterator[tuple[int, Callable[..., Any], str]]:
+    for number, hook in hooks.items():
         function = getattr(hook, "func", hook)  # partials
         if (getattr(function, "__module__", None) or "").split(".")[0] not in FRAMEWORKS:
-            name = getattr(function, "__qualname__", type(hook).__name__)
-            takes_keywords = number in module._forward_hooks_with_kwargs
-            found.append(Hook(module, number, hook, takes_keywords, name))
-    return found
+            yield number, hook, getattr(function, "__qualname__", type(hook).__name__)
 
 
 @torch.compiler.disable
@@ -172,8 +178,12 @@ def head_state(head: nn.Module) -> object:
     """What tells one use of a head from another: its class, its hooks, the adapters that are on."""
     adapters = tuple(getattr(head, "active_adapters", None) or ())
     disabled = bool(getattr(head, "disable_adapters", False))
-    hooks = (*head._forward_hooks, *head._forward_pre_hooks)  # their handles' numbers
-    return (id(head), type(head), adapters, disabled, hooks)
+    numbers = [
+        number
+        for hooks in (head._forward_hooks, head._forward_pre_hooks)
+        for number, _, _ in _of_others(hooks)
+    ]
+    return (id(head), type(head), adapters, disabled, *numbers)
 
 
 def _tapped_forward(self: nn.Module, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -114,6 +114,8 @@ def register(name: str, objective: Objective | Callable[..., Objective]) -> None
                 "here they weigh the advantage alone, in verl the penalty too; use verl's own dro, "
                 "or rollout correction by mask"
             )
+        if chosen.gate in ("tv", "kl"):  # verl counts A = 0 among the tokens that it drops as A < 0
+            advantages = advantages.where(advantages != 0, -torch.finfo(torch.float32).tiny)
         result = policy_loss_from_logprobs(
             log_prob,
             advantages,
