@@ -16,13 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastpo.integrations._lm_head import (
-    Sample,
-    check_logits,
-    output_embeddings,
-    read_head,
-    sample,
-)
+from fastpo.integrations._lm_head import Sample, check_logits, output_embeddings, read_head, sample
 
 CHECKED_ROWS = 4
 FRAMEWORKS = ("torch", "deepspeed", "accelerate", "fastpo")
