@@ -9,7 +9,7 @@ import torch
 
 from fastpo.trainer import experience
 from fastpo.trainer.algorithm import resolve
-from fastpo.trainer.config import AlgorithmConfig, RolloutConfig
+from fastpo.trainer.config import AlgorithmConfig
 from fastpo.trainer.experience import (
     assign_advantages,
     collect,
@@ -218,22 +218,22 @@ def test_surplus_groups_come_first_in_the_next_step_as_they_were_sampled(monkeyp
     with Verifier(Script(MIXED, WRONG, MIXED, MIXED), workers=1) as verifier:
         problems = ProblemStream(verifier, "train")
 
-        def step(carried):
-            rest = (verifier, problems, 3, sampling, algorithm, torch.Generator())
+        def step(carried, prompts=3):
+            rest = (verifier, problems, prompts, sampling, algorithm, torch.Generator())
             return collect(policy, *rest, carried)
 
         first = step([])
         assert (first.carried, len(first.groups), len(first.surplus)) == (0, 3, 1)
         policy.version = 1
-        saved, rollout = to_plain(first.surplus), RolloutConfig(prompts=3, group_size=4)
-        carried = from_plain(saved, rollout)
-        assert from_plain(saved, dataclasses.replace(rollout, group_size=2)) == []
-        assert from_plain(saved, dataclasses.replace(rollout, prompts=1)) == []
+        saved = to_plain(first.surplus)
+        carried = from_plain(saved, 4)
+        assert from_plain(saved, 2) == []
         assert carried == [
             [dataclasses.replace(s, problem=s.problem._replace(data=None)) for s in group]
             for group in first.surplus
         ]
         second = step(carried)
+        assert step(carried, prompts=1).carried == 0  # no room for any in a changed recipe
     assert second.carried == 1 and second.groups[0] is carried[0]
     assert [g[0].old_logprobs[0] for g in second.groups] == [-1.0, -2.0, -2.0]
     assert all(g[0].completion.logprobs[0] == -2.0 for g in second.sampled)

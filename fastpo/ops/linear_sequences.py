@@ -38,9 +38,11 @@ class SequenceLevelLoss:
     def from_batch(
         cls, batch: LossBatch, call: LinearCall, weight: Tensor
     ) -> SequenceLevelLoss | None:
-        """None where a sequence is longer than a chunk, or only the device knows the lengths."""
+        """None where a sequence is longer than a chunk, goes on elsewhere, or only the device knows
+        the lengths."""
         offsets = _host_offsets(batch.segments)
-        if offsets is None or (call.index is not None and not call.reads_values):
+        elsewhere = batch.segments.group is not None
+        if elsewhere or offsets is None or (call.index is not None and not call.reads_values):
             return None
         unmasked = offsets
         if call.index is not None:
@@ -56,7 +58,8 @@ class SequenceLevelLoss:
     ) -> tuple[list[ChunkRows], list[ChunkRows]]:
         """Consecutive sequences, as many as fit. See `fastpo.ops.linear_autograd.ChunkLoss`."""
         offsets = self.unmasked_offsets
-        size = call.chunk_rows(offsets[-1], head.weight)
+        longest = max((b - a for a, b in itertools.pairwise(offsets)), default=0)
+        size = max(call.gradient_chunk_rows(offsets[-1], head.weight), longest)
         cuts = [0]
         for number, (_, end) in enumerate(itertools.pairwise(offsets)):
             if end - offsets[cuts[-1]] > size:

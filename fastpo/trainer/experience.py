@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field, replace
+import time
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,6 @@ import torch
 import fastpo
 from fastpo.trainer import distributed
 from fastpo.trainer.algorithm import Algorithm
-from fastpo.trainer.config import RolloutConfig
 from fastpo.trainer.policy import Policy
 from fastpo.trainer.rollout import Completion, Sampling, sample
 from fastpo.trainer.run.errors import TrainerError
@@ -70,8 +70,30 @@ class Batch:
     groups: list[list[Sample]]  # to learn from
     sampled: list[list[Sample]] = field(repr=False)  # all of them, with those that were discarded
     rounds: int
-    carried: int = 0  # of the groups: how many an earlier policy sampled
+    carried: int = 0  # of the groups: how many come from the step before
     surplus: list[list[Sample]] = field(default_factory=list, repr=False)  # no room in this step
+    fresh: bool = True  # all groups are of the policy that learns them
+    seconds: float = 0.0  # that drawing them took
+
+    @classmethod
+    def of(
+        cls,
+        carried: list[list[Sample]],
+        sampled: list[list[Sample]],
+        rounds: int,
+        prompts: int,
+        algorithm: Algorithm,
+    ) -> Batch:
+        """The first `prompts` of the groups carried, then of those sampled that teach something."""
+        kept = [*carried, *_teaching(sampled, algorithm)]
+        return cls(
+            groups=kept[:prompts],
+            sampled=sampled,
+            rounds=rounds,
+            carried=len(carried),
+            surplus=kept[prompts:] if algorithm.carry_surplus else [],
+            fresh=not carried,
+        )
 
     @property
     def samples(self) -> list[Sample]:
@@ -138,46 +160,47 @@ def collect(
     Raises:
         TrainerError: not a single informative group in all rounds; or what `roll_out` raises.
     """
+    started = time.monotonic()
+    carried = carried[: prompts - 1]  # in a changed recipe there may be more of them
     sampled: list[list[Sample]] = []
-    kept = list(carried)
-    rounds, by = 0, algorithm.dynamic_sampling_by
-    while len(kept) < prompts and rounds < algorithm.max_gen_batches:
-        missing = prompts - len(kept)
-        informative = len(kept) - len(carried)
-        count = _groups_to_sample(
-            missing, informative, len(sampled), prompts if rounds else missing
-        )
+    rounds = found = 0
+    while (missing := prompts - len(carried) - found) > 0 and rounds < algorithm.max_gen_batches:
+        count = _groups_to_sample(missing, found, len(sampled), prompts if rounds else missing)
         drawn = distributed.first(partial(problems.take, count))
         groups = roll_out(policy, verifier, drawn, sampling, generator)
         punish_overlong(groups, sampling.max_new_tokens, algorithm.overlong_cache)
         sampled += groups
-        kept += [g for g in groups if not algorithm.dynamic_sampling or is_informative(g, by)]
+        found += len(_teaching(groups, algorithm))
         rounds += 1
-    if not kept:
-        raise TrainerError(_nothing_to_learn(sampled, rounds, by))
-    return Batch(
-        groups=kept[:prompts],
-        sampled=sampled,
-        rounds=rounds,
-        carried=len(carried),
-        surplus=kept[prompts:] if algorithm.carry_surplus else [],
-    )
+    if not carried and not found:
+        raise TrainerError(_nothing_to_learn(sampled, rounds, algorithm.dynamic_sampling_by))
+    batch = Batch.of(carried, sampled, rounds, prompts, algorithm)
+    batch.seconds = time.monotonic() - started
+    return batch
+
+
+def _teaching(groups: list[list[Sample]], algorithm: Algorithm) -> list[list[Sample]]:
+    by = algorithm.dynamic_sampling_by
+    return [g for g in groups if not algorithm.dynamic_sampling or is_informative(g, by)]
 
 
 def to_plain(groups: list[list[Sample]]) -> list[list[dict[str, Any]]]:
     """Judged groups for a checkpoint: plain values, without what only the verifier reads."""
     return [
         [
-            asdict(replace(member, problem=Problem(member.problem.prompt, member.problem.answer)))
-            | {"problem": [member.problem.prompt, member.problem.answer]}
+            vars(member)
+            | {
+                "problem": [member.problem.prompt, member.problem.answer],
+                "completion": vars(member.completion),
+            }
             for member in group
         ]
         for group in groups
     ]
 
 
-def from_plain(groups: list[list[dict[str, Any]]], rollout: RolloutConfig) -> list[list[Sample]]:
-    """What `to_plain` was given, but for groups that a changed recipe has no room for."""
+def from_plain(groups: list[list[dict[str, Any]]], group_size: int) -> list[list[Sample]]:
+    """What `to_plain` was given, but for groups of another size, in a changed recipe."""
     found = [
         [
             Sample(
@@ -191,7 +214,7 @@ def from_plain(groups: list[list[dict[str, Any]]], rollout: RolloutConfig) -> li
         ]
         for group in groups
     ]
-    return [g for g in found if len(g) == rollout.group_size][: rollout.prompts - 1]
+    return [group for group in found if len(group) == group_size]
 
 
 def punish_overlong(groups: list[list[Sample]], max_length: int, cache_length: int) -> None:
