@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastpo.integrations._tokens import clipped_by, is_clipped, token_terms
 from fastpo.objective import CLIPPED_MAX
+from fastpo.ops.checks import wide_dtype
 from fastpo.segments import Segments
 
 
@@ -53,8 +54,9 @@ def ppo_actor_loss_fn(
         )
     if importance_sampling_level == "sequence":
         segments = Segments.from_batch(logprobs.shape, cu_seqlens, logprobs.device)
-        flat = advantages.where(loss_mask.bool(), 0).reshape(-1)
-        mean = segments.mean(flat, loss_mask.bool().reshape(-1))
+        mask = loss_mask.bool().reshape(-1)
+        flat = advantages.to(wide_dtype(advantages.dtype)).reshape(-1).where(mask, 0)
+        mean = segments.mean(flat, mask)
         advantages = segments.broadcast(mean).view(logprobs.shape)
     high = eps_clip if eps_clip_higher is None else eps_clip_higher
     objective = preset(clip_low=eps_clip, clip_high=high, ratio_max=c_clip)
