@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -188,8 +188,11 @@ def to_plain(groups: list[list[Sample]]) -> list[list[dict[str, Any]]]:
     """Judged groups for a checkpoint: plain values, without what only the verifier reads."""
     return [
         [
-            asdict(replace(member, problem=Problem(member.problem.prompt, member.problem.answer)))
-            | {"problem": [member.problem.prompt, member.problem.answer]}
+            vars(member)
+            | {
+                "problem": [member.problem.prompt, member.problem.answer],
+                "completion": vars(member.completion),
+            }
             for member in group
         ]
         for group in groups

@@ -288,17 +288,20 @@ class Trainer:
         Raises:
             TrainerError: the weights are not finite, or the disk is full; the last one stays.
         """
+        snapshot = self.policy.snapshot()
+        learned = {
+            "learner": self.learner.state_dict(),
+            "critic": self.critic and self.critic.state_dict(),
+        }
         state = {
+            **distributed.full(learned),
             "step": self.step,
             "num_tokens": self.num_tokens,
             "seconds": time.monotonic() - self._clock,
             "before": self.before,
-            "learner": self.learner.state_dict(),
-            "critic": self.critic and self.critic.state_dict(),
             "source": self.source.state(),
             "order": self.order.get_state(),
         }
-        snapshot, state = self.policy.snapshot(), distributed.full(state)
         return distributed.first(lambda: self._write(snapshot, state))
 
     def _write(self, snapshot: Snapshot, state: dict[str, Any]) -> Path:
