@@ -15,7 +15,7 @@ from fastpo.trainer.algorithm import resolve
 from fastpo.trainer.config import Config
 from fastpo.trainer.critic import Critic
 from fastpo.trainer.evaluation import evaluate_held_out
-from fastpo.trainer.experience import Batch, assign_advantages, mute_truncated
+from fastpo.trainer.experience import assign_advantages, mute_truncated
 from fastpo.trainer.metrics import rollout_metrics, speed_metrics, update_metrics
 from fastpo.trainer.models import (
     default_device,
@@ -28,7 +28,7 @@ from fastpo.trainer.run import checkpoint, console, directory, recipe, report
 from fastpo.trainer.run.errors import Interrupted, RecipeError, TrainerError
 from fastpo.trainer.run.plot import plot
 from fastpo.trainer.run.signals import StopRequest, terminable
-from fastpo.trainer.source import Source, copy_of
+from fastpo.trainer.source import Batch, Source, copy_of
 from fastpo.trainer.tasks import ProblemStream, fewer_held_out, held_out, load_task
 from fastpo.trainer.update import Learner, Sums
 from fastpo.trainer.verifier import Verifier
