@@ -13,7 +13,8 @@ from collections import defaultdict
 
 import torch
 
-from fastpo.trainer.experience import Batch, Sample, is_informative
+from fastpo.trainer.experience import Sample, is_informative
+from fastpo.trainer.source import Batch
 
 CORRECTION = {  # under TRL's names where it has some
     "sampling/importance_sampling_ratio/mean": "sampling/ratio_mean",

@@ -1,20 +1,23 @@
-"""Where batches come from: drawn when a step asks for one, or while the step before it learns.
+"""Where batches come from: groups of samples, drawn until every one can teach (dynamic sampling).
 
-With `rollout.ahead` the batch of step k + 1 is drawn in a thread while step k learns, by a copy of
-the policy as it was before that: who is faster decides nothing, and the same schedule without a
-thread gives the same bits. Between two steps the thread is at rest, so that evaluations,
-checkpoints and signals find a batch that is whole.
+A step asks for its batch. With `rollout.ahead` that of step k + 1 is drawn in a thread while step k
+learns, by a copy of the policy as it was before that: who is faster decides nothing, and the same
+schedule without a thread gives the same bits. Between two steps the thread is at rest, so that
+evaluations, checkpoints and signals find a batch that is whole.
 """
 
 from __future__ import annotations
 
 import copy
 import ctypes
+import math
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,13 +25,38 @@ import torch
 from fastpo.trainer import distributed
 from fastpo.trainer.algorithm import Algorithm
 from fastpo.trainer.config import RolloutConfig
-from fastpo.trainer.experience import Batch, Sample, collect, from_plain, to_plain
+from fastpo.trainer.experience import (
+    Sample,
+    from_plain,
+    is_informative,
+    punish_overlong,
+    roll_out,
+    to_plain,
+)
 from fastpo.trainer.policy import Policy
 from fastpo.trainer.rollout import Sampling
+from fastpo.trainer.run.errors import TrainerError
 from fastpo.trainer.tasks import ProblemStream
 from fastpo.trainer.verifier import Verifier
 
 STOP_SECONDS = 5.0  # for a thread that is to end at once
+
+
+@dataclass(kw_only=True)
+class Batch:
+    """The groups of one step."""
+
+    groups: list[list[Sample]]  # to learn from
+    sampled: list[list[Sample]] = field(repr=False)  # all of them, with those that were discarded
+    rounds: int
+    carried: int = 0  # of the groups: how many come from the step before
+    fresh: bool = True  # all groups are of the policy that learns them
+    seconds: float = 0.0  # that drawing them took
+
+    @property
+    def samples(self) -> list[Sample]:
+        """The samples to learn from, groups side by side."""
+        return [sample for group in self.groups for sample in group]
 
 
 class Source:
@@ -62,7 +90,8 @@ class Source:
         """The batch of this step.
 
         Raises:
-            TrainerError: what `collect` raises, or has raised ahead.
+            TrainerError: not a single informative group in all rounds; or what `roll_out` raises,
+                or has raised ahead.
         """
         if self._next is None:
             return self._draw(self.policy)
@@ -101,18 +130,48 @@ class Source:
         return batch
 
     def _draw(self, policy: Policy) -> Batch:
-        batch = collect(
-            policy,
-            self.verifier,
-            self.problems,
-            self.config.prompts,
-            Sampling.of(self.config),
-            self.algorithm,
-            self.generator,
-            self.surplus,
+        """Sample groups until `prompts` of them can teach something (dynamic sampling).
+
+        A group where all answers are right, or all wrong, has advantages of 0: with dynamic
+        sampling on it is replaced by fresh problems, for at most `max_gen_batches` rounds. The
+        surplus of the batch before comes first.
+        """
+        started = time.monotonic()
+        algorithm, sampling = self.algorithm, Sampling.of(self.config)
+        most, prompts = algorithm.max_gen_batches, self.config.prompts
+        carried = self.surplus[: prompts - 1]  # in a changed recipe there may be more of them
+        sampled: list[list[Sample]] = []
+        rounds = found = 0
+        while (missing := prompts - len(carried) - found) > 0 and rounds < most:
+            count = _groups_to_sample(missing, found, len(sampled), prompts if rounds else missing)
+            drawn = distributed.first(partial(self.problems.take, count))
+            groups = roll_out(policy, self.verifier, drawn, sampling, self.generator)
+            punish_overlong(groups, sampling.max_new_tokens, algorithm.overlong_cache)
+            sampled += groups
+            found += len(self._teaching(groups))
+            rounds += 1
+        if not carried and not found:
+            raise TrainerError(_nothing_to_learn(sampled, rounds, algorithm.dynamic_sampling_by))
+        return self._batch(carried, sampled, rounds, time.monotonic() - started)
+
+    def _teaching(self, groups: list[list[Sample]]) -> list[list[Sample]]:
+        if not self.algorithm.dynamic_sampling:
+            return groups
+        return [g for g in groups if is_informative(g, self.algorithm.dynamic_sampling_by)]
+
+    def _batch(
+        self, carried: list[list[Sample]], sampled: list[list[Sample]], rounds: int, seconds: float
+    ) -> Batch:
+        prompts, kept = self.config.prompts, [*carried, *self._teaching(sampled)]
+        self.surplus = kept[prompts:] if self.algorithm.carry_surplus else []
+        return Batch(
+            groups=kept[:prompts],
+            sampled=sampled,
+            rounds=rounds,
+            carried=len(carried),
+            fresh=not carried,
+            seconds=seconds,
         )
-        self.surplus = batch.surplus
-        return batch
 
     def state(self) -> dict[str, Any]:
         """Plain values from which `load_state` goes on, with all that was drawn."""
@@ -140,10 +199,8 @@ class Source:
         self.surplus = from_plain(state["surplus"], size)
         if ahead := state["ahead"]:
             carried, sampled = (from_plain(ahead[name], size) for name in ("carried", "sampled"))
-            prompts, algorithm = self.config.prompts, self.algorithm
-            batch = Batch.of(carried, sampled, ahead["rounds"], prompts, algorithm)
-            batch.seconds, batch.fresh = ahead["seconds"], False
-            self.surplus = batch.surplus
+            batch = self._batch(carried, sampled, ahead["rounds"], ahead["seconds"])
+            batch.fresh = False
             if batch.groups:
                 self._next = Future()
                 self._next.set_result(batch)
@@ -174,11 +231,32 @@ class _Thread(threading.Thread):
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is None or issubclass(kind, Exception):
-                wait(
-                    [self.outcome]
-                )  # not `join`, which a signal leaves with the thread called dead
+                wait([self.outcome])  # a signal in `join` would leave a live thread called dead
         finally:
             if not self.outcome.done():
                 thread, end = ctypes.c_ulong(self.ident), ctypes.py_object(SystemExit)
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, end)  # at its next line
             self.join(STOP_SECONDS)
+
+
+def _groups_to_sample(missing: int, kept: int, sampled: int, most: int) -> int:
+    """As many as should fill the batch at the rate kept so far, a tenth more, at most one batch."""
+    return min(most, math.ceil(1.1 * missing * sampled / kept)) if kept else most
+
+
+def _nothing_to_learn(sampled: list[list[Sample]], rounds: int, by: str) -> str:
+    samples = [member for group in sampled for member in group]
+    accuracy = sum(member.correct for member in samples) / len(samples)
+    hint = (
+        "the task is solved for this policy: make it harder or stop here"
+        if accuracy > 0.5
+        else "the task is too hard for this policy: make it easier, or start from a better one "
+        "(warmup.max_steps, model.path)"
+    )
+    if by == "correct" and any(is_informative(group, "reward") for group in sampled):
+        hint = "but their rewards differ: set algorithm.dynamic_sampling_by=reward to learn from it"
+    what = "right and wrong answers" if by == "correct" else "different rewards"
+    return (
+        f"no group had {what} in {rounds} rounds of sampling ({len(samples)} completions, accuracy "
+        f"{accuracy:.2f}): {hint}; or raise rollout.group_size or algorithm.max_gen_batches"
+    )
