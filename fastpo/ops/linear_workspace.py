@@ -213,7 +213,9 @@ class LinearGrads:
                 self.head.hidden_grad_(target, grad)
                 return
         # A product in parts, as bf16 ones are on CPU, must not round every part to bf16.
-        dtype = torch.promote_types(self.hidden.dtype, grad.dtype)
+        dtype = self.hidden.dtype
+        if dtype != grad.dtype:
+            dtype = torch.promote_types(dtype, grad.dtype)
         part = torch.empty(count, self.shape[-1], dtype=dtype, device=grad.device)
         self.head.hidden_grad_(part, grad)
         start = 0
