@@ -8,7 +8,7 @@ the padding on its right. None of these raises by itself. (What a head does, `lm
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import fastpo
+from fastpo.trainer.attention import FLASH, VARLEN
 from fastpo.trainer.config import OptimConfig
 from fastpo.trainer.experience import Sample
 from fastpo.trainer.microbatch import MicroBatch, layout_of
@@ -41,17 +42,32 @@ class Numbers(NamedTuple):
 def check(policy: Policy, optim: OptimConfig) -> None:
     """Compare sampler, head and micro-batches with the model on one sequence at a time.
 
+    A model whose sequences see each other in a packed row gets rows, unless packing was asked for.
+
     Raises:
         RecipeError: one of them gives other numbers, or does not work with this model.
     """
-    half = policy.packs or policy.config.lora.rank  # flash attention has no float32, nor this base
+    try:
+        _check(policy, optim)
+    except RecipeError:
+        asked = policy.config.attention or optim.packing
+        if asked or not layout_of(policy, optim)["packed"]:
+            raise
+        policy.model.set_attn_implementation("sdpa")
+        _check(policy, optim)
+
+
+def _check(policy: Policy, optim: OptimConfig) -> None:
+    # Kernels of flash attention have no float32, nor has the base of adapters.
+    half = policy.kernel in (FLASH, VARLEN) or policy.config.lora.rank
     if policy.dtype != torch.float32 and not half:
         policy = replace(policy, config=replace(policy.config, dtype="float32"))
     name = type(policy.model).__name__
     samples = _attempt(f"the sampler cannot decode {name}", lambda: _sampled(policy))
-    alone = _attempt(name, lambda: _alone(policy, samples))
-    with _rounded_embeddings(policy):
-        rounded = _alone(policy, samples)
+    with torch.compiler.set_stance("force_eager") if policy.config.compile else nullcontext():
+        alone = _attempt(name, lambda: _alone(policy, samples))
+        with _rounded_embeddings(policy):
+            rounded = _alone(policy, samples)
     eps = torch.finfo(policy.dtype).eps
     allowed = [ALLOWANCE * (_distance(*pair) + eps) for pair in zip(rounded, alone, strict=True)]
     drawn = torch.tensor([p for s in samples for p in s.completion.logprobs], device=policy.device)

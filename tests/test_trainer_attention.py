@@ -1,0 +1,224 @@
+"""Packed rows: every sequence attends to itself alone, whatever kernel does it, without a mask."""
+
+import inspect
+from functools import partial
+
+import pytest
+import torch
+import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastpo.trainer import attention, selfcheck
+from fastpo.trainer.attention import FLASH, OURS, Packing
+from fastpo.trainer.config import ModelConfig, OptimConfig
+from fastpo.trainer.microbatch import layout_of
+from fastpo.trainer.models import _wrap, character_tokenizer
+from fastpo.trainer.run import recipe
+from fastpo.trainer.run.errors import RecipeError
+
+CPU = torch.device("cpu")
+SIZES = torch.tensor([7, 3, 3, 1, 12])
+SHAPE = {
+    "vocab_size": 32,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+}
+LLAMA = transformers.LlamaConfig(**SHAPE)
+MISTRAL = transformers.MistralConfig(**SHAPE, sliding_window=4)
+QWEN2 = transformers.Qwen2Config(
+    **SHAPE, use_sliding_window=True, sliding_window=4, max_window_layers=1
+)
+
+
+def policy_of(config, **options):
+    config = type(config).from_dict(config.to_dict())
+    config._attn_implementation = attention.choose(ModelConfig(), CPU)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).double()
+    tokenizer = character_tokenizer("0123456789")
+    return _wrap(model, tokenizer, ModelConfig(**options), CPU, None)
+
+
+def states_and_gradients(policy, forward):
+    """Of all sequences, with gradients that differ by token and column."""
+    policy.model.zero_grad()
+    hidden = forward(policy)
+    weights = torch.linspace(-1, 1, hidden.numel(), dtype=hidden.dtype).sin()
+    (hidden * weights.view_as(hidden)).sum().backward()
+    gradients = [p.grad.flatten() for p in policy.model.parameters() if p.grad is not None]
+    return hidden.detach(), torch.cat(gradients)
+
+
+def ids_of(sizes=SIZES):
+    return torch.randint(2, 32, (1, int(sizes.sum())), generator=torch.Generator().manual_seed(1))
+
+
+def packed(policy):
+    return policy.hidden_states(ids_of(), Packing.of(SIZES, CPU))[0]
+
+
+def alone(policy):
+    pieces = ids_of()[0].split(SIZES.tolist())
+    return torch.cat([policy.hidden_states(piece[None])[0] for piece in pieces])
+
+
+def equal(policy, reference=None):
+    got = states_and_gradients(policy, packed)
+    expected = states_and_gradients(reference or policy, alone)
+    torch.testing.assert_close(got, expected)  # of float64
+
+
+def by_sequence(query, key, value, cu_q, cu_k, *, scale, left):
+    """Packed attention in plain torch: [T, H, d], keys of fewer heads, `left` tokens back or -1."""
+    groups = query.shape[1] // key.shape[1]
+    found = []
+    for start, end in zip(cu_q[:-1].tolist(), cu_q[1:].tolist(), strict=True):
+        q, k, v = (x[start:end].transpose(0, 1) for x in (query, key, value))
+        k, v = (x.repeat_interleave(groups, 0) for x in (k, v))
+        seen = torch.ones(end - start, end - start, dtype=torch.bool).tril()
+        seen = seen if left < 0 else seen.triu(-left)
+        scores = (q @ k.mT * scale).masked_fill(~seen, -torch.inf)
+        found.append((scores.softmax(-1) @ v).transpose(0, 1))
+    assert torch.equal(cu_q, cu_k) and cu_q.dtype == torch.int32
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("config", [LLAMA, MISTRAL, QWEN2], ids=lambda c: c.model_type)
+@pytest.mark.parametrize("kept", [False, True])
+def test_sequences_of_a_packed_row_are_as_if_alone(config, kept):
+    """REGRESSIONS 66: also where layers run again in the backward pass, outside of `hidden_states`;
+    windows are shorter than the longest sequence."""
+    policy = policy_of(config, gradient_checkpointing=kept)
+    assert policy.attention == OURS and policy.packs
+    equal(policy)
+
+
+@pytest.mark.parametrize("config", [LLAMA, MISTRAL, QWEN2], ids=lambda c: c.model_type)
+def test_torchs_kernel_gets_what_it_takes(config, monkeypatch):
+    """Its own signature, with plain torch behind it: no GPU is here."""
+    real = attention._varlen_attn()
+    if real is None:
+        pytest.skip("a torch without varlen_attn")
+    calls = []
+
+    def kernel(*inputs, **options):
+        bound = inspect.signature(real).bind(*inputs, **options).arguments
+        calls.append(bound)
+        assert bound["enable_gqa"] and bound["max_q"] == bound["max_k"] == int(SIZES.max())
+        left, right = bound["window_size"]
+        assert right == 0  # causal
+        lengths = bound["cu_seq_q"], bound["cu_seq_k"]
+        tensors = bound["query"], bound["key"], bound["value"]
+        return by_sequence(*tensors, *lengths, scale=bound["scale"], left=left)
+
+    reference = policy_of(config)
+    monkeypatch.setattr(attention, "_varlen_attn", lambda: kernel)
+    monkeypatch.setattr(attention, "_has_kernel", lambda device, dtype: True)
+    policy = policy_of(config)
+    assert policy.kernel == "varlen_attn"
+    equal(policy, reference)
+    assert len(calls) == config.num_hidden_layers
+
+
+def test_flash_attention_is_told_the_lengths(monkeypatch):
+    """Not left to find them in the positions, which stops a GPU in every layer."""
+    from transformers import modeling_flash_attention_utils as flash
+
+    def varlen(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        dropout_p=0.0,
+        softmax_scale=None,
+        causal=False,
+        window_size=(-1, -1),
+        softcap=0.0,
+        alibi_slopes=None,
+        deterministic=False,
+        return_attn_probs=False,
+        block_table=None,
+    ):  # as flash-attn 2.8 has it
+        assert causal and max_seqlen_q == max_seqlen_k == int(SIZES.max()) and not dropout_p
+        left = window_size[0]
+        return by_sequence(q, k, v, cu_seqlens_q, cu_seqlens_k, scale=softmax_scale, left=left)
+
+    reference, policy = policy_of(MISTRAL), policy_of(MISTRAL)
+    monkeypatch.setattr(flash, "_loaded_implementation", None)
+    monkeypatch.setattr(flash, "_lazy_imports", lambda *_, **__: (None, varlen, None, None, None))
+    monkeypatch.setattr(flash, "_is_packed_sequence", None)
+    policy.model.config._attn_implementation_internal = FLASH
+    assert policy.packs and policy.kernel == FLASH
+    equal(policy, reference)
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of any tensor that was made."""
+
+    most = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self.most = max(self.most, tensor.numel())
+        return out
+
+
+@pytest.mark.parametrize("implementation", [OURS, "sdpa"])
+def test_no_mask_of_all_tokens_by_all_is_made(implementation):
+    """REGRESSIONS 66: at 20 k tokens it is 400 MB, and 16 times the work for 16 sequences."""
+    policy = policy_of(LLAMA)
+    policy.model.set_attn_implementation(implementation)
+    sizes = torch.tensor([96] * 8)
+    with Largest() as seen:
+        policy.hidden_states(ids_of(sizes), Packing.of(sizes, CPU)).sum().backward()
+    assert (seen.most >= int(sizes.sum()) ** 2) == (implementation == "sdpa")
+
+
+def test_what_packed_rows_cannot_do_is_refused():
+    attend = partial(attention.attend, torch.nn.Module(), *torch.ones(3, 1, 2, 4, 8), None)
+    lengths = {"cu_seq_lens_q": torch.tensor([0, 1, 4]), "max_length_q": 3}
+    for option, name in (
+        ({"softcap": 30.0}, "softcap"),
+        ({"s_aux": torch.ones(2)}, "s_aux"),
+        ({"is_causal": False}, "causal"),
+    ):
+        with pytest.raises(ValueError, match=name):
+            attend(**lengths, **option)
+
+
+def test_a_model_whose_sequences_mix_gets_rows_unless_asked_to_pack():
+    """REGRESSIONS 67: a convolution before attention; the choice is the run's, and is recorded."""
+    config = transformers.Lfm2Config(
+        **{k: v for k, v in SHAPE.items() if k != "head_dim"},
+        layer_types=["conv", "full_attention"],
+    )
+    policy = policy_of(config)
+    policy.model.float()
+    assert layout_of(policy, OptimConfig())["packed"]
+    selfcheck.check(policy, OptimConfig())
+    assert not layout_of(policy, OptimConfig())["packed"] and policy.kernel == "sdpa"
+    with pytest.raises(RecipeError, match=r"optim\.packing = true: hidden states"):
+        selfcheck.check(policy, OptimConfig(packing=True))
+
+
+def test_shared_prompts_are_no_longer_ignored_where_rows_are_packed():
+    """REGRESSIONS 68: flash attention packed, whatever optim.share_prompts said."""
+    policy = policy_of(LLAMA)
+    assert layout_of(policy, OptimConfig()) == {"packed": True, "share": False}
+    assert layout_of(policy, OptimConfig(share_prompts=True)) == {"packed": False, "share": True}
+    for other in ("optim.packing", "model.compile"):
+        with pytest.raises(RecipeError, match=other) as caught:
+            recipe.load(None, ["optim.share_prompts=true", f"{other}=true"])
+        assert "\n" not in str(caught.value)
