@@ -1,14 +1,15 @@
 """Packed rows: every sequence attends to itself alone, whatever kernel does it, without a mask."""
 
-import inspect
+import copy
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
 import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastpo.trainer import attention, selfcheck
+from fastpo.trainer import attention, models, selfcheck
 from fastpo.trainer.attention import FLASH, OURS, Packing
 from fastpo.trainer.config import ModelConfig, OptimConfig
 from fastpo.trainer.microbatch import layout_of
@@ -75,19 +76,29 @@ def equal(policy, reference=None):
     torch.testing.assert_close(got, expected)  # of float64
 
 
-def by_sequence(query, key, value, cu_q, cu_k, *, scale, left):
-    """Packed attention in plain torch: [T, H, d], keys of fewer heads, `left` tokens back or -1."""
-    groups = query.shape[1] // key.shape[1]
-    found = []
-    for start, end in zip(cu_q[:-1].tolist(), cu_q[1:].tolist(), strict=True):
-        q, k, v = (x[start:end].transpose(0, 1) for x in (query, key, value))
+def by_sequence(query, key, value, cu_seqlens, *, scale, left, grad=None):
+    """Packed attention in plain torch: [T, H, d], keys of fewer heads, `left` tokens back or -1.
+
+    With `grad` of the output: gradients of query, key and value, as a kernel's backward gives them.
+    """
+    groups, found = query.shape[1] // key.shape[1], []
+    for start, end in pairwise(cu_seqlens.tolist()):
+        q, k, v, *dout = (
+            x[start:end].transpose(0, 1)
+            for x in (query, key, value, grad)[: 3 + (grad is not None)]
+        )
         k, v = (x.repeat_interleave(groups, 0) for x in (k, v))
         seen = torch.ones(end - start, end - start, dtype=torch.bool).tril()
         seen = seen if left < 0 else seen.triu(-left)
-        scores = (q @ k.mT * scale).masked_fill(~seen, -torch.inf)
-        found.append((scores.softmax(-1) @ v).transpose(0, 1))
-    assert torch.equal(cu_q, cu_k) and cu_q.dtype == torch.int32
-    return torch.cat(found)
+        p = (q @ k.mT * scale).masked_fill(~seen, -torch.inf).softmax(-1)
+        if not dout:
+            found.append([(p @ v).transpose(0, 1)])
+            continue
+        dp = dout[0] @ v.mT
+        ds = scale * p * (dp - (dp * p).sum(-1, keepdim=True))
+        dk, dv = (x.unflatten(0, (-1, groups)).sum(1) for x in (ds.mT @ q, p.mT @ dout[0]))
+        found.append([x.transpose(0, 1) for x in (ds @ k, dk, dv)])
+    return tuple(torch.cat(pieces) for pieces in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("config", [LLAMA, MISTRAL, QWEN2], ids=lambda c: c.model_type)
@@ -100,31 +111,42 @@ def test_sequences_of_a_packed_row_are_as_if_alone(config, kept):
     equal(policy)
 
 
-@pytest.mark.parametrize("config", [LLAMA, MISTRAL, QWEN2], ids=lambda c: c.model_type)
-def test_torchs_kernel_gets_what_it_takes(config, monkeypatch):
-    """Its own signature, with plain torch behind it: no GPU is here."""
-    real = attention._varlen_attn()
-    if real is None:
-        pytest.skip("a torch without varlen_attn")
+@pytest.fixture
+def varlen(monkeypatch):
+    """`varlen_attn` of this torch, in float64 on a CPU: the kernels below it are plain torch."""
+    if not attention.KERNEL:
+        pytest.skip("a torch whose varlen_attn knows no windows")
     calls = []
 
-    def kernel(*inputs, **options):
-        bound = inspect.signature(real).bind(*inputs, **options).arguments
-        calls.append(bound)
-        assert bound["enable_gqa"] and bound["max_q"] == bound["max_k"] == int(SIZES.max())
-        left, right = bound["window_size"]
-        assert right == 0  # causal
-        lengths = bound["cu_seq_q"], bound["cu_seq_k"]
-        tensors = bound["query"], bound["key"], bound["value"]
-        return by_sequence(*tensors, *lengths, scale=bound["scale"], left=left)
+    def forward(q, k, v, cu_q, cu_k, max_q, max_k, dropout_p, is_causal, _, **options):
+        left, right = options["window_size_left"], options["window_size_right"]
+        assert right == 0 and is_causal == (left < 0) and not dropout_p
+        assert torch.equal(cu_q, cu_k) and cu_q.dtype == torch.int32
+        assert max_q == max_k == cu_q.diff().max()
+        calls.append(left)
+        [out] = by_sequence(q, k, v, cu_q, scale=options["scale"], left=left)
+        none = q.new_zeros(0)
+        return out, q.new_zeros(q.shape[1], q.shape[0], dtype=torch.float32), none, none, none
 
-    reference = policy_of(config)
-    monkeypatch.setattr(attention, "_varlen_attn", lambda: kernel)
+    def backward(grad, q, k, v, out, lse, cu_q, *_, scale, window_size_left, window_size_right):
+        calls.append(window_size_left)
+        return by_sequence(q, k, v, cu_q, scale=scale, left=window_size_left, grad=grad)
+
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("_flash_attention_forward", forward, "CPU")
+    library.impl("_flash_attention_backward", backward, "CPU")
     monkeypatch.setattr(attention, "_has_kernel", lambda device, dtype: True)
+    yield calls
+    library._destroy()
+
+
+@pytest.mark.parametrize("config", [LLAMA, MISTRAL, QWEN2], ids=lambda c: c.model_type)
+def test_torchs_kernel_gets_what_it_takes(config, varlen):
     policy = policy_of(config)
-    assert policy.kernel == "varlen_attn"
-    equal(policy, reference)
-    assert len(calls) == config.num_hidden_layers
+    assert policy.kernel == "varlen_attn" and policy.packs
+    equal(policy)
+    windows = {"llama": [-1, -1], "mistral": [3, 3], "qwen2": [-1, 3]}[config.model_type]
+    assert varlen == [*windows, *windows[::-1]]  # forward, backward
 
 
 def test_flash_attention_is_told_the_lengths(monkeypatch):
@@ -150,8 +172,9 @@ def test_flash_attention_is_told_the_lengths(monkeypatch):
         block_table=None,
     ):  # as flash-attn 2.8 has it
         assert causal and max_seqlen_q == max_seqlen_k == int(SIZES.max()) and not dropout_p
-        left = window_size[0]
-        return by_sequence(q, k, v, cu_seqlens_q, cu_seqlens_k, scale=softmax_scale, left=left)
+        assert cu_seqlens_q is cu_seqlens_k and cu_seqlens_q.dtype == torch.int32
+        [out] = by_sequence(q, k, v, cu_seqlens_q, scale=softmax_scale, left=window_size[0])
+        return out
 
     reference, policy = policy_of(MISTRAL), policy_of(MISTRAL)
     monkeypatch.setattr(flash, "_loaded_implementation", None)
@@ -222,3 +245,46 @@ def test_shared_prompts_are_no_longer_ignored_where_rows_are_packed():
         with pytest.raises(RecipeError, match=other) as caught:
             recipe.load(None, ["optim.share_prompts=true", f"{other}=true"])
         assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Layers compiled without code being made: how many graphs there are, and breaks in them."""
+    from torch._dynamo.utils import counters
+
+    real = torch.compile
+    torch._dynamo.reset()
+    counters.clear()
+    models._compiled_forward.cache_clear()
+    monkeypatch.setattr(torch, "compile", partial(real, backend="aot_eager"))
+    yield lambda: (counters["stats"]["unique_graphs"], sum(counters["graph_break"].values()))
+    models._compiled_forward.cache_clear()
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kept", [False, True])
+def test_compiled_layers_are_one_graph_whatever_the_lengths(kept, varlen, graphs):
+    """All layers share it, in packed rows and padded ones; where layers run again, too."""
+    options = {"gradient_checkpointing": kept}
+    policy, plain = policy_of(LLAMA, compile=True, **options), policy_of(LLAMA, **options)
+    assert policy.packs
+
+    def compare(ids, packing=None):
+        def forward(policy):
+            return policy.hidden_states(ids, packing)
+
+        found = (states_and_gradients(each, forward) for each in (policy, plain))
+        torch.testing.assert_close(*found)
+
+    for sizes in ([7, 3, 3], [40, 2, 9], [5, 5, 5, 30], [64]):
+        sizes = torch.tensor(sizes)
+        compare(ids_of(sizes), Packing.of(sizes, CPU))
+    packed, breaks = graphs()
+    assert breaks == 0 and packed <= 1 + kept
+    for shape in ((4, 9), (3, 17), (8, 33), (2, 64)):
+        compare(torch.randint(2, 32, shape))
+    total, breaks = graphs()
+    assert breaks == 0 and total - packed <= 1 + kept
+    copied = copy.deepcopy(policy.model.base_model.layers[0])
+    assert copied.forward.__self__ is copied  # of a critic, not of the policy

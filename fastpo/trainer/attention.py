@@ -8,8 +8,6 @@ transformers' sdpa elsewhere, a sequence at a time; whatever is not packed goes 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from functools import cache
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -19,6 +17,13 @@ from torch import Tensor, nn
 from fastpo._compile import untraced
 from fastpo.trainer.config import ModelConfig
 
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:
+    varlen_attn = None
+
+# As of torch 2.13; older ones know neither windows nor fewer heads of keys.
+KERNEL = varlen_attn is not None and "enable_gqa" in inspect.signature(varlen_attn).parameters
 OURS, FLASH, VARLEN = "fastpo", "flash_attention_2", "varlen_attn"
 
 
@@ -55,10 +60,9 @@ def choose(config: ModelConfig, device: torch.device) -> str | None:
 
     AttentionInterface.register(OURS, attend)
     AttentionMaskInterface.register(OURS, sdpa_mask)
-    half = config.dtype != "float32"  # flash attention has no other
-    if config.attention is None and device.type == "cuda" and half and is_flash_attn_2_available():
-        return FLASH
-    return config.attention
+    # It has no float32, and is not traced: of its graphs nothing is known here.
+    fits = device.type == "cuda" and config.dtype != "float32" and not config.compile
+    return config.attention or (FLASH if fits and is_flash_attn_2_available() else None)
 
 
 def settle(model: nn.Module, config: ModelConfig) -> None:
@@ -76,18 +80,7 @@ def kernel(implementation: str, device: torch.device, dtype: torch.dtype) -> str
 
 
 def _has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
-    return device.type == "cuda" and dtype != torch.float32 and _varlen_attn() is not None
-
-
-@cache
-def _varlen_attn() -> Callable | None:
-    """The kernel of a torch whose one knows windows and shared keys (2.13 does)."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    known = inspect.signature(varlen_attn).parameters
-    return varlen_attn if {"scale", "window_size", "enable_gqa"} <= known.keys() else None
+    return KERNEL and device.type == "cuda" and dtype != torch.float32
 
 
 def attend(
@@ -117,7 +110,7 @@ def attend(
     if _has_kernel(value.device, value.dtype) and query.shape[-1] == value.shape[-1] <= 256:
         # Under autocast rotary embeddings are float32, values what the products are.
         query, key, value = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))
-        found = _varlen_attn()(
+        found = varlen_attn(
             *(query, key, value),
             *(cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q),
             scale=options.get("scaling"),

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastpo.integrations.transformers import lm_head
 from fastpo.trainer import distributed
-from fastpo.trainer.attention import FLASH, OURS, Packing, kernel
+from fastpo.trainer.attention import FLASH, OURS, VARLEN, Packing, kernel
 from fastpo.trainer.config import ModelConfig
 from fastpo.trainer.run.errors import RecipeError, TrainerError
 from fastpo.trainer.tasks import Problem
@@ -109,8 +109,9 @@ class Policy:
 
     @property
     def packs(self) -> bool:
-        """Whether a packed row costs no attention between its sequences."""
-        return self.attention in (OURS, FLASH)
+        """Whether a packed row costs no attention between its sequences, nor a graph of its own."""
+        kernels = self.kernel in (FLASH, VARLEN)
+        return kernels or (self.attention == OURS and not self.config.compile)
 
     def encode(self, prompt: str | list[dict[str, str]]) -> list[int]:
         """Token ids of a prompt: text, or messages for the tokenizer's chat template.

@@ -72,6 +72,10 @@ def _check(policy: Policy, optim: OptimConfig) -> None:
     allowed = [ALLOWANCE * (_distance(*pair) + eps) for pair in zip(rounded, alone, strict=True)]
     drawn = torch.tensor([p for s in samples for p in s.completion.logprobs], device=policy.device)
     layout = layout_of(policy, optim)
+    if policy.config.compile and layout["packed"] and policy.kernel not in (FLASH, VARLEN):
+        raise RecipeError(
+            f"model.compile cannot trace {policy.kernel}: set optim.packing=false, and pad rows"
+        )
     what = f"{name} with {_setting(layout)}"
     together = _attempt(what, lambda: _numbers(policy, samples, **layout))
     for kind, got, right, most in (
