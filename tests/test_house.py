@@ -20,7 +20,7 @@ LAYERS = (
     ("fastpo.trainer",),
     ("fastpo.integrations",),
     ("fastpo.testing",),
-    ("fastpo.doctor", "fastpo.plan"),
+    ("fastpo.doctor", "fastpo.plan", "fastpo.plan_buffers"),
     ("fastpo.critic", "fastpo.kept", "fastpo.mismatch"),
     ("fastpo.ops",),
     ("fastpo.backends",),

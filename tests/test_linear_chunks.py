@@ -209,6 +209,20 @@ def test_gradients_wait_for_one_product_with_the_head(preset, head, monkeypatch)
             assert_within_budget(grad, *pair, factor=2.0)
 
 
+@pytest.mark.parametrize(
+    ("rows", "width", "whole", "half", "chunk"),
+    [
+        (8192, 4096, 2048, 1024, 1024),  # one product in place of four
+        (8192, 576, 4096, 2816, 4096),  # G = 1,280: none waits, so the whole budget
+        (20000, 2048, 5120, 3072, 5120),  # G = 4,096
+        (32768, 1024, 2048, 1024, 2048),  # two would wait, but for as many products
+    ],
+)
+def test_gradients_wait_only_where_that_saves_products(rows, width, whole, half, chunk):
+    """REGRESSIONS 80: else the buffer that they would wait in is memory for nothing."""
+    assert linear_chunks.chunk_beside_waiting(rows, whole, half, width) == chunk
+
+
 def test_without_a_wide_gemm_it_says_so_once_and_takes_the_next_best(monkeypatch):
     """`addmm(out_dtype=)`, then `mm(out_dtype=)`, then float32, of which a GPU warns."""
     missing = set()

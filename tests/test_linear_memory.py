@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastpo import cli, plan
+from fastpo import cli, plan, plan_buffers
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPE = {"vocab": 151936, "hidden": 4096, "tokens": 8192}
@@ -96,8 +96,8 @@ def test_exponentials_are_planned_as_they_are_made():
     e = triton_exp.empty_e(planned.chunk_tokens, weight)
     assert found["exponentials of a chunk"] == e.untyped_storage().nbytes()
     narrowest = min(tile.N for tile in (_exp_tiles._BY_POINTERS, *_exp_tiles._BY_TMA.values()))
-    assert (narrowest, _exp_tiles._RAGGED.N) == plan._EXP_TILES
-    assert plan._EXP_PAD == _exp_tiles.PAD_COLUMNS
+    assert (narrowest, _exp_tiles._RAGGED.N) == plan_buffers._EXP_TILES
+    assert plan_buffers._EXP_PAD == _exp_tiles.PAD_COLUMNS
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -176,3 +176,15 @@ def test_widened_products_are_exact_to_the_last_bits():
     out = torch.empty(64, 5000)
     head.add_matmul_(out, a, b)
     assert relative_error(out, a.double() @ b.double()) < 1e-7
+
+
+def test_a_product_in_parts_rounds_its_sum_once():
+    """REGRESSIONS 81: dH of a bf16 head on a CPU is summed over blocks of the vocabulary."""
+    case = LinearCase.random(
+        shape=(1, 64), width=64, vocabulary=5 * head.HEAD_BLOCK, dtype=torch.bfloat16
+    )
+    exact = replace(case, hidden=case.hidden.double(), weight=case.weight.double())
+    _, (expected, _) = exact.eager(fastpo.dapo(), torch.float64)
+    _, (grad, _) = case.fused(fastpo.dapo())
+    best = (expected.bfloat16().double() - expected).norm()
+    assert (grad.double() - expected).norm() <= 1.05 * best

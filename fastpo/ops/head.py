@@ -15,7 +15,7 @@ from torch import Tensor
 
 COLUMNS_MULTIPLE = 32
 """Rows of a buffer are padded with zeros to whole tiles of this many columns: `zero_padded`."""
-_BLOCK = 4096  # rows or columns of a low-precision operand that are widened at a time
+HEAD_BLOCK = 4096  # rows or columns of a low-precision operand that are widened at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +107,7 @@ def add_matmul_(
 
 def _by_mm(out: Tensor, a: Tensor, b: Tensor, alpha: float, beta: float) -> None:
     """A product of its own for every block of rows, then added."""
-    for part, left in zip(out.split(_BLOCK), a.split(_BLOCK), strict=True):
+    for part, left in zip(out.split(HEAD_BLOCK), a.split(HEAD_BLOCK), strict=True):
         product = torch.mm(left, b, out_dtype=out.dtype)
         if beta == 0:
             torch.mul(product, alpha, out=part)
@@ -125,8 +125,8 @@ def _in_blocks(out: Tensor, a: Tensor, b: Tensor, alpha: float, beta: float) -> 
         a = a.to(out.dtype)
     elif longest == m:
         b = b.to(out.dtype)
-    for start in range(0, longest, _BLOCK):
-        cut = slice(start, start + _BLOCK)
+    for start in range(0, longest, HEAD_BLOCK):
+        cut = slice(start, start + HEAD_BLOCK)
         if longest == n:
             part, left, right = out[:, cut], a, b[:, cut]
         elif longest == m:

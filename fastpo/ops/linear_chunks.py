@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastpo.ops import checks
 from fastpo.ops.batch import of_rows
-from fastpo.ops.head import Head, wide_gemm
+from fastpo.ops.head import COLUMNS_MULTIPLE, Head, wide_gemm
 from fastpo.ops.tensor_parallel import VocabularyShard
 
 ROWS_MULTIPLE = 256
@@ -57,6 +57,35 @@ def gathered_rows(hidden: int) -> int:
     """Rows of low-precision gradient that wait for one product, so that the fp32 sum of dW is read
     and written once for them: twice the width D, which is the memory of that sum."""
     return math.ceil(2 * hidden / ROWS_MULTIPLE) * ROWS_MULTIPLE
+
+
+def grouped(sizes: list[int], most: int) -> list[list[int]]:
+    """Numbers of consecutive chunks, of `sizes` rows, in groups of at most `most` rows: those whose
+    gradients wait for one product. A larger chunk is alone; each is for 0."""
+    groups, filled = [], most
+    for number, size in enumerate(sizes):
+        if filled + size > most:
+            groups.append([])
+            filled = 0
+        groups[-1].append(number)
+        filled += size
+    return groups
+
+
+def chunk_beside_waiting(rows: int, whole: int, half: int, hidden: int) -> int:
+    """Rows of a chunk where gradients may wait for one product in a buffer of their own.
+
+    They take the memory that `half`, a chunk of half the budget, leaves. Where that makes no fewer
+    products than there are chunks of the `whole` budget, whose gradients can take their logits'
+    place, say for narrow hidden states: `whole`.
+    """
+    sizes = padded_sizes(rows, half, COLUMNS_MULTIPLE)
+    return half if len(grouped(sizes, gathered_rows(hidden))) < math.ceil(rows / whole) else whole
+
+
+def padded_sizes(rows: int, size: int, multiple: int) -> list[int]:
+    """Of the chunks of `size` that `rows` rows are cut into."""
+    return [padded(min(size, rows - start), multiple) for start in range(0, rows, size)]
 
 
 def padded(rows: int, multiple: int = PAD_MULTIPLE) -> int:
@@ -167,18 +196,22 @@ class LinearCall:
         if only is not None:
             index = only.nonzero()[:, 0] if index is None else index[only[index]]
         rows = self.tokens.numel() if index is None else index.numel()
-        size = self.chunk_rows(rows, head.weight)
-        gathers = self.grad_dtype(head.weight).itemsize < self.logits_dtype.itemsize
-        if gathers and rows > size:
-            size = self.chunk_rows(rows, head.weight, share=2)
-        return cut(index, self.tokens.numel(), size)
+        return cut(index, self.tokens.numel(), self.gradient_chunk_rows(rows, head.weight))
+
+    def gradient_chunk_rows(self, rows: int, weight: Tensor) -> int:
+        """Tokens per chunk where gradients narrower than the logits may wait beside them."""
+        size = self.chunk_rows(rows, weight)
+        if self.grad_dtype(weight).itemsize == self.logits_dtype.itemsize or rows <= size:
+            return size
+        half = self.chunk_rows(rows, weight, share=2)
+        return chunk_beside_waiting(rows, size, half, weight.shape[1])
 
     def chunk_rows(self, rows: int, weight: Tensor, share: int = 1) -> int:
         """Tokens per chunk for `rows` tokens in all, of a `share`-th of the budget."""
         if self.chunk_tokens is not None:
             return self.chunk_tokens
         if self.exponentials:
-            return chunk_rows(rows, 1, 2 * weight.shape[1])
+            return chunk_rows(rows, 1, gathered_rows(weight.shape[1]))
         if isinstance(self.backend, VocabularyShard):
             # Ranks with ragged shards and other free memory must cut at the same tokens.
             return chunk_rows(rows, 1, SHARDED_ROWS)

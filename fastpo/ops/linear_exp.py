@@ -123,7 +123,7 @@ class ExpGrads(LinearGrads):
         new = torch.empty if all_rows else torch.zeros
         self.hidden = new(shape, dtype=hidden.dtype, device=hidden.device) if needs[0] else None
         # One product rounds its own sums, save on CPU, where a bf16 one may read past a ragged K.
-        single = len(chunks) == 1 and hidden.device.type == "cuda"
+        single = len(chunks) == 1 and hidden.device.type != "cpu"
         new = torch.empty if chunks else torch.zeros
         own = {"dtype": head.weight.dtype, "device": hidden.device}
         self.weight = new(head.weight.shape, **(own if single else wide)) if needs[1] else None
@@ -229,6 +229,7 @@ class ExpTokenLogprobs(LinearTokenLogprobs):
         kept, ctx.kept = ctx.kept, []
         head, hidden = call.head(weight, bias), hidden.detach()
         grads = _chunk_grads(call, head, hidden, *incoming, ctx.needs_input_grad, kept)
+        del kept  # before the wide sums get a narrow copy each
         return *grads.scaled(None, call.backend), None
 
 

@@ -56,7 +56,8 @@ class SequenceLevelLoss:
     ) -> tuple[list[ChunkRows], list[ChunkRows]]:
         """Consecutive sequences, as many as fit. See `fastpo.ops.linear_autograd.ChunkLoss`."""
         offsets = self.unmasked_offsets
-        size = call.chunk_rows(offsets[-1], head.weight)
+        longest = max((b - a for a, b in itertools.pairwise(offsets)), default=0)
+        size = max(call.gradient_chunk_rows(offsets[-1], head.weight), longest)
         cuts = [0]
         for number, (_, end) in enumerate(itertools.pairwise(offsets)):
             if end - offsets[cuts[-1]] > size:

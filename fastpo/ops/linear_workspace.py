@@ -19,6 +19,7 @@ from fastpo.ops.linear_chunks import (
     LinearCall,
     free_bytes,
     gathered_rows,
+    grouped,
     length,
     padded,
     put,
@@ -80,15 +81,15 @@ class Workspace:
         self._apart = self._buffer(rows, call.logits_dtype) if chunks and head.softcap else None
         narrow = self.grad_dtype.itemsize < call.logits_dtype.itemsize
         if narrow and weight_grad and len(chunks) > 1:
-            most = max(gathered_rows(head.weight.shape[1]), rows)
+            most = gathered_rows(head.weight.shape[1])
             size = min(most, sum(sizes)) * self._vocabulary * self.grad_dtype.itemsize
             if self._device.type == "cuda" and size > free_bytes(self._device) // 2:
                 most = 0
-        self.groups = _groups(chunks, sizes, most)
-        room = max(
-            (sum(padded(length(x), self.rows_multiple) for x in g) for g in self.groups), default=0
-        )
-        self._gathered = self._buffer(room, self.grad_dtype) if most else None
+        groups = grouped(sizes[: len(chunks)], most)
+        self.groups = [[chunks[number] for number in group] for group in groups]
+        room = max((sum(sizes[number] for number in group) for group in groups), default=0)
+        waits = len(groups) < len(chunks)
+        self._gathered = self._buffer(room, self.grad_dtype) if waits else None
         self._waiting: list[Chunk] = []
 
     def _buffer(self, rows: int, dtype: torch.dtype) -> Tensor:
@@ -161,18 +162,6 @@ class Workspace:
         self._logits = self._apart = None
 
 
-def _groups(chunks: list[ChunkRows], sizes: list[int], most: int) -> list[list[ChunkRows]]:
-    """Consecutive chunks, of `sizes` rows, in groups of at most `most` rows; each alone for 0."""
-    groups, filled = [], most
-    for chunk, size in zip(chunks, sizes, strict=False):
-        if filled + size > most:
-            groups.append([])
-            filled = 0
-        groups[-1].append(chunk)
-        filled += size
-    return groups
-
-
 class LinearGrads:
     """Gradients of hidden, weight and bias, summed over groups of chunks; None where not needed."""
 
@@ -223,7 +212,9 @@ class LinearGrads:
             if len(target) == count:  # consecutive and without padding
                 self.head.hidden_grad_(target, grad)
                 return
-        part = torch.empty(count, self.shape[-1], dtype=self.hidden.dtype, device=grad.device)
+        # A product in parts, as bf16 ones are on CPU, must not round every part to bf16.
+        dtype = torch.promote_types(self.hidden.dtype, grad.dtype)
+        part = torch.empty(count, self.shape[-1], dtype=dtype, device=grad.device)
         self.head.hidden_grad_(part, grad)
         start = 0
         for rows in chunks:
