@@ -1,6 +1,7 @@
 """Packed rows: every sequence attends to itself alone, whatever kernel does it, without a mask."""
 
 import copy
+import json
 from functools import partial
 from itertools import pairwise
 
@@ -11,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastpo.trainer import attention, models, selfcheck
 from fastpo.trainer.attention import FLASH, OURS, Packing
-from fastpo.trainer.config import ModelConfig, OptimConfig
+from fastpo.trainer.config import LoraConfig, ModelConfig, OptimConfig
+from fastpo.trainer.loop import train
 from fastpo.trainer.microbatch import layout_of
 from fastpo.trainer.models import _wrap, character_tokenizer
 from fastpo.trainer.run import recipe
@@ -262,6 +264,17 @@ def graphs(monkeypatch):
     torch._dynamo.reset()
 
 
+def same(policy, plain, ids, packing=None):
+    """Hidden states of both, which are equal, as are their gradients."""
+
+    def forward(policy):
+        return policy.hidden_states(ids, packing)
+
+    got, expected = (states_and_gradients(each, forward) for each in (policy, plain))
+    torch.testing.assert_close(got, expected)
+    return got[0]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kept", [False, True])
 def test_compiled_layers_are_one_graph_whatever_the_lengths(kept, varlen, graphs):
@@ -269,22 +282,57 @@ def test_compiled_layers_are_one_graph_whatever_the_lengths(kept, varlen, graphs
     options = {"gradient_checkpointing": kept}
     policy, plain = policy_of(LLAMA, compile=True, **options), policy_of(LLAMA, **options)
     assert policy.packs
-
-    def compare(ids, packing=None):
-        def forward(policy):
-            return policy.hidden_states(ids, packing)
-
-        found = (states_and_gradients(each, forward) for each in (policy, plain))
-        torch.testing.assert_close(*found)
-
     for sizes in ([7, 3, 3], [40, 2, 9], [5, 5, 5, 30], [64]):
         sizes = torch.tensor(sizes)
-        compare(ids_of(sizes), Packing.of(sizes, CPU))
+        same(policy, plain, ids_of(sizes), Packing.of(sizes, CPU))
     packed, breaks = graphs()
     assert breaks == 0 and packed <= 1 + kept
     for shape in ((4, 9), (3, 17), (8, 33), (2, 64)):
-        compare(torch.randint(2, 32, shape))
+        same(policy, plain, torch.randint(2, 32, shape))
     total, breaks = graphs()
     assert breaks == 0 and total - packed <= 1 + kept
     copied = copy.deepcopy(policy.model.base_model.layers[0])
     assert copied.forward.__self__ is copied  # of a critic, not of the policy
+
+
+@pytest.mark.slow
+def test_compiled_layers_have_adapters_on_and_off(graphs):
+    lora = LoraConfig(rank=2, target_modules=["q_proj", "up_proj"])
+    policy, plain = (policy_of(LLAMA, lora=lora, compile=c) for c in (True, False))
+    for each in (policy, plain):
+        torch.manual_seed(2)
+        for name, weight in each.model.named_parameters():
+            if "lora_B" in name:
+                weight.data.normal_()
+    for ids in (torch.randint(2, 32, shape) for shape in ((4, 9), (3, 17), (8, 33))):
+        hidden = same(policy, plain, ids)
+        below = policy.without_adapters()
+        with torch.no_grad():
+            off = below.inside(lambda: below.hidden_states(ids))  # noqa: B023
+            torch.testing.assert_close(off, policy_of(LLAMA).hidden_states(ids))
+        assert (off - hidden).abs().max() > 0.01
+    count, breaks = graphs()
+    assert breaks == 0 and count <= 3  # the first layer's input has no gradient
+
+
+@pytest.mark.slow
+def test_a_compiled_run_has_the_curve_of_one_that_is_not(tmp_path):
+    """With code made by inductor; the self-check has layers as they are beside compiled ones."""
+    curves = []
+    for compiled in ("true", "false"):
+        run = tmp_path / compiled
+        overrides = (
+            *("task=sort", "task_args.digits=3", "steps=3", "threads=1", "verifier.workers=1"),
+            *("model.hidden_size=32", "model.heads=2", "warmup.max_steps=4", "eval.problems=20"),
+            *("rollout.prompts=8", "rollout.group_size=4", "rollout.max_new_tokens=5"),
+            *("algorithm.dynamic_sampling_by=reward", "algorithm.objective.kl_coef=0.05"),
+            *("optim.updates_per_batch=2", "optim.learning_rate=2e-3", "log.tensorboard=false"),
+            *("optim.packing=false", f"model.compile={compiled}", f"run_dir={run}"),
+        )
+        summary = train(recipe.load(None, list(overrides)))
+        assert summary["attention"] == "sdpa, a sequence at a time"
+        curves.append([json.loads(line) for line in (run / "metrics.jsonl").open()])
+    for row, right in zip(*curves, strict=True):
+        for name, value in right.items():
+            if not any(part in name for part in ("time", "per_second", "memory")):
+                assert row[name] == pytest.approx(value, abs=1e-5, rel=1e-5), (row["step"], name)

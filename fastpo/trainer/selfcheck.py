@@ -148,21 +148,21 @@ def _sampled(policy: Policy) -> list[Sample]:
 def _numbers(policy: Policy, samples: list[Sample], **layout: bool) -> Numbers:
     batch = MicroBatch.of(samples, policy.device, **layout)
     hidden = batch.hidden(policy)
-    columns = torch.arange(hidden.shape[1], device=hidden.device)
-    weights = columns % 7 - 3.0  # the same for every row: batches add up
-    gradient = _first_gradient((hidden.float() * weights).sum(), policy)
+    gradient = torch.zeros(1, device=policy.device)  # 0 where the head alone is trained
+    for parameter in policy.model.parameters() if hidden.requires_grad else ():
+        if parameter.requires_grad:
+            found = _gradient(hidden, parameter)
+            if found is not None:
+                gradient = found
+                break
+            hidden = batch.hidden(policy)  # compiled layers go backward once
     with torch.no_grad():
         scored = fastpo.linear_token_logprobs(hidden, tokens=batch.tokens, **policy.head())
     return Numbers(hidden.detach().float(), gradient, scored.logprobs)
 
 
-def _first_gradient(total: Tensor, policy: Policy) -> Tensor:
-    """Of the first trained parameter that `total` depends on; 0 if there is none, as where the head
-    alone is trained."""
-    for parameter in policy.model.parameters() if total.requires_grad else ():
-        if parameter.requires_grad:
-            options = {"retain_graph": True, "allow_unused": True}
-            (gradient,) = torch.autograd.grad(total, parameter, **options)
-            if gradient is not None:
-                return gradient
-    return torch.zeros(1, device=total.device)
+def _gradient(hidden: Tensor, parameter: Tensor) -> Tensor | None:
+    """Of a weighted sum of the hidden states, if it depends on the parameter."""
+    weights = torch.arange(hidden.shape[1], device=hidden.device) % 7 - 3.0
+    total = (hidden.float() * weights).sum()  # the same weights for every row: batches add up
+    return torch.autograd.grad(total, parameter, allow_unused=True)[0]
