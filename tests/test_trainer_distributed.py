@@ -86,7 +86,7 @@ def start(tmp_path, name, *arguments, launcher=TWO):
 def train(tmp_path, name, *arguments, code=0, ranks=2):
     """Standard output, and the lines of fastpo on standard error."""
     process = start(tmp_path, name, *arguments, launcher=TWO if ranks == 2 else ())
-    output, errors = process.communicate(timeout=150)
+    output, errors = process.communicate(timeout=400)  # with compilation
     assert process.returncode == code, errors
     return output, said(errors)
 
@@ -122,11 +122,17 @@ def one(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "more", [("optim.share_prompts=true",), ("replicas=2", "optim.token_budget=1")], ids=str
+    "more",
+    [
+        ("optim.share_prompts=true",),
+        ("replicas=2", "optim.token_budget=1"),
+        ("model.compile=true", "model.gradient_checkpointing=true"),
+    ],
+    ids=str,
 )
 def test_two_ranks_train_as_one_process_does(tmp_path, one, more):
     """REGRESSIONS 16, 32: the same completions, curves and weights; in another layout, as two
-    replicas, and with a micro-batch per sample, too."""
+    replicas, with a micro-batch per sample, and with layers compiled and run again, too."""
     output, _ = train(tmp_path, "run", *more)
     assert output.count("Held-out accuracy before") == 1  # rank 0 alone speaks
     same(tmp_path / "run", one)
