@@ -117,10 +117,32 @@ def warmed_up(seed: int) -> Path:
 
 
 def read(run: Path) -> dict:
-    """What a run says: its summary, and the metrics of every step by name."""
-    rows = [row for row in directory.read_metrics(run) if "reward" in row]
-    metrics = {name: [row[name] for row in rows] for name in rows[0]}
-    return {**json.loads((run / directory.SUMMARY).read_text()), "metrics": metrics}
+    """What a run says: its summary, the metrics of every step by name, and how held-out accuracy
+    went with the tokens seen."""
+    found = directory.read_metrics(run)
+    rows = [row for row in found if "reward" in row]
+    evaluations = [row for row in found if "eval_accuracy" in row]
+    tokens = {0: 0, **{row["step"]: row["num_tokens"] for row in rows}}
+    return {
+        **json.loads((run / directory.SUMMARY).read_text()),
+        "metrics": {name: [row[name] for row in rows] for name in rows[0]},
+        "held_out": [(tokens[row["step"]], row["eval_accuracy"]) for row in evaluations],
+    }
+
+
+def accuracy_at(run: dict, tokens: float) -> float:
+    """Held-out accuracy when a run had seen so many tokens, on the line between evaluations."""
+    (x, y), *rest = run["held_out"]
+    for next_x, next_y in rest:
+        if tokens <= next_x:
+            return y + (next_y - y) * (tokens - x) / (next_x - x)
+        x, y = next_x, next_y
+    return math.nan
+
+
+def equal_tokens(runs: list[list[dict]]) -> int:
+    """What every run has seen, in thousands that are full."""
+    return min(run["num_tokens"] for seeds in runs for run in seeds) // 1000 * 1000
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -136,7 +158,7 @@ def at_the_end(run: dict, metric: str) -> float:
 
 def table(runs: list[list[dict]], seeds: list[int]) -> str:
     """results/ablation.md"""
-    first = runs[0][0]
+    first, budget = runs[0][0], equal_tokens(runs)
     before = interval([run["before"]["accuracy"] for run in runs[0]])
     lines = [
         "# From GRPO to DAPO, one technique at a time",
@@ -155,6 +177,15 @@ def table(runs: list[list[dict]], seeds: list[int]) -> str:
         "seen: prompts and completions, those that dynamic sampling discarded included. Seconds: "
         "wall time of a run, beside whatever else the machine ran.",
         "",
+        f"## At equal tokens: when every run has seen {budget:,}",
+        "",
+        "| | held-out accuracy | against the line above | against GRPO | after steps |",
+        "|---|---|---|---|---|",
+        *(_row_at(rung, runs, budget) for rung in range(len(runs))),
+        "",
+        "From the same runs, evaluated every five steps; between two evaluations on the line. The "
+        "learning rate is constant, so that a run up to there is one of so many steps.",
+        "",
         "![Accuracy and lengths along the ladder](../../docs/ablation.png)",
         "",
         provenance("make ablation"),
@@ -163,13 +194,9 @@ def table(runs: list[list[dict]], seeds: list[int]) -> str:
 
 
 def _row(rung: int, runs: list[list[dict]]) -> str:
-    after = [run["after"]["accuracy"] for run in runs[rung]]
-    change = "-"
-    if rung:
-        above = [run["after"]["accuracy"] for run in runs[rung - 1]]
-        mean, half = interval([new - old for new, old in zip(after, above, strict=True)])
-        change = f"{mean:+.3f} +- {half:.3f}"
-    mean, half = interval(after)
+    after = [[run["after"]["accuracy"] for run in seeds] for seeds in runs]
+    change = against(after, rung, rung - 1)
+    mean, half = interval(after[rung])
     greedy, width = interval([run["after"]["greedy_accuracy"] for run in runs[rung]])
     ends = {
         name: statistics.fmean(at_the_end(run, name) for run in runs[rung])
@@ -185,6 +212,26 @@ def _row(rung: int, runs: list[list[dict]]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def _row_at(rung: int, runs: list[list[dict]], budget: int) -> str:
+    found = [[accuracy_at(run, budget) for run in seeds] for seeds in runs]
+    mean, half = interval(found[rung])
+    step = statistics.fmean(
+        sum(tokens <= budget for tokens in run["metrics"]["num_tokens"]) for run in runs[rung]
+    )
+    changes = [against(found, rung, other) for other in (rung - 1, 0)]
+    cells = (list(RUNGS)[rung], f"{mean:.3f} +- {half:.3f}", *changes, f"{step:.0f}")
+    return f"| {' | '.join(cells)} |"
+
+
+def against(found: list[list[float]], rung: int, other: int) -> str:
+    """Mean difference of two rungs, seed by seed, and its interval."""
+    if not rung:
+        return "-"
+    pairs = zip(found[rung], found[other], strict=True)
+    mean, half = interval([new - old for new, old in pairs])
+    return f"{mean:+.3f} +- {half:.3f}"
+
+
 def draw(runs: list[list[dict]]) -> None:
     """docs/ablation.png: accuracy at the end, and curves of training, means over the seeds."""
     import matplotlib
@@ -194,12 +241,12 @@ def draw(runs: list[list[dict]]) -> None:
 
     figure, axes = plt.subplots(1, 4, figsize=(16, 4.2), layout="constrained")
     ladder(axes[0], runs)
+    by_tokens(axes[1], runs)
     panels = {
-        "accuracy": "Accuracy while training",
         "completions/clipped_ratio": "Answers cut off, share",
         "entropy": "Entropy, nats per token",
     }
-    for axis, (metric, title) in zip(axes[1:], panels.items(), strict=True):
+    for axis, (metric, title) in zip(axes[2:], panels.items(), strict=True):
         for name, colour, seeds in zip(RUNGS, COLOURS, runs, strict=True):
             curves = torch.tensor([run["metrics"][metric] for run in seeds]).mean(0)
             smooth = torch.nn.functional.avg_pool1d(curves[None], 5, 1)[0]
@@ -214,6 +261,19 @@ def draw(runs: list[list[dict]]) -> None:
     figure.savefig(PICTURE, dpi=110)
 
 
+def by_tokens(axis, runs: list[list[dict]]) -> None:
+    """Held-out accuracy against the tokens seen, means over seeds as far as all of them went."""
+    for name, colour, seeds in zip(RUNGS, COLOURS, runs, strict=True):
+        most = min(run["num_tokens"] for run in seeds)
+        xs = [most * i / 40 for i in range(41)]
+        ys = [statistics.fmean(accuracy_at(run, x) for run in seeds) for x in xs]
+        axis.plot([x / 1000 for x in xs], ys, color=colour, label=name)
+    axis.axvline(equal_tokens(runs) / 1000, color="#999999", linestyle=":", linewidth=1)
+    axis.set_title("Held-out accuracy by tokens seen", loc="left", fontsize=10.5)
+    axis.set_xlabel("thousands of tokens")
+    axis.set_ylim(bottom=0)
+
+
 def ladder(axis, runs: list[list[dict]]) -> None:
     """Accuracy at the end by rung: a point per seed, the mean and its interval."""
     for place, (colour, seeds) in enumerate(zip(COLOURS, runs, strict=True)):
@@ -222,7 +282,7 @@ def ladder(axis, runs: list[list[dict]]) -> None:
         axis.errorbar(mean, -place, xerr=half, fmt="o", color=colour, capsize=3)
         axis.plot(values, [-place + 0.2] * len(values), ".", color="#999999", markersize=5)
     axis.set_yticks([-place for place in range(len(runs))], list(RUNGS))
-    axis.set_title("Held-out accuracy, mean and 95 %", loc="left", fontsize=10.5)
+    axis.set_title("Held-out accuracy after 40 steps, mean and 95 %", loc="left", fontsize=10.5)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ REJECTIONS = (
     *("seq_mean_k1", "seq_mean_k2", "seq_mean_k3", "seq_max_k2", "seq_max_k3"),
 )
 
+DEFAULT_HIGH = 2.0
+
 
 class RolloutCorrection(NamedTuple):
     """What `rollout_correction` returns; [...] is the shape of the tokens. Nothing has a graph."""
@@ -42,7 +44,7 @@ def rollout_correction(
     mode: str = "truncate",
     level: str = "token",
     low: float | None = None,
-    high: float | None = 2.0,
+    high: float | None = DEFAULT_HIGH,
     reject: Mapping[str, float | tuple[float, float]] | None = None,
     off_policy_threshold: float | None = None,
     advantages: Tensor | None = None,
@@ -231,6 +233,11 @@ def _check_settings(
             checks.check_positive(name, bound, what="a number > 0")
     if low is not None and high is not None and low > high:
         raise ValueError(f"low is {low} and high {high}, expected low <= high")
+    if mode == "none" and (low is not None or high not in (None, DEFAULT_HIGH)):
+        raise ValueError(
+            f"low is {low} and high {high} but have no meaning for mode='none', which bounds "
+            "nothing: leave them out, or take another mode"
+        )
     if not isinstance(reject, Mapping):
         raise TypeError(
             f"reject is {type(reject).__name__}, expected a dict such as {{'seq_mean_k3': 0.01}}"

@@ -160,6 +160,7 @@ class Objective:
                 f"'sapo', got {self.surrogate!r}; "
                 "gmpo and vespo already couple a whole sequence with ratio_level='token'"
             )
+        self._check_meaning()
         self._check_bounds()
 
     def _check_names(self) -> None:
@@ -206,18 +207,26 @@ class Objective:
             if getattr(self, field) not in (1, 0, -1):
                 raise ValueError(f"{field} is {getattr(self, field)}, expected 1, 0 or -1")
 
-    def _check_bounds(self) -> None:
+    def _check_meaning(self) -> None:
         kind = f"surrogate={self.surrogate!r}"
         if self.surrogate == "gate":
             kind = f"gate={self.gate!r}, which has no bounds"
-        unused = without_meaning(self.surrogate, self.gate)
+        ignored_by = dict.fromkeys(without_meaning(self.surrogate, self.gate), kind)
+        if self.kl_coef == 0:
+            ignored_by |= dict.fromkeys(("kl_estimator", "kl_ratio_weighted"), "kl_coef=0")
+        if self.old_kl_coef == 0:
+            ignored_by["old_kl_estimator"] = "old_kl_coef=0"
+        if self.aggregation != "constant":
+            ignored_by["max_length"] = f"aggregation={self.aggregation!r}"
         for field in fields(self):
             value = getattr(self, field.name)
-            if value != field.default and field.name in unused:
+            if value != field.default and field.name in ignored_by:
                 raise ValueError(
-                    f"{field.name} is {value!r} but has no meaning for {kind}; "
+                    f"{field.name} is {value!r} but has no meaning for {ignored_by[field.name]}; "
                     f"leave it {field.default!r}"
                 )
+
+    def _check_bounds(self) -> None:
         if self.surrogate == "cispo" and self.ratio_max is None:
             raise ValueError("surrogate='cispo' needs ratio_max, the bound on the ratio, e.g. 5.0")
         lowest = 1 + self.clip_high if self.surrogate == "clip" else self.ratio_min
@@ -396,8 +405,9 @@ def _constant(values: Tensor | None, mask: Tensor | None, fill: float) -> Tensor
 def _constant_sequence_weights(
     weights: Tensor | None, mask: Tensor | None, segments: Segments | None
 ) -> Tensor | None:
-    mask = None if mask is None or weights is None else segments.sum(mask.to(weights.dtype)) > 0
-    return _constant(weights, mask, 1)
+    # Where this rank's rows use them: a collective for whole sequences would change nothing.
+    used = None if mask is None or weights is None else segments.own_sum(mask.to(weights.dtype)) > 0
+    return _constant(weights, used, 1)
 
 
 def clamp(x: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
@@ -624,8 +634,7 @@ def token_weights(
     """
     mask = _full_mask(mask, segments).to(dtype)
     if objective.aggregation == "token_mean":
-        total = mask.sum().clamp(min=1) if normalizer is None else count_or_one(normalizer, mask)
-        return mask / total
+        return mask / _token_count(mask, segments, normalizer)
     sequences = count_or_one(segments.count if normalizer is None else normalizer, mask)
     if objective.aggregation == "sequence_mean":
         return mask / (segments.broadcast(segments.sum(mask).clamp(min=1)) * sequences)
@@ -657,8 +666,16 @@ def entropy_weights(
             f"aggregation={objective.aggregation!r}: use aggregation='token_mean', or no normalizer"
         )
     mask = _full_mask(mask, segments).to(dtype)
-    total = mask.sum().clamp(min=1) if normalizer is None else count_or_one(normalizer, mask)
-    return mask * objective.entropy_coef / total
+    return mask * objective.entropy_coef / _token_count(mask, segments, normalizer)
+
+
+def _token_count(
+    mask: Tensor, segments: Segments, normalizer: Tensor | float | None
+) -> Tensor | float:
+    """What a token mean divides by, at least 1: the caller's count, or the mask's own (N,)."""
+    if normalizer is not None:
+        return count_or_one(normalizer, mask)
+    return segments.total(mask).clamp(min=1)
 
 
 def _full_mask(mask: Tensor | None, segments: Segments) -> Tensor:
@@ -668,9 +685,10 @@ def _full_mask(mask: Tensor | None, segments: Segments) -> Tensor:
 def _max_length(objective: Objective, segments: Segments) -> int:
     if objective.max_length is not None:
         return objective.max_length
-    if segments.width is None:
+    if segments.width is None or segments.group is not None:
+        where = "a packed batch" if segments.width is None else "a rank's part of the sequences"
         raise ValueError(
-            "aggregation='constant' on a packed batch needs Objective.max_length, the longest "
+            f"aggregation='constant' on {where} needs Objective.max_length, the longest "
             "completion in tokens, e.g. fastpo.dr_grpo(max_length=4096)"
         )
     return segments.width

@@ -76,11 +76,11 @@ def loss_rule(
         couples_sequences: a token's loss depends on other tokens of its sequence: the rule gets
             whole sequences, and `tokens.sequence_ids`. On hidden states that is 6 N D V where every
             sequence fits a chunk, else 8.
-        max_length: what aggregation "constant" divides by beside B.
+        max_length: what aggregation "constant" divides by beside B; with it alone.
 
     Raises:
         TypeError: a setting of the wrong type, or a method, which holds no settings.
-        ValueError: an unknown aggregation, or a `max_length` that is not positive.
+        ValueError: an unknown aggregation, or a `max_length` that is not positive or not used.
     """
     if aggregation not in AGGREGATIONS:
         raise ValueError(
@@ -94,6 +94,11 @@ def loss_rule(
         if not (is_finite(max_length) and max_length > 0):
             raise ValueError(
                 f"max_length is {shown(max_length)}, expected a positive number of tokens"
+            )
+        if aggregation != "constant":
+            raise ValueError(
+                f"max_length is {max_length} but has no meaning for aggregation={aggregation!r}; "
+                "leave it None"
             )
 
     def decorate(rule: LossRule) -> LossRule:

@@ -34,8 +34,15 @@ HELPERS = (
 pytest.register_assert_rewrite(*HELPERS, "tiny_transformers")
 
 
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    """What pyproject.toml asks of pytest-timeout, which a machine with a GPU may not have."""
+    if not pluginmanager.hasplugin("timeout"):
+        parser.addini("timeout", "of a test, which nothing keeps here")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Refuse to test on an interpreter that computes wrongly: such tests would prove nothing."""
+    config.addinivalue_line("markers", "timeout(seconds): of pytest-timeout")
     if HAS_GPU or not HAS_TRITON:
         return
     from triton_interpreter import fix_arithmetic
@@ -108,17 +115,17 @@ def small_layout(monkeypatch: pytest.MonkeyPatch, triton_backend) -> None:
 
 @pytest.fixture(scope="session")
 def emulated_advantages(tmp_path_factory: pytest.TempPathFactory):
-    """The CUDA kernel of group_advantages, its threads being loops."""
+    """The CUDA kernels of group_advantages and gae, their threads being loops."""
     import advantage_emulation
 
     if advantage_emulation.COMPILER is None:
         pytest.skip("no C++ compiler")
-    return advantage_emulation.EmulatedAdvantages(tmp_path_factory.mktemp("groups"))
+    return advantage_emulation.EmulatedAdvantages(tmp_path_factory.mktemp("advantages"))
 
 
 @pytest.fixture(params=["compiled", "emulated", "specified"])
 def implementation(request, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What `group_advantages` runs on: the operator, if built, as on a GPU, or plain torch."""
+    """What advantages are made by: the operators, if built, as on a GPU, or plain torch."""
     from fastpo import _extension
 
     if request.param == "specified":
@@ -127,7 +134,8 @@ def implementation(request, monkeypatch: pytest.MonkeyPatch) -> str:
         pytest.skip(reason)
     elif request.param == "emulated":
         emulated = request.getfixturevalue("emulated_advantages")
-        monkeypatch.setattr(torch.ops.fastpo, "group_advantages", emulated.group_advantages)
+        for name in ("group_advantages", "gae"):
+            monkeypatch.setattr(torch.ops.fastpo, name, getattr(emulated, name))
     return request.param
 
 

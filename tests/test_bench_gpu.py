@@ -217,6 +217,31 @@ def test_every_gpu_test_is_run(gpu, tmp_path):
         assert any(name in test for test in run)
 
 
+BARE = """
+import sys, pytest
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in sys.argv[1].split():
+            raise ModuleNotFoundError(f"No module named {name!r}")
+
+sys.meta_path.insert(0, Absent())
+raise SystemExit(pytest.main(["--collect-only", *sys.argv[2:]]))
+"""
+EXTRAS = (
+    "transformers tokenizers safetensors rich pydantic annotated_types hypothesis peft trl verl"
+)
+
+
+@pytest.mark.slow
+def test_gpu_tests_need_torch_triton_and_pytest_alone(gpu):
+    """REGRESSIONS 82: a machine with a GPU and no more; one file that does not import stops all."""
+    command = [sys.executable, "-c", BARE, EXTRAS, "-q", "-m", gpu.QUICK, *gpu.test_files()]
+    plain = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # hypothesis has a plugin
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=plain)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+
+
 def collected(arguments: list[str]) -> set[str]:
     """The ids of the tests that a pytest command selects."""
     quiet = [] if "-q" in arguments else ["-q"]  # twice would print counts alone

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import advantage_emulation
 import pytest
 import torch
 
@@ -14,26 +13,7 @@ FP64 = torch.float64
 LENGTHS = [4, 1, 0, 7, 3]
 B, T = len(LENGTHS), 9
 
-
-@pytest.fixture(scope="module")
-def emulated(tmp_path_factory):
-    """The CUDA kernel, its threads being loops."""
-    if advantage_emulation.COMPILER is None:
-        pytest.skip("no C++ compiler")
-    return advantage_emulation.EmulatedAdvantages(tmp_path_factory.mktemp("gae"))
-
-
-@pytest.fixture(params=["compiled", "emulated", "specified"], autouse=True)
-def implementation(request, monkeypatch):
-    """Every test runs on the operator, if it is built, as on a GPU, and on plain torch."""
-    if request.param == "specified":
-        monkeypatch.setattr(_extension, "devices", lambda: ())
-    elif (reason := _extension.load_error()) is not None:
-        pytest.skip(reason)
-    elif request.param == "emulated":
-        emulated = request.getfixturevalue("emulated")
-        monkeypatch.setattr(torch.ops.fastpo, "gae", emulated.gae)
-    return request.param
+pytestmark = pytest.mark.usefixtures("implementation")
 
 
 def batch(seed=0, dtype=FP64) -> dict[str, torch.Tensor]:

@@ -257,6 +257,13 @@ REFUSED = {
     "a dtype": ({"add_weight_grad_to": torch.zeros(V, D).half()}, "float16 .*pass weight.grad"),
     "a leaf": ({"add_weight_grad_to": torch.zeros(V, D, requires_grad=True)}, "requires_grad=True"),
     "strides": ({"add_weight_grad_to": torch.zeros(D, V).t()}, "stride 1"),
+    "an expanded row": ({"add_weight_grad_to": torch.zeros(1, D).expand(V, D)}, "overlapping"),
+    "overlapping rows": (
+        {"add_weight_grad_to": torch.zeros(V * D).as_strided((V, D), (D - 1, 1))},
+        "expanded or overlapping, .*pass weight.grad",
+    ),
+    "sparse": ({"add_weight_grad_to": torch.zeros(V, D).to_sparse()}, "layout torch.sparse_coo"),
+    "a device": ({"add_weight_grad_to": torch.zeros(V, D, device="meta")}, "on meta, expected cpu"),
     "a wrong count": ({"dense_rows": 3}, f"dense_rows is 3, expected {LIVE}, the number of tokens"),
     "no count": ({"dense_rows": True}, "dense_rows is True"),
 }
@@ -269,6 +276,32 @@ def test_refusals_in_one_line(name):
     with pytest.raises(ValueError, match=words) as raised:
         Mixed().loss(**options)
     assert "\n" not in str(raised.value)
+
+
+def test_where_a_sum_may_not_be():
+    """REGRESSIONS 74: what torch would refuse in the backward pass, or nobody would notice."""
+    batch = Mixed()
+    with torch.inference_mode():
+        made = torch.zeros(V, D)
+    grown = (batch.weight * 1).detach().requires_grad_() * 1
+    for place, words in (
+        (batch.weight.detach(), "to is in the weight, "),
+        (batch.weight.data.view(-1).view(V, D), "to is in the weight, "),
+        (made, "an inference tensor"),
+        (grown, "requires_grad=True"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            batch.loss(add_weight_grad_to=place)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dense", [False, True])
+def test_the_place_may_be_columns_of_a_wider_one(dense, backend):
+    batch, wide = Mixed(dense=dense), torch.zeros(V, 2 * D)
+    batch.loss(backend=backend, add_weight_grad_to=wide[:, :D]).loss.backward()
+    batch.loss(backend=backend).loss.backward()
+    torch.testing.assert_close(wide[:, :D], batch.weight.grad)
+    assert not wide[:, D:].any()
 
 
 def test_a_frozen_weight_has_no_gradient_to_add():

@@ -58,7 +58,8 @@ def test_modes_by_hand(level, low, high):
         ("reject", torch.ones_like(r), t["mask"] & inside),
         ("none", torch.ones_like(r), t["mask"]),
     ):
-        got = correct(t, mode=mode, level=level, low=low, high=high)
+        bounds = {} if mode == "none" else {"low": low, "high": high}
+        got = correct(t, mode=mode, level=level, **bounds)
         torch.testing.assert_close(got.weights, weights * t["mask"], rtol=1e-12, atol=0)
         assert torch.equal(got.mask, mask), mode
         cut = (~inside & t["mask"]).sum() if mode != "none" else torch.tensor(0)
@@ -73,8 +74,7 @@ def test_packed_equals_padded(level, mode):
     options = {
         "mode": mode,
         "level": level,
-        "low": 0.4,
-        "high": 2.5,
+        **({} if mode == "none" else {"low": 0.4, "high": 2.5}),
         "reject": {"seq_max_k3": 1.0, "token_k2": 0.5, "seq_mean_k1": (0.7, 1.3)},
         "off_policy_threshold": 0.05,
         "normalize": True,
@@ -317,6 +317,7 @@ ROW = torch.zeros(3)
         ({"off_policy_threshold": 0.1}, ValueError, "together"),
         ({"advantages": ROW}, ValueError, "got advantages alone"),
         ({"mask": torch.ones(2).bool()}, ValueError, "mask has shape"),
+        ({"mode": "none", "high": 3.0}, ValueError, "high 3.0 but have no meaning for mode='none'"),
     ],
 )
 def test_refusals(options, error, words):

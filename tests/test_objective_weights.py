@@ -29,7 +29,8 @@ def check_token_weights() -> None:
     mask = torch.tensor([1, 0, 1, 0, 1, 1, 1, 0], dtype=torch.bool)
     segments = packed([3, 0, 4, 1])
     for aggregation, expected in WEIGHTS_BY_HAND.items():
-        objective = Objective(aggregation=aggregation, max_length=10)
+        length = 10 if aggregation == "constant" else None
+        objective = Objective(aggregation=aggregation, max_length=length)
         weight = token_weights(objective, mask, segments, dtype=FP64)
         torch.testing.assert_close(weight, torch.tensor(expected, dtype=FP64), rtol=1e-15, atol=0)
 
@@ -54,7 +55,7 @@ def test_normalizer_replaces_the_count(aggregation, kind):
 @pytest.mark.parametrize("zero", [0, 0.0, torch.tensor(0)])
 def test_a_count_of_zero_gives_zero_and_not_nan(zero):
     for aggregation in AGGREGATIONS:
-        objective = Objective(aggregation=aggregation, max_length=3, entropy_coef=0.1)
+        objective = Objective(aggregation=aggregation, entropy_coef=0.1)
         mask, segments = torch.zeros(6, dtype=torch.bool), Segments.padded(2, 3, CPU)
         assert not token_weights(objective, mask, segments, normalizer=zero).any()
         assert not entropy_weights(objective, mask, segments).any()

@@ -265,8 +265,9 @@ def test_what_a_rule_cannot_have():
         ({"max_length": "9"}, TypeError),
         ({"max_length": 0}, ValueError),
         ({"couples_sequences": "no"}, TypeError),
+        ({"max_length": 9, "aggregation": "sequence_sum"}, ValueError),
     ):
-        with pytest.raises(error, match=rf"{next(iter(options))} is .*, expected"):
+        with pytest.raises(error, match=rf"{next(iter(options))} is .*(, expected|no meaning)"):
             fastpo.loss_rule(**options)
     with pytest.raises(TypeError, match="loss_rule on the method append of an object"):
         fastpo.loss_rule()(Adder().append)

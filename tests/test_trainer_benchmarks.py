@@ -1,6 +1,7 @@
 """What the trainer's benchmarks compare differs in what they say it does, and in nothing else."""
 
 import importlib.util
+import math
 import random
 import sys
 from dataclasses import asdict
@@ -44,6 +45,25 @@ def test_every_rung_of_the_ladder_adds_one_technique_and_the_last_is_dapo():
         assert sum(old[name] != new[name] for name in old) == 1
     dapo = ["algorithm.preset=dapo", f"algorithm.overlong_cache={ladder.CACHE}"]
     assert algorithms[-1] == flat(recipe.load(ladder.RECIPE, dapo))
+
+
+def test_the_ladder_is_compared_when_all_have_seen_as_many_tokens():
+    ladder = load("ablation")
+    slow, fast = (
+        {
+            "num_tokens": 2000 * pace,
+            "held_out": [(0, 0.1), (1000 * pace, 0.5), (2000 * pace, 0.6)],
+            "metrics": {"num_tokens": [1000 * pace, 2000 * pace]},
+        }
+        for pace in (1, 2)
+    )
+    found = [ladder.accuracy_at(slow, tokens) for tokens in (0, 500, 1000, 2000)]
+    assert found == pytest.approx([0.1, 0.3, 0.5, 0.6])
+    assert math.isnan(ladder.accuracy_at(slow, 2001))
+    runs = [[slow, slow], [fast, fast]]
+    assert ladder.equal_tokens(runs) == 2000
+    cells = [cell.strip() for cell in ladder._row_at(1, runs, 2000).split("|")]
+    assert cells[2:-1] == ["0.500 +- 0.000", "-0.100 +- 0.000", "-0.100 +- 0.000", "1"]
 
 
 def test_what_follows_the_last_comma_is_judged_and_work_takes_room():

@@ -145,6 +145,14 @@ def test_two_ranks_train_as_one_process_does(tmp_path, one, more):
 
 
 @pytest.mark.slow
+def test_two_ranks_draw_ahead_as_one_process_does(tmp_path):
+    """Messages of the thread and gathers of the update do not wait for each other."""
+    for ranks in (1, 2):
+        train(tmp_path, f"run{ranks}", "rollout.ahead=true", ranks=ranks)
+    same(tmp_path / "run2", tmp_path / "run1")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [(2, 1), (1, 2)], ids=str)
 def test_a_run_resumes_on_another_number_of_ranks(tmp_path, one, ranks):
     train(tmp_path, "run", "steps=2", ranks=ranks[0])

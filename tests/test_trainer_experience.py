@@ -10,16 +10,11 @@ import torch
 from fastpo.trainer import experience
 from fastpo.trainer.algorithm import resolve
 from fastpo.trainer.config import AlgorithmConfig, RolloutConfig
-from fastpo.trainer.experience import (
-    assign_advantages,
-    collect,
-    from_plain,
-    mute_truncated,
-    to_plain,
-)
+from fastpo.trainer.experience import assign_advantages, mute_truncated
 from fastpo.trainer.metrics import rollout_metrics, update_metrics
-from fastpo.trainer.rollout import Completion, Sampling
+from fastpo.trainer.rollout import Completion
 from fastpo.trainer.run.errors import RecipeError, TrainerError
+from fastpo.trainer.source import Batch, Source
 from fastpo.trainer.tasks import Problem, ProblemStream
 from fastpo.trainer.verifier import Verifier
 
@@ -49,6 +44,12 @@ class Scribe:
         return str(ids[-1])
 
 
+def source_of(policy, verifier, algorithm, prompts, group_size=4):
+    config = RolloutConfig(prompts=prompts, group_size=group_size, max_new_tokens=10)
+    problems = ProblemStream(verifier, "train")
+    return Source(policy, None, verifier, problems, config, algorithm, torch.Generator())
+
+
 def gather(monkeypatch, task, *, lengths=None, prompts=2, group_size=4, **algorithm):
     def sampler(policy, prompts, sampling, generator, share):
         sizes = lengths or [3] * group_size
@@ -60,12 +61,8 @@ def gather(monkeypatch, task, *, lengths=None, prompts=2, group_size=4, **algori
 
     monkeypatch.setattr(experience, "sample", sampler)
     resolved = resolve(AlgorithmConfig(**algorithm), 10)
-    sampling = Sampling(group_size=group_size, max_new_tokens=10)
     with Verifier(task, workers=1) as verifier:
-        problems = ProblemStream(verifier, "train")
-        batch = collect(
-            Scribe(), verifier, problems, prompts, sampling, resolved, torch.Generator()
-        )
+        batch = source_of(Scribe(), verifier, resolved, prompts, group_size).take()
     assign_advantages(batch.groups, resolved.estimator)
     if resolved.overlong_filter:
         mute_truncated(batch.groups)
@@ -213,27 +210,27 @@ def test_surplus_groups_come_first_in_the_next_step_as_they_were_sampled(monkeyp
         ]
 
     monkeypatch.setattr(experience, "sample", sampler)
-    policy, sampling = Numbered(), Sampling(group_size=4, max_new_tokens=10)
-    algorithm = resolve(AlgorithmConfig(carry_surplus=True), 10)
+    policy, algorithm = Numbered(), resolve(AlgorithmConfig(carry_surplus=True), 10)
     with Verifier(Script(MIXED, WRONG, MIXED, MIXED), workers=1) as verifier:
-        problems = ProblemStream(verifier, "train")
-
-        def step(carried):
-            rest = (verifier, problems, 3, sampling, algorithm, torch.Generator())
-            return collect(policy, *rest, carried)
-
-        first = step([])
-        assert (first.carried, len(first.groups), len(first.surplus)) == (0, 3, 1)
+        source = source_of(policy, verifier, algorithm, prompts=3)
+        first = source.take()
+        assert (first.carried, len(first.groups), len(source.surplus)) == (0, 3, 1)
         policy.version = 1
-        saved, rollout = to_plain(first.surplus), RolloutConfig(prompts=3, group_size=4)
-        carried = from_plain(saved, rollout)
-        assert from_plain(saved, dataclasses.replace(rollout, group_size=2)) == []
-        assert from_plain(saved, dataclasses.replace(rollout, prompts=1)) == []
+        saved, surplus = source.state(), source.surplus
+        narrow = source_of(policy, verifier, algorithm, prompts=3, group_size=2)
+        narrow.load_state(saved)
+        assert narrow.surplus == []
+        short = source_of(policy, verifier, algorithm, prompts=1)
+        short.load_state(saved)
+        assert short.take().carried == 0  # no room for any in a changed recipe
+        source = source_of(policy, verifier, algorithm, prompts=3)
+        source.load_state(saved)
+        carried = source.surplus
         assert carried == [
             [dataclasses.replace(s, problem=s.problem._replace(data=None)) for s in group]
-            for group in first.surplus
+            for group in surplus
         ]
-        second = step(carried)
+        second = source.take()
     assert second.carried == 1 and second.groups[0] is carried[0]
     assert [g[0].old_logprobs[0] for g in second.groups] == [-1.0, -2.0, -2.0]
     assert all(g[0].completion.logprobs[0] == -2.0 for g in second.sampled)
@@ -244,7 +241,7 @@ def test_metrics_are_these_numbers():
     kept = scored(1.0, 0.0, math.nan, math.inf, parts={"format": 0.5})
     lost = scored(0.0, 0.0, 0.0, 0.0)
     lost[0].parts = {"format": 1.5}
-    batch = experience.Batch(groups=[kept], sampled=[kept, lost], rounds=2)
+    batch = Batch(groups=[kept], sampled=[kept, lost], rounds=2)
     assert rollout_metrics(batch) == pytest.approx(
         {
             "reward": 1 / 6,

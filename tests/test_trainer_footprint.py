@@ -66,6 +66,19 @@ def test_an_update_takes_what_was_planned(dtype, kept):
     assert plan.peak("update") == pytest.approx(peak, rel=SHARE)
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_rollout_beside_an_update_takes_what_both_do_and_a_copy(ranks):
+    _, plan = planned("model.dtype=bfloat16", "rollout.prompts=32", ranks=ranks)
+    _, ahead = planned(
+        "rollout.ahead=true", "model.dtype=bfloat16", "rollout.prompts=32", ranks=ranks
+    )
+    own = [part.bytes for part in plan.parts if part.phases == ("rollout",)]
+    assert len(own) == 3
+    both = plan.peak("update") + sum(own) + 4 * plan.parameters
+    assert ahead.peak("rollout") == ahead.peak("update") == pytest.approx(both)
+    assert ahead.peak("load") == pytest.approx(plan.peak("load") + 4 * plan.parameters)
+
+
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=slow)])
 def test_a_rollout_takes_what_was_planned(dtype):
     config, plan = planned(

@@ -24,6 +24,7 @@ from fastpo.trainer.update import Learner
         ["warmup.max_steps=2", "checkpoint_every=1", "algorithm.preset=grpo"],
         ["algorithm.preset=ppo", "optim.updates_per_batch=2", "critic.warmup_steps=1"],
         ["algorithm.carry_surplus=true", "rollout.prompts=5", "seed=2"],
+        ["rollout.ahead=true", "algorithm.carry_surplus=true", "rollout.prompts=5", "seed=2"],
         [
             *("algorithm.objective.kl_coef=0.1", "algorithm.sync_reference_every=1"),
             *("algorithm.correction.mode=mask", "algorithm.correction.high=1.0001"),
@@ -85,10 +86,13 @@ def test_resume_without_a_checkpoint(tiny, capsys):
     one_line(capsys, "no checkpoint", "without --resume")
 
 
-def test_a_raising_verifier_keeps_metrics_and_a_checkpoint(tiny, monkeypatch, capsys):
+@pytest.mark.parametrize("ahead", ["false", "true"])
+def test_a_raising_verifier_keeps_metrics_and_a_checkpoint(tiny, monkeypatch, capsys, ahead):
+    """Where it is asked ahead, the step that is learned meanwhile is kept, too."""
     monkeypatch.setattr(Even, "after", EVALUATION + 4 * 16)
     monkeypatch.setattr(Even, "sabotage", lambda self: {}["nothing"])
-    run = tiny("steps=50", "algorithm.dynamic_sampling=false", code=1)
+    options = ("algorithm.dynamic_sampling=false", f"rollout.ahead={ahead}")
+    run = tiny("steps=50", *options, code=1)
     one_line(capsys, "Even.reward raised KeyError", "completion")
     assert [row["step"] for row in rows(run)] == [0, 1, 2, 3, 4]
     assert checkpoint.load_state(run / "checkpoint")["step"] == 4
@@ -115,7 +119,8 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_checkpoint(tiny, mon
     assert max(row["step"] for row in rows(run)) == 2
 
 
-def test_a_failing_step_keeps_the_steps_before_it(tiny, monkeypatch, capsys):
+@pytest.mark.parametrize("ahead", ["false", "true"])
+def test_a_failing_step_keeps_the_steps_before_it(tiny, monkeypatch, capsys, ahead):
     """Out of memory in the third step, without a checkpoint so far."""
 
     def greedy(self, samples, sums, *, on_policy):
@@ -125,11 +130,11 @@ def test_a_failing_step_keeps_the_steps_before_it(tiny, monkeypatch, capsys):
 
     update = Learner.update
     monkeypatch.setattr(Learner, "update", greedy)
-    run = tiny("steps=4", code=1)
+    run = tiny("steps=4", f"rollout.ahead={ahead}", code=1)
     one_line(capsys, "allocate memory", "optim.token_budget")
     assert checkpoint.load_state(run / "checkpoint")["step"] == 2
     monkeypatch.setattr(Learner, "update", update)
-    tiny("steps=4", "--resume")
+    tiny("steps=4", f"rollout.ahead={ahead}", "--resume")
     assert [row["step"] for row in rows(run) if "reward" in row] == [1, 2, 3, 4]
 
 
@@ -176,9 +181,12 @@ def test_a_corrupt_checkpoint_is_named_and_nothing_is_overwritten(tiny, capsys, 
 
 
 @pytest.mark.slow
-def test_kill_9_loses_what_came_after_the_last_checkpoint_and_nothing_else(tiny, monkeypatch):
+@pytest.mark.parametrize("ahead", ["false", "true"])
+def test_kill_9_loses_what_came_after_the_last_checkpoint_and_nothing_else(
+    tiny, monkeypatch, ahead
+):
     """Best and last checkpoints are whole, and the resumed run is the one that was never killed."""
-    options = ["steps=6", "eval.every=1", "checkpoint_minutes=1e-9"]
+    options = ["steps=6", "eval.every=1", "checkpoint_minutes=1e-9", f"rollout.ahead={ahead}"]
     run = tiny(*options)
     whole = weights(run)
     monkeypatch.setattr(Even, "after", 2 * 32 + 4 * 16)

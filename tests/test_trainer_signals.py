@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 
 import pytest
@@ -13,6 +14,7 @@ from tiny_runs import EVALUATION, Even, one_line, rows
 from fastpo.trainer import experience
 from fastpo.trainer.run import checkpoint
 from fastpo.trainer.run.signals import TERMINATION, StopRequest, terminable
+from fastpo.trainer.source import Source
 
 
 @pytest.fixture
@@ -131,6 +133,22 @@ def test_a_second_ctrl_c_stops_at_once(tiny, monkeypatch, capsys):
     monkeypatch.setattr(Even, "sabotage", interrupt)
     tiny(code=130)
     one_line(capsys, "stopped at once")
+
+
+@pytest.mark.usefixtures("sigint_as_in_a_terminal")
+def test_a_second_ctrl_c_stops_a_thread_that_draws_ahead(tiny, monkeypatch, capsys):
+    def endless(self):
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.3)
+        while True:
+            time.sleep(0.01)
+
+    monkeypatch.setattr(Source, "_draw_ahead", endless)
+    threads = threading.active_count()
+    tiny("rollout.ahead=true", code=130)
+    one_line(capsys, "stopped at once")
+    assert threading.active_count() == threads
 
 
 def test_a_signal_during_the_last_step_lets_the_run_finish(tiny, monkeypatch):

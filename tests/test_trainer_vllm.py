@@ -21,6 +21,7 @@ from fastpo.trainer.rollout import Sampling, sample
 from fastpo.trainer.rollout_vllm import VllmRollout
 from fastpo.trainer.run import recipe
 from fastpo.trainer.run.errors import RecipeError, TrainerError
+from fastpo.trainer.source import copy_of
 from fastpo.trainer.tasks import Problem
 from fastpo.trainer.update import Learner, Sums
 
@@ -201,6 +202,18 @@ def test_completions_are_those_of_the_weights_as_they_are_now(config):
     assert_sampled_by(policy, second)
     assert second != first and len(calls) == 2 * len(set(calls))
     assert not policy.engine.llm.awake
+
+
+def test_a_copy_that_draws_ahead_takes_turns_with_the_policy(config):
+    """REGRESSIONS 71: two models whose weights were changed equally often are not the same."""
+    policy = engaged(config)
+    sampler = copy_of(policy)
+    with torch.no_grad():
+        for model, scale in ((policy.model, 1.5), (sampler.model, 0.5)):
+            for parameter in model.parameters():
+                parameter.mul_(scale)
+    for one in (policy, sampler, policy):
+        assert_sampled_by(one, draw(one, config))
 
 
 def test_ends_and_greedy_decoding(config):

@@ -55,10 +55,24 @@ def _addmm(total, a, b, *, alpha=1, beta=1, out_dtype=None, out):
     return out
 
 
+def interpreted() -> bool:
+    """Whether Triton was imported to interpret."""
+    import triton
+
+    return not isinstance(triton.language.sum, triton.JITFunction)
+
+
 @contextlib.contextmanager
 def as_on_a_gpu() -> Iterator[None]:
-    """Inside, meta tensors take the way of CUDA ones; needs Triton's interpreter."""
+    """Inside, meta tensors take the way of CUDA ones.
+
+    Raises:
+        RuntimeError: Triton compiles here, for a GPU or because TRITON_INTERPRET is not set.
+    """
     import triton.runtime.interpreter as interpreter
+
+    if not interpreted():
+        raise RuntimeError("set TRITON_INTERPRET=1 at start: nothing may be launched on meta")
 
     from fastpo.backends import _triton_ops, triton, triton_exp  # noqa: F401 - loads the kernels
 

@@ -20,7 +20,8 @@ from fastpo.objective import (
     token_loss,
     token_weights,
 )
-from fastpo.ops.checks import LossInputs, is_per_sequence, sequence_count, wide_dtype
+from fastpo.ops.checks import is_per_sequence, sequence_count, wide_dtype
+from fastpo.ops.loss_checks import LossInputs
 from fastpo.rule import RuleObjective, TokenInputs
 from fastpo.segments import Segments
 
@@ -61,7 +62,8 @@ class LossBatch:
         """Flatten checked inputs; `like` gives the device, and float64 keeps float64."""
         objective, dtype = given.objective, wide_dtype(like.dtype)
         count = sequence_count(leading, given.cu_seqlens)
-        segments = Segments.from_batch(leading, flat_rows(given.cu_seqlens), like.device)
+        offsets = flat_rows(given.cu_seqlens)
+        segments = Segments.from_batch(leading, offsets, like.device, given.cp_group)
         mask = flat_mask(given.mask)
 
         def rows(value: Tensor | None) -> Tensor | None:

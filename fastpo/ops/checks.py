@@ -1,21 +1,21 @@
 """What users pass to the ops, checked before anything is built. Every message is one line that says
 what was got, what is expected, and what to do.
 
-`check_logits_op` and `check_loss` (and `fastpo.ops.linear_checks` for hidden states and a head) are
-the places where a call is checked; the rest is what they share.
+What the ops share. Where a call is checked: `check_logits_op` here, `fastpo.ops.linear_checks` for
+hidden states and a head, `fastpo.ops.loss_checks` for an objective and its numbers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from numbers import Real
-from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastpo.backends.base import RowDetails
-from fastpo.objective import Objective, check_takes_clip_bounds, is_finite, shown
+from fastpo.objective import Objective, is_finite, shown
 from fastpo.rule import RuleObjective
 
 _debug = False
@@ -33,89 +33,16 @@ def inspects_values(tensor: Tensor) -> bool:
     return not torch.compiler.is_compiling() and (tensor.device.type == "cpu" or _debug)
 
 
-class LossInputs(NamedTuple):
-    """The arguments that every policy loss takes beside its log-probs, as the user gave them."""
-
-    objective: Objective | RuleObjective
-    advantages: Tensor
-    mask: Tensor | None
-    old_logprobs: Tensor | None
-    ref_logprobs: Tensor | None
-    importance_weights: Tensor | None
-    cu_seqlens: Tensor | None
-    normalizer: Tensor | float | None
-    clip_bounds: tuple[Tensor, Tensor] | None = None
-    nll_weights: Tensor | None = None
-
-
 def check_logits_op(
     logits: object, tokens: object, mask: object, temperature: object, *, inplace: bool
 ) -> None:
     """What `policy_loss` and `token_logprobs` share, but for ids, of which a shard knows less."""
     check_matrix("logits", logits, "V")
     check_rows(tokens, mask, temperature, logits)
-    if inplace and _overlaps(logits):
+    if inplace and overlaps(logits):
         raise ValueError(
             "inplace on expanded or overlapping logits would write one row's gradient over "
             "another's: clone them"
-        )
-
-
-def check_loss(given: LossInputs, leading: torch.Size, like: Tensor) -> None:
-    """The objective and every number that a policy loss takes per token or per sequence."""
-    objective = given.objective
-    check_objective(objective)
-    check_mask(given.mask, leading, like)
-    check_normalizer(given.normalizer)
-    _check_sequences(leading, given.cu_seqlens, objective, like)
-    _check_clip_bounds(given, leading, like)
-    for name in ("old_logprobs", "ref_logprobs", "nll_weights"):
-        value = getattr(given, name)
-        if value is not None:
-            check_tensor(name, value, leading, like)
-            check_floating(name, value)
-    for name in ("advantages", "importance_weights"):
-        value = getattr(given, name)
-        if value is not None or name == "advantages":
-            check_per_token_or_sequence(name, value, leading, given.cu_seqlens, like)
-    if objective.kl_coef != 0 and given.ref_logprobs is None:
-        raise ValueError(
-            f"objective {objective.name!r} has kl_coef={objective.kl_coef} but ref_logprobs is "
-            "None: pass the reference policy's log-probs, or set kl_coef=0"
-        )
-    takes_reference = objective.kl_coef != 0 or isinstance(objective, RuleObjective)
-    if given.ref_logprobs is not None and not takes_reference:
-        raise ValueError(
-            f"ref_logprobs are given but objective {objective.name!r} has kl_coef=0 and would "
-            "ignore them: set kl_coef, or pass ref_logprobs=None"
-        )
-
-
-def _check_clip_bounds(given: LossInputs, leading: torch.Size, like: Tensor) -> None:
-    bounds = given.clip_bounds
-    if bounds is None:
-        return
-    if not isinstance(bounds, tuple | list) or len(bounds) != 2:
-        raise TypeError(
-            f"clip_bounds is {type(bounds).__name__}, expected (low, high), two tensors of shape "
-            f"{list(leading)}"
-        )
-    for name, bound in zip(("clip_bounds[0]", "clip_bounds[1]"), bounds, strict=True):
-        check_tensor(name, bound, leading, like)
-        check_floating(name, bound)
-    if isinstance(given.objective, RuleObjective):
-        raise ValueError(
-            f"clip_bounds are given but the objective is a rule, {given.objective.name}: it clips "
-            "as it likes; leave them None"
-        )
-    check_takes_clip_bounds(given.objective)
-    if not inspects_values(like):
-        return
-    ordered = bounds[0] <= bounds[1]
-    if not (ordered if given.mask is None else ordered | ~given.mask.bool()).all():
-        raise ValueError(
-            "clip_bounds hold a low bound above the high one, or NaN, on an unmasked token: "
-            "expected low <= r <= high, e.g. (0.8, 1.28)"
         )
 
 
@@ -197,6 +124,15 @@ def check_matrix(
         raise ValueError(
             f"{name} has stride {value.stride(-1)} in its last dimension, expected 1: call "
             ".contiguous()"
+        )
+
+
+def check_group(name: str, group: object, over: str) -> None:
+    """None or a process group."""
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            f"{name} is {type(group).__name__}, expected a torch.distributed.ProcessGroup over "
+            f"which {over} (a DeviceMesh has get_group())"
         )
 
 
@@ -286,24 +222,6 @@ def check_normalizer(normalizer: object) -> None:
         raise ValueError(f"normalizer is {shown(normalizer)}, expected a finite count >= 0")
 
 
-def check_objective(objective: object) -> None:
-    """objective: a fastpo.Objective."""
-    if isinstance(objective, RuleObjective):
-        return objective.check_signature()
-    if isinstance(objective, Objective):
-        return
-    if callable(objective):
-        name, kind = objective.__name__, "class" if objective is Objective else "preset"
-        raise TypeError(
-            f"objective is the {kind} {name} itself, expected what it returns: call it, "
-            f"fastpo.{name}()"
-        )
-    raise TypeError(
-        f"objective is {type(objective).__name__}, expected a fastpo.Objective, e.g. fastpo.dapo()"
-        ", or a callable rule(logprobs, entropy, tokens)"
-    )
-
-
 def sequence_count(leading: torch.Size, cu_seqlens: Tensor | None) -> int | None:
     """How many sequences a batch has; None for [N] rows without cu_seqlens, which do not say."""
     if len(leading) == 2:
@@ -340,11 +258,14 @@ def check_sequences(leading: torch.Size, cu_seqlens: object, like: Tensor) -> No
             f"a packed [N] batch, {list(leading)}, needs cu_seqlens (B + 1,) int32, the offsets of "
             "its sequences; or pass a [B, T] batch"
         )
-    _check_sequences(leading, cu_seqlens, None, like)
+    check_layout(leading, cu_seqlens, None, like)
 
 
-def _check_sequences(
-    leading: torch.Size, cu_seqlens: object, objective: Objective | None, like: Tensor
+def check_layout(
+    leading: torch.Size,
+    cu_seqlens: object,
+    objective: Objective | RuleObjective | None,
+    like: Tensor,
 ) -> None:
     """The leading shape or cu_seqlens must say where sequences end, if the objective asks."""
     if len(leading) == 2:
@@ -386,7 +307,7 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _overlaps(tensor: Tensor) -> bool:
+def overlaps(tensor: Tensor) -> bool:
     """Whether elements of `tensor` may share memory, as those of an expanded view do."""
     if tensor.numel() == 0:
         return False

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from fastpo.objective import Objective
 from fastpo.ops import checks
 from fastpo.ops.batch import LossBatch
-from fastpo.ops.checks import LossInputs
+from fastpo.ops.loss_checks import LossInputs, check_loss
 from fastpo.ops.results import PolicyLoss
 from fastpo.rule import LossRule, as_objective
 
@@ -27,6 +28,7 @@ def policy_loss_from_logprobs(
     nll_weights: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     normalizer: Tensor | float | None = None,
+    cp_group: ProcessGroup | None = None,
 ) -> PolicyLoss:
     """Policy loss from log-probs the caller already has: the specification of the fused ops.
 
@@ -45,15 +47,18 @@ def policy_loss_from_logprobs(
             token, under the same mask and aggregation (VAPO).
         cu_seqlens: (B + 1,) int32 offsets of the sequences of a packed [N] batch.
         normalizer: global token count (token_mean) or sequence count (other aggregations).
+        cp_group: process group over which the tokens of every sequence are split; see
+            `policy_loss`.
 
     Raises:
         ValueError, TypeError: see the message: what was got, what is expected, what to do.
     """
     objective = as_objective(objective)
     per_token = (advantages, mask, old_logprobs, ref_logprobs, importance_weights)
-    given = LossInputs(objective, *per_token, cu_seqlens, normalizer, clip_bounds, nll_weights)
+    per_call = (cu_seqlens, normalizer, clip_bounds, nll_weights, cp_group)
+    given = LossInputs(objective, *per_token, *per_call)
     _check_logprobs(logprobs, entropy)
-    checks.check_loss(given, logprobs.shape, logprobs)
+    check_loss(given, logprobs.shape, logprobs)
     if objective.entropy_coef != 0 and entropy is None:
         raise ValueError("objective.entropy_coef != 0 needs `entropy`, the entropy of every token")
     batch = LossBatch.from_inputs(given, logprobs.shape, logprobs)

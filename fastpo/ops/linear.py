@@ -37,7 +37,6 @@ from fastpo._compile import untraced
 from fastpo.objective import Objective
 from fastpo.ops import checks
 from fastpo.ops.batch import LossBatch, flat_mask, flat_rows, flat_temperature
-from fastpo.ops.checks import LossInputs
 from fastpo.ops.from_logprobs import loss_of_batch
 from fastpo.ops.kept import Kept, check_kept
 from fastpo.ops.linear_autograd import (
@@ -59,6 +58,7 @@ from fastpo.ops.linear_chunks import LinearCall, unmasked_rows
 from fastpo.ops.linear_exp import ExpShard, ExpTokenLogprobs, FusedExpLoss, count_redone
 from fastpo.ops.linear_kept import KeptCall, KeptLoss, LinearKeptLogprobs
 from fastpo.ops.linear_sequences import SequenceLevelLoss
+from fastpo.ops.loss_checks import LossInputs, check_loss
 from fastpo.ops.results import PolicyLoss, TokenLogprobs, TokenStatistics
 from fastpo.ops.tensor_parallel import VocabularyShard
 from fastpo.rule import LossRule, RuleObjective, as_objective
@@ -90,6 +90,7 @@ def linear_policy_loss(
     logits_dtype: torch.dtype | None = None,
     chunk_tokens: int | None = None,
     tp_group: ProcessGroup | None = None,
+    cp_group: ProcessGroup | None = None,
     live_rows: int | None = None,
     kept_tokens: Tensor | None = None,
     kept_offsets: Tensor | None = None,
@@ -154,6 +155,8 @@ def linear_policy_loss(
         tp_group: process group over which `weight` (and `bias`) is sharded along V in rank order,
             in parts of any size. All ranks pass the same tokens and hidden states, and get the same
             loss, the whole gradient of the hidden states and their own shard's of the weight.
+        cp_group: process group over which the tokens of every sequence are split; see
+            `policy_loss`. Sequence-level objectives take 8 N D V then, as where no sequence fits.
         live_rows: the number of True in `mask`, which a trainer knows on the host when it builds
             the batch. A wrong one raises on CPU and gives NaN on GPU.
         kept_tokens: [M] int64 or int32: the ids that each token was sampled from (top-k, top-p), as
@@ -178,10 +181,11 @@ def linear_policy_loss(
     options = LinearOptions(logit_scale, softcap, logits_dtype, chunk_tokens, tp_group, live_rows)
     objective = as_objective(objective)
     per_token = (advantages, mask, old_logprobs, ref_logprobs, importance_weights)
-    given = LossInputs(objective, *per_token, cu_seqlens, normalizer, clip_bounds, nll_weights)
+    per_call = (cu_seqlens, normalizer, clip_bounds, nll_weights, cp_group)
+    given = LossInputs(objective, *per_token, *per_call)
     check_linear_op(hidden, weight, bias, tokens, mask, temperature, options)
     leading = hidden.shape[:-1]
-    checks.check_loss(given, leading, hidden)
+    check_loss(given, leading, hidden)
     call = _linear_call(hidden, weight, tokens, mask, temperature, backend, options)
     kept = (kept_tokens, kept_offsets, dense_rows, add_weight_grad_to)
     kept = _kept_call(call, hidden, weight, tokens, mask, *kept)

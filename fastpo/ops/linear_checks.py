@@ -11,7 +11,6 @@ from torch.distributed import ProcessGroup
 
 from fastpo.ops import checks
 from fastpo.ops.kept import Kept
-from fastpo.ops.tensor_parallel import check_tp_group
 
 
 class LinearOptions(NamedTuple):
@@ -42,7 +41,7 @@ def check_linear_op(
         checks.check_positive("softcap", options.softcap)
     _check_logits_dtype(options.logits_dtype, operand_dtype(hidden))
     _check_chunk_tokens(options.chunk_tokens)
-    check_tp_group(options.tp_group, "weight is")
+    checks.check_group("tp_group", options.tp_group, "weight is sharded along V")
     if options.tp_group is None:
         checks.check_token_range(tokens, weight.shape[0], mask)
     _check_live_rows(options.live_rows, mask)
@@ -144,22 +143,49 @@ def check_kept_options(
     none = torch.zeros(0, dtype=torch.bool)
     dense = none if kept.dense is None else kept.dense
     _check_count("dense_rows", dense_rows, dense, "tokens without kept ids")
-    if add_to is None:
-        return
+    if add_to is not None:
+        _check_add_to(add_to, weight, operands)
+
+
+def _check_add_to(add_to: object, weight: Tensor, operands: torch.dtype) -> None:
+    """A tensor like the weight that the backward pass may add to."""
     checks.check_not_sharded("add_weight_grad_to", add_to)
     checks.check_tensor("add_weight_grad_to", add_to, weight.shape, weight)
     allowed = dict.fromkeys((operands, checks.wide_dtype(operands)))
+    if add_to.layout != torch.strided or add_to.is_inference():
+        kind = "an inference tensor" if add_to.is_inference() else f"of layout {add_to.layout}"
+        raise ValueError(
+            f"add_weight_grad_to is {kind}, expected a plain dense tensor: pass weight.grad"
+        )
     if add_to.dtype not in allowed or add_to.stride(-1) != 1 or add_to.requires_grad:
         raise ValueError(
             f"add_weight_grad_to is {add_to.dtype} of strides {add_to.stride()}, requires_grad="
             f"{add_to.requires_grad}, expected {' or '.join(map(str, allowed))}, stride 1 in the "
             "last dimension and no gradient of its own: pass weight.grad"
         )
+    overlaps = checks.overlaps(add_to)
+    if overlaps or _shares_memory(add_to, weight):
+        raise ValueError(
+            f"add_weight_grad_to is {'expanded or overlapping' if overlaps else 'in the weight'}, "
+            "where a sum would change other numbers too, expected memory of its own: pass "
+            "weight.grad"
+        )
     if torch.is_grad_enabled() and not weight.requires_grad:
         raise ValueError(
             "add_weight_grad_to with a weight that requires no gradient: there is none to add, "
             "leave it None"
         )
+
+
+def _shares_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether the bytes from first to last of two non-empty strided tensors meet."""
+
+    def span(x: Tensor) -> tuple[int, int]:
+        last = sum(stride * (size - 1) for stride, size in zip(x.stride(), x.shape, strict=True))
+        return x.storage_offset() * x.itemsize, (x.storage_offset() + last + 1) * x.itemsize
+
+    (start, end), (other_start, other_end) = span(a), span(b)
+    return torch._C._is_alias_of(a, b) and start < other_end and other_start < end
 
 
 def _check_count(name: str, count: object, mask: Tensor, what: str) -> None:

@@ -38,9 +38,11 @@ class SequenceLevelLoss:
     def from_batch(
         cls, batch: LossBatch, call: LinearCall, weight: Tensor
     ) -> SequenceLevelLoss | None:
-        """None where a sequence is longer than a chunk, or only the device knows the lengths."""
+        """None where a sequence is longer than a chunk, goes on elsewhere, or only the device knows
+        the lengths."""
         offsets = _host_offsets(batch.segments)
-        if offsets is None or (call.index is not None and not call.reads_values):
+        elsewhere = batch.segments.group is not None
+        if elsewhere or offsets is None or (call.index is not None and not call.reads_values):
             return None
         unmasked = offsets
         if call.index is not None:

@@ -20,12 +20,12 @@ from fastpo import backends
 from fastpo.objective import Objective
 from fastpo.ops import checks
 from fastpo.ops.batch import LossBatch, flat_mask, flat_rows, flat_temperature
-from fastpo.ops.checks import LossInputs
 from fastpo.ops.from_logprobs import loss_of_batch
 from fastpo.ops.kept import Kept, check_kept, kept_logprobs
 from fastpo.ops.logits_autograd import FusedPolicyLoss, LogitsTokenLogprobs, primitives
+from fastpo.ops.loss_checks import LossInputs, check_loss
 from fastpo.ops.results import PolicyLoss, TokenLogprobs, TokenStatistics
-from fastpo.ops.tensor_parallel import VocabularyShard, check_tp_group
+from fastpo.ops.tensor_parallel import VocabularyShard
 from fastpo.rule import LossRule, as_objective
 
 
@@ -46,6 +46,7 @@ def policy_loss(
     normalizer: Tensor | float | None = None,
     inplace: bool = False,
     tp_group: ProcessGroup | None = None,
+    cp_group: ProcessGroup | None = None,
     backend: str | None = None,
     kept_tokens: Tensor | None = None,
     kept_offsets: Tensor | None = None,
@@ -84,6 +85,11 @@ def policy_loss(
         tp_group: process group over which the logits are sharded along V in rank order, in parts of
             any size: [..., V / ranks] here, everything else alike on all ranks. All of them get the
             same loss, and the gradient of their own columns.
+        cp_group: process group over which the tokens of every sequence are split (context
+            parallelism). Sequence i is the same one on all ranks, of which each passes its own
+            tokens, if any, and numbers per sequence as [B, 1] beside cu_seqlens, else [B]. Loss and
+            metrics are this rank's share, and so are gradients of weights: they add up to those of
+            the whole sequences. Every rank must call, and run the backward pass, as often.
         backend: "torch", "cpp" or "triton"; None = the best available. An explicit request never
             falls back.
         kept_tokens: [M] int64 or int32: the ids that each token was sampled from (top-k, top-p);
@@ -96,10 +102,11 @@ def policy_loss(
     """
     objective = as_objective(objective)
     per_token = (advantages, mask, old_logprobs, ref_logprobs, importance_weights)
-    given = LossInputs(objective, *per_token, cu_seqlens, normalizer, clip_bounds, nll_weights)
+    per_call = (cu_seqlens, normalizer, clip_bounds, nll_weights, cp_group)
+    given = LossInputs(objective, *per_token, *per_call)
     checks.check_logits_op(logits, tokens, mask, temperature, inplace=inplace)
     leading = logits.shape[:-1]
-    checks.check_loss(given, leading, logits)
+    check_loss(given, leading, logits)
     backend, vocabulary = _backend(backend, logits, tp_group)
     checks.check_token_range(tokens, vocabulary, mask)
     check_kept(kept_tokens, kept_offsets, tokens, mask, vocabulary, inplace=inplace)
@@ -201,7 +208,7 @@ def _backend(
     name: str | None, logits: Tensor, tp_group: ProcessGroup | None
 ) -> tuple[str | VocabularyShard, int | Tensor]:
     """The backend, of this rank's columns if there are others, and the size of the vocabulary."""
-    check_tp_group(tp_group, "logits are")
+    checks.check_group("tp_group", tp_group, "logits are sharded along V")
     name = backends.resolve(name, logits.device, logits.dtype)
     if tp_group is None:
         return name, logits.shape[-1]

@@ -217,12 +217,3 @@ def _merge(packed: Tensor, outside: Tensor, mask: Tensor | None) -> RowStats:
         logprobs.masked_fill(outside, torch.nan), log_sum - mean_shift, row_max, log_sum
     )
     return merged if mask is None else RowStats(*(x.where(mask, 0) for x in merged))
-
-
-def check_tp_group(tp_group: object, sharded: str) -> None:
-    """tp_group: None or a process group."""
-    if tp_group is not None and not isinstance(tp_group, dist.ProcessGroup):
-        raise TypeError(
-            f"tp_group is {type(tp_group).__name__}, expected a torch.distributed.ProcessGroup "
-            f"over which {sharded} sharded along V (a DeviceMesh has get_group())"
-        )

@@ -111,6 +111,9 @@ class RolloutConfig:
     ratio carries the share that they left."""
     batch_size: Count = 1024
     """Completions decoded side by side: bounds the KV cache."""
+    ahead: bool = False
+    """Draw the next step's batch while this one learns, by a copy of the policy as it was before:
+    one step off-policy."""
 
 
 @section()

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from fastpo.trainer.policy import Policy
 
 Result = TypeVar("Result")
+_own = threading.local()  # `group`: of a thread whose messages must not meet those of the others
 PATIENCE = timedelta(hours=2)  # for the slowest rank; torchrun itself sees those that have died
 
 
@@ -144,6 +146,16 @@ def check_size(settings: dict[str, Any], critic: bool, ranks: int) -> None:
         )
 
 
+def own_group() -> dist.ProcessGroup | None:
+    """A group of all ranks, made by all of them, for the messages of one thread of each."""
+    return dist.new_group(backend="gloo", timeout=PATIENCE) if size() > 1 else None
+
+
+def speak_in(group: dist.ProcessGroup | None) -> None:
+    """What this thread says from now on (`everyones` and what is made of it) stays in `group`."""
+    _own.group = group
+
+
 def share() -> slice:
     """Which of the prompts this rank samples."""
     return slice(rank(), None, size())
@@ -164,7 +176,7 @@ def everyones(work: Callable[[], Result]) -> list[Result]:
             raise
         mine = Failure(str(error) or type(error).__name__, getattr(error, "exit_code", 1))
     found: list[Any] = [None] * size()
-    dist.all_gather_object(found, mine)
+    dist.all_gather_object(found, mine, group=getattr(_own, "group", None))
     for number, theirs in enumerate(found):
         if isinstance(theirs, Failure):
             failed = TrainerError(f"rank {number}: {theirs.message}" if number else theirs.message)

@@ -1,22 +1,19 @@
-"""From prompts to a batch worth learning from: rollouts, rewards, dynamic sampling, advantages."""
+"""From prompts to samples: rollouts, rewards, overlong punishment, advantages."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 import fastpo
 from fastpo.trainer import distributed
-from fastpo.trainer.algorithm import Algorithm
-from fastpo.trainer.config import RolloutConfig
 from fastpo.trainer.policy import Policy
 from fastpo.trainer.rollout import Completion, Sampling, sample
 from fastpo.trainer.run.errors import TrainerError
-from fastpo.trainer.tasks import Problem, ProblemStream
+from fastpo.trainer.tasks import Problem
 from fastpo.trainer.verifier import Verifier
 
 
@@ -63,22 +60,6 @@ class Sample:
         return self.live * (sum(self.mask) if self.mask else self.length)
 
 
-@dataclass(kw_only=True)
-class Batch:
-    """The groups of one step."""
-
-    groups: list[list[Sample]]  # to learn from
-    sampled: list[list[Sample]] = field(repr=False)  # all of them, with those that were discarded
-    rounds: int
-    carried: int = 0  # of the groups: how many an earlier policy sampled
-    surplus: list[list[Sample]] = field(default_factory=list, repr=False)  # no room in this step
-
-    @property
-    def samples(self) -> list[Sample]:
-        """The samples to learn from, groups side by side."""
-        return [sample for group in self.groups for sample in group]
-
-
 def roll_out(
     policy: Policy,
     verifier: Verifier,
@@ -119,65 +100,23 @@ def roll_out(
     return distributed.gather(of_this_rank)
 
 
-def collect(
-    policy: Policy,
-    verifier: Verifier,
-    problems: ProblemStream,
-    prompts: int,
-    sampling: Sampling,
-    algorithm: Algorithm,
-    generator: torch.Generator,
-    carried: list[list[Sample]] = (),
-) -> Batch:
-    """Sample groups until `prompts` of them can teach something (dynamic sampling).
-
-    A group where all answers are right, or all wrong, has advantages of 0: with dynamic sampling on
-    it is replaced by fresh problems, for at most `max_gen_batches` rounds. `carried` groups, the
-    surplus of the step before, come first.
-
-    Raises:
-        TrainerError: not a single informative group in all rounds; or what `roll_out` raises.
-    """
-    sampled: list[list[Sample]] = []
-    kept = list(carried)
-    rounds, by = 0, algorithm.dynamic_sampling_by
-    while len(kept) < prompts and rounds < algorithm.max_gen_batches:
-        missing = prompts - len(kept)
-        informative = len(kept) - len(carried)
-        count = _groups_to_sample(
-            missing, informative, len(sampled), prompts if rounds else missing
-        )
-        drawn = distributed.first(partial(problems.take, count))
-        groups = roll_out(policy, verifier, drawn, sampling, generator)
-        punish_overlong(groups, sampling.max_new_tokens, algorithm.overlong_cache)
-        sampled += groups
-        kept += [g for g in groups if not algorithm.dynamic_sampling or is_informative(g, by)]
-        rounds += 1
-    if not kept:
-        raise TrainerError(_nothing_to_learn(sampled, rounds, by))
-    return Batch(
-        groups=kept[:prompts],
-        sampled=sampled,
-        rounds=rounds,
-        carried=len(carried),
-        surplus=kept[prompts:] if algorithm.carry_surplus else [],
-    )
-
-
 def to_plain(groups: list[list[Sample]]) -> list[list[dict[str, Any]]]:
     """Judged groups for a checkpoint: plain values, without what only the verifier reads."""
     return [
         [
-            asdict(replace(member, problem=Problem(member.problem.prompt, member.problem.answer)))
-            | {"problem": [member.problem.prompt, member.problem.answer]}
+            vars(member)
+            | {
+                "problem": [member.problem.prompt, member.problem.answer],
+                "completion": vars(member.completion),
+            }
             for member in group
         ]
         for group in groups
     ]
 
 
-def from_plain(groups: list[list[dict[str, Any]]], rollout: RolloutConfig) -> list[list[Sample]]:
-    """What `to_plain` was given, but for groups that a changed recipe has no room for."""
+def from_plain(groups: list[list[dict[str, Any]]], group_size: int) -> list[list[Sample]]:
+    """What `to_plain` was given, but for groups of another size, in a changed recipe."""
     found = [
         [
             Sample(
@@ -191,7 +130,7 @@ def from_plain(groups: list[list[dict[str, Any]]], rollout: RolloutConfig) -> li
         ]
         for group in groups
     ]
-    return [g for g in found if len(g) == rollout.group_size][: rollout.prompts - 1]
+    return [group for group in found if len(group) == group_size]
 
 
 def punish_overlong(groups: list[list[Sample]], max_length: int, cache_length: int) -> None:
@@ -240,26 +179,3 @@ def mute_truncated(groups: list[list[Sample]]) -> None:
     for group in groups:
         for member in group:
             member.live = member.live and member.completion.finished
-
-
-def _groups_to_sample(missing: int, kept: int, sampled: int, most: int) -> int:
-    """As many as should fill the batch at the rate kept so far, a tenth more, at most one batch."""
-    return min(most, math.ceil(1.1 * missing * sampled / kept)) if kept else most
-
-
-def _nothing_to_learn(sampled: list[list[Sample]], rounds: int, by: str) -> str:
-    samples = [member for group in sampled for member in group]
-    accuracy = sum(member.correct for member in samples) / len(samples)
-    hint = (
-        "the task is solved for this policy: make it harder or stop here"
-        if accuracy > 0.5
-        else "the task is too hard for this policy: make it easier, or start from a better one "
-        "(warmup.max_steps, model.path)"
-    )
-    if by == "correct" and any(is_informative(group, "reward") for group in sampled):
-        hint = "but their rewards differ: set algorithm.dynamic_sampling_by=reward to learn from it"
-    what = "right and wrong answers" if by == "correct" else "different rewards"
-    return (
-        f"no group had {what} in {rounds} rounds of sampling ({len(samples)} completions, accuracy "
-        f"{accuracy:.2f}): {hint}; or raise rollout.group_size or algorithm.max_gen_batches"
-    )

@@ -97,20 +97,16 @@ def footprint(config: Config, ranks: int, *, alphabet: str | None, stop: str | N
         learned = (buffer for buffer in loss.buffers if not buffer.name.endswith("dW"))
         loss = replace(loss, buffers=tuple(learned))
     kept = config.model.gradient_checkpointing
-    return Footprint(
-        type(model).__name__,
-        total,
-        trained,
-        ranks,
-        [
-            *parts,
-            *(_of_rollout(config, ranks, cache, head.shape[0], size) if own else ()),
-            Part("weights, cast or gathered", casts, ("update",)),
-            Part("activations" + ", checkpointed" * kept, activations[kept], ("update",)),
-            Part("the loss", loss.peak_bytes, ("update",)),
-        ],
-        activations,
-    )
+    parts += [
+        *(_of_rollout(config, ranks, cache, head.shape[0], size) if own else ()),
+        Part("weights, cast or gathered", casts, ("update",)),
+        Part("activations" + ", checkpointed" * kept, activations[kept], ("update",)),
+        Part("the loss", loss.peak_bytes, ("update",)),
+    ]
+    if config.rollout.ahead:  # both phases at a time; one process shares what is frozen
+        parts = [p if "load" in p.phases else p._replace(phases=EVER[1:]) for p in parts]
+        parts.append(Part("copy that samples ahead", weights if ranks > 1 else 4 * trained, EVER))
+    return Footprint(type(model).__name__, total, trained, ranks, parts, activations)
 
 
 def _materialize(model: nn.Module) -> None:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from fastpo.trainer import distributed, experience, selfcheck
+from fastpo.trainer import distributed, selfcheck
 from fastpo.trainer.algorithm import resolve
 from fastpo.trainer.config import Config
 from fastpo.trainer.critic import Critic
 from fastpo.trainer.evaluation import evaluate_held_out
-from fastpo.trainer.experience import Batch, Sample, assign_advantages, collect, mute_truncated
+from fastpo.trainer.experience import assign_advantages, mute_truncated
 from fastpo.trainer.metrics import rollout_metrics, speed_metrics, update_metrics
 from fastpo.trainer.models import (
     default_device,
@@ -24,11 +24,11 @@ from fastpo.trainer.models import (
     quiet_transformers,
 )
 from fastpo.trainer.policy import Policy, Snapshot
-from fastpo.trainer.rollout import Sampling
 from fastpo.trainer.run import checkpoint, console, directory, recipe, report
 from fastpo.trainer.run.errors import Interrupted, RecipeError, TrainerError
 from fastpo.trainer.run.plot import plot
 from fastpo.trainer.run.signals import StopRequest, terminable
+from fastpo.trainer.source import Batch, Source, copy_of
 from fastpo.trainer.tasks import ProblemStream, fewer_held_out, held_out, load_task
 from fastpo.trainer.update import Learner, Sums
 from fastpo.trainer.verifier import Verifier
@@ -75,36 +75,29 @@ def train_step(run: Trainer) -> tuple[Batch, dict[str, float]]:
     """One iteration of reinforcement learning: the batch it learned from, and its numbers."""
     started = time.monotonic()
     # Prompts, rollouts, rewards and overlong punishment, refilled until every group can teach.
-    batch = collect(
-        run.policy,
-        run.verifier,
-        run.problems,
-        run.config.rollout.prompts,
-        Sampling.of(run.config.rollout),
-        run.algorithm,
-        run.generator,
-        run.surplus,
-    )
-    run.surplus = batch.surplus
+    batch = run.source.take()
     sampled = time.monotonic()
-    if run.critic is None:
-        assign_advantages(batch.groups, run.algorithm.estimator)
-    else:
-        run.critic.assign_advantages(batch.groups)
-    if run.algorithm.overlong_filter:
-        mute_truncated(batch.groups)
-    learning_rate = run.learner.learning_rate
-    values = {} if run.critic is None else run.critic.learn(batch.samples, run.order)
-    sums = Sums()
-    if run.critic is None or run.step >= run.config.critic.warmup_steps:
-        sums = run.learner.learn(batch.samples, run.order, fresh=not batch.carried)
+    with run.source.drawing_ahead():
+        if run.critic is None:
+            assign_advantages(batch.groups, run.algorithm.estimator)
+        else:
+            run.critic.assign_advantages(batch.groups)
+        if run.algorithm.overlong_filter:
+            mute_truncated(batch.groups)
+        learning_rate = run.learner.learning_rate
+        values = {} if run.critic is None else run.critic.learn(batch.samples, run.order)
+        sums = Sums()
+        if run.critic is None or run.step >= run.config.critic.warmup_steps:
+            sums = run.learner.learn(batch.samples, run.order, fresh=batch.fresh)
+        means = update_metrics(sums.read())
+        learned = time.monotonic()
     return batch, {
         **rollout_metrics(batch, run.algorithm.dynamic_sampling_by),
-        **update_metrics(sums.read()),
+        **means,
         **values,
         "learning_rate": learning_rate,
         **speed_metrics(
-            batch, run.config.optim.epochs, sampled - started, time.monotonic() - sampled
+            batch, run.config.optim.epochs, learned - sampled, time.monotonic() - started
         ),
     }
 
@@ -127,8 +120,7 @@ class Trainer:
         self.order = torch.Generator().manual_seed(config.seed)  # which samples share an update
         self.step, self.num_tokens, self.seconds = 0, 0, 0.0
         self.before: dict[str, Any] | None = None
-        self.surplus: list[list[Sample]] = []  # judged, and left for the next step
-        # Born in one of these two: policy, held_out and problems; dir and log; learner and critic.
+        # Born in one of these two: policy, held_out and source; dir and log; learner and critic.
         if resume:
             self._resume()
         else:
@@ -193,6 +185,7 @@ class Trainer:
         """Refuse what cannot be trained, before anything is written, and draw the problems."""
         config = self.config
         selfcheck.check(policy, config.optim)
+        sampler = copy_of(policy) if config.rollout.ahead else None
         self.policy = policy = distributed.shard(policy, config.replicas)
         if config.rollout.engine == "vllm":
             from fastpo.trainer.rollout_vllm import VllmRollout
@@ -206,7 +199,15 @@ class Trainer:
         if config.warmup.max_steps:
             reference_answers(self.held_out)
         exclude = [problem.prompt for problem in self.held_out]
-        self.problems = ProblemStream(self.verifier, f"train-{config.seed}", exclude, fits)
+        self.source = Source(
+            policy,
+            sampler and replace(sampler, engine=policy.engine),
+            self.verifier,
+            ProblemStream(self.verifier, f"train-{config.seed}", exclude, fits),
+            config.rollout,
+            self.algorithm,
+            self.generator,
+        )
 
     def run(self) -> None:
         """Warm up if asked to, evaluate, then train to the last step."""
@@ -288,19 +289,20 @@ class Trainer:
         Raises:
             TrainerError: the weights are not finite, or the disk is full; the last one stays.
         """
+        snapshot = self.policy.snapshot()
+        learned = {
+            "learner": self.learner.state_dict(),
+            "critic": self.critic and self.critic.state_dict(),
+        }
         state = {
+            **distributed.full(learned),
             "step": self.step,
             "num_tokens": self.num_tokens,
             "seconds": time.monotonic() - self._clock,
             "before": self.before,
-            "learner": self.learner.state_dict(),
-            "critic": self.critic and self.critic.state_dict(),
-            "problems": self.problems.state(),
-            "surplus": experience.to_plain(self.surplus),
-            "generator": self.generator.get_state(),
+            "source": self.source.state(),
             "order": self.order.get_state(),
         }
-        snapshot, state = self.policy.snapshot(), distributed.full(state)
         return distributed.first(lambda: self._write(snapshot, state))
 
     def _write(self, snapshot: Snapshot, state: dict[str, Any]) -> Path:
@@ -319,9 +321,7 @@ class Trainer:
             self.learner.load_state_dict(state["learner"])
             if self.critic and state["critic"]:
                 self.critic.load_state_dict(state["critic"])
-            self.problems.load_state(state["problems"])
-            self.surplus = experience.from_plain(state["surplus"], self.config.rollout)
-            self.generator.set_state(state["generator"])
+            self.source.load_state(state["source"])
             self.order.set_state(state["order"])
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise TrainerError(f"the checkpoint in {self.dir} does not fit: {error}") from error
@@ -332,11 +332,11 @@ class Trainer:
             return
         self.display.phase = "warm-up"
         self._say("Supervised warm-up: it stands in for a pretrained checkpoint.")
-        stream, exclude = f"warmup-{self.config.seed}", self.problems.exclude
+        stream, problems = f"warmup-{self.config.seed}", self.source.problems
         warm_up(
             self.policy,
             self.verifier,
-            ProblemStream(self.verifier, stream, exclude, self.problems.fits),
+            ProblemStream(self.verifier, stream, problems.exclude, problems.fits),
             config,
             self.config.rollout,
             self.generator,

@@ -13,7 +13,8 @@ from collections import defaultdict
 
 import torch
 
-from fastpo.trainer.experience import Batch, Sample, is_informative
+from fastpo.trainer.experience import Sample, is_informative
+from fastpo.trainer.source import Batch
 
 CORRECTION = {  # under TRL's names where it has some
     "sampling/importance_sampling_ratio/mean": "sampling/ratio_mean",
@@ -88,20 +89,21 @@ def update_metrics(sums: dict[str, float]) -> dict[str, float]:
 
 
 def speed_metrics(
-    batch: Batch, epochs: int, rollout_seconds: float, update_seconds: float
+    batch: Batch, epochs: int, update_seconds: float, step_seconds: float
 ) -> dict[str, float]:
     """Seconds, tokens per second and peak memory (GiB; of the process where there is no GPU).
 
-    A rollout's tokens are those generated, an update's those of forward and backward passes.
+    A rollout's tokens are those generated, an update's those of forward and backward passes. The
+    share of rollouts is that of the time in which there is no update, but the wait for a rollout.
     """
     generated = sum(sample.length for group in batch.sampled for sample in group)
     learned = epochs * sum(len(s.prompt) + s.length for s in batch.samples if s.live)
     return {
-        "rollout_time": rollout_seconds,
+        "rollout_time": batch.seconds,
         "update_time": update_seconds,
-        "step_time": rollout_seconds + update_seconds,
-        "rollout_time_share": rollout_seconds / (rollout_seconds + update_seconds),
-        "rollout_tokens_per_second": generated / rollout_seconds,
+        "step_time": step_seconds,
+        "rollout_time_share": 1 - update_seconds / step_seconds,
+        "rollout_tokens_per_second": generated / batch.seconds,
         "update_tokens_per_second": learned / update_seconds,
         "peak_memory_gib": _peak_bytes() / 2**30,
     }

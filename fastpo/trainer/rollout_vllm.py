@@ -67,7 +67,7 @@ class VllmRollout:
         except (TypeError, ValueError, RuntimeError) as error:
             raise RecipeError(f"vLLM cannot start: {reason_of(error)}") from error
         self._sleeps = (options | config.engine_args)["enable_sleep_mode"]
-        self._pushed: list[int] = []
+        self._pushed: list[tuple[int, int]] = []
 
     def __call__(
         self,
@@ -110,7 +110,8 @@ class VllmRollout:
     def _push(self, policy: Policy) -> None:
         """Copy the weights into vLLM's model, under their names, if one has changed."""
         parameters = dict(policy.model.named_parameters())  # tied ones once, as vLLM has them
-        versions = [parameter._version for parameter in parameters.values()]
+        # Two models take turns where batches are drawn ahead: a version alone says too little.
+        versions = [(id(parameter), parameter._version) for parameter in parameters.values()]
         if versions == self._pushed:
             return
         for name, parameter in parameters.items():

@@ -23,8 +23,7 @@ NAME, PREVIOUS, BEST = "checkpoint", "checkpoint.previous", "best"
 STATE, MANIFEST = "trainer_state.pt", "SHA256SUMS"
 KEYS = {
     *("step", "num_tokens", "seconds", "before", "learner", "critic"),
-    *("problems", "surplus"),  # what comes next
-    *("generator", "order"),  # random states
+    *("source", "order"),  # what comes next
 }
 Score = tuple[float, float]  # of an evaluation: accuracy, then reward
 

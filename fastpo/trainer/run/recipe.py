@@ -89,7 +89,7 @@ def _check_booleans(values: dict[str, Any]) -> None:
 
 def _check_together(config: Config) -> None:
     """Refuse settings that are fine alone."""
-    model = config.model
+    model, algorithm = config.model, config.algorithm
     if model.gradient_checkpointing and config.optim.share_prompts:
         raise RecipeError(
             "model.gradient_checkpointing runs a layer twice, and optim.share_prompts hands its "
@@ -106,10 +106,17 @@ def _check_together(config: Config) -> None:
             "model.lora adapts a model that has learned something, which is also its reference: "
             "set model.path, and warmup.max_steps=0"
         )
-    if model.lora.rank and config.algorithm.sync_reference_every:
+    if model.lora.rank and algorithm.sync_reference_every:
         raise RecipeError(
             "algorithm.sync_reference_every moves the reference policy, which with model.lora.rank "
             "is the model without its adapters: set one of them to 0"
+        )
+    stale = config.rollout.ahead or algorithm.carry_surplus
+    if stale and config.optim.old_logprobs == "recompute" and not algorithm.correction:
+        raise RecipeError(
+            "optim.old_logprobs=recompute forgets that an earlier policy sampled (rollout.ahead, "
+            "algorithm.carry_surplus): set algorithm.correction.mode=truncate, or old_logprobs to "
+            "sampler"
         )
 
 
