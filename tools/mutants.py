@@ -160,7 +160,7 @@ def run(mutants: list[dict], folder: Path, jobs: int, seconds: float) -> None:
     trees = [Tree(folder / f"tree{job}", compiles=compiles) for job in range(jobs)]
     every, log = sorted({test for m in mutants for test in m["tests"]}), folder / "true"
     child = fork(trees[0], every, log)
-    if wait_for({child: time.monotonic() + 60 + 30 * len(every)})[1] != "survived":
+    if wait_for({child: time.monotonic() + seconds + 30 * len(every)})[1] != "survived":
         sys.exit(f"mutants: the tests must pass on the code as it is\n{log.read_text()[-4000:]}")
     todo, running = mutants[::-1], {}
     while todo or running:
