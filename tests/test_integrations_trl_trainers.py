@@ -30,6 +30,7 @@ CASES = {
     },
     "delta": {"loss_type": "dapo", "delta": 1.3, "epsilon": 0.05, **OFF_POLICY},
     "beta": {"loss_type": "grpo", "beta": 0.2, **OFF_POLICY},
+    "bias correction of no KL": {"loss_type": "dapo", "use_bias_correction_kl": True, **OFF_POLICY},
     "beta, bias correction": {
         "loss_type": "dapo",
         "beta": 0.2,

@@ -2,7 +2,8 @@
 
 `adamw_8bit` is torchao's: moments in two bytes per parameter in place of eight, a scale for every
 256 of a rank's shard (Dettmers et al. 2021, arXiv 2110.02861). A checkpoint holds these as plain
-tensors, so that a resumed run is the same; shards that cut its blocks are rounded anew.
+tensors, so that a resumed run is the same; uneven shards, and those that cut its blocks, are
+rounded anew.
 """
 
 from __future__ import annotations
