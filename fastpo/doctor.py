@@ -15,7 +15,7 @@ from fastpo import _extension, backends
 PACKAGES = {
     "triton": "the default backend on GPUs",
     "transformers": "fastpo train; pip install 'fastpo[train]'",
-    "flash-attn": "faster attention on GPUs; pip install 'fastpo[flash]'",
+    "flash-attn": "attention on GPUs, else by torch's varlen_attn; pip install 'fastpo[flash]'",
     "tensorboard": "event files of a run; pip install tensorboard",
     "wandb": "log.wandb of a recipe; pip install wandb",
     "trl": "fastpo.integrations.trl; pip install 'fastpo[trl]'",

@@ -16,7 +16,9 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[1]
 TASK = """
-import os
+import functools, os
+import torch
+torch.compile = functools.partial(torch.compile, backend="aot_eager")  # graphs, no code to wait for
 from fastpo.trainer.tasks import Problem
 
 class Digits:
@@ -91,7 +93,7 @@ def start(tmp_path, name, *arguments, launcher=TWO):
 def train(tmp_path, name, *arguments, code=0, ranks=2):
     """Standard output, and the lines of fastpo on standard error."""
     process = start(tmp_path, name, *arguments, launcher=TWO if ranks == 2 else ())
-    output, errors = process.communicate(timeout=150)
+    output, errors = process.communicate(timeout=250)
     assert process.returncode == code, errors
     return output, said(errors)
 
@@ -176,6 +178,15 @@ def test_two_ranks_draw_ahead_as_one_process_does(tmp_path):
     for ranks in (1, 2):
         train(tmp_path, f"run{ranks}", "rollout.ahead=true", ranks=ranks)
     same(tmp_path / "run2", tmp_path / "run1")
+
+
+@pytest.mark.slow
+def test_compiled_layers_train_on_two_ranks_as_others_do(tmp_path):
+    """Under FSDP2, and run again in the backward pass."""
+    compiled = ("model.compile=true", "model.gradient_checkpointing=true")
+    for name, more in (("plain", ()), ("compiled", compiled)):
+        train(tmp_path, name, "steps=2", "optim.packing=false", *more)
+    same(tmp_path / "compiled", tmp_path / "plain")
 
 
 @pytest.mark.slow

@@ -47,7 +47,10 @@ class ModelConfig:
     gradient_checkpointing: bool = False
     """Keep a decoder layer's input for the backward pass, and run the layer again there."""
     attention: str | None = None
-    """HF `attn_implementation`; none = flash_attention_2 on GPU if installed, else sdpa."""
+    """HF `attn_implementation`; none = flash_attention_2 or torch's varlen_attn on GPU, else sdpa,
+    without a mask where rows are packed."""
+    compile: bool = False
+    """torch.compile of the decoder layers in updates; not with optim.share_prompts."""
     hidden_size: Count = 128
     """Width of the built model; a multiple of twice `heads`."""
     layers: Count = 2
@@ -174,7 +177,7 @@ class OptimConfig:
     token_budget: Count = 16384
     """Tokens per micro-batch, with padding: bounds the memory of the forward and backward pass."""
     packing: bool | None = None
-    """A micro-batch is one row without padding; none = with flash attention only."""
+    """A micro-batch is one row without padding; none = yes, where that needs no mask."""
     share_prompts: bool = False
     """Run a prompt once for all its completions: pays where these are short; not with packing."""
 

@@ -213,7 +213,7 @@ class Trainer:
 
     def run(self) -> None:
         """Warm up if asked to, evaluate, then train to the last step."""
-        self._say(console.headline(self.config, self.policy.model, self.device, self.dir))
+        self._say(console.headline(self.config, self.policy, self.dir))
         if self.learner is None:
             self._warm_up()
             self._make_learner()
@@ -277,6 +277,7 @@ class Trainer:
             seconds=round(time.monotonic() - self._clock, 1),
             steps=self.step,
             num_tokens=self.num_tokens,
+            attention=self.policy.kernel,
             held_out_problems=len(self.held_out),
             eval_temperature=self.config.eval.temperature,
             command=command,

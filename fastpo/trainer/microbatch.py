@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import fastpo
 from fastpo.trainer import distributed
+from fastpo.trainer.attention import Packing
 from fastpo.trainer.config import OptimConfig
 from fastpo.trainer.experience import Sample
 from fastpo.trainer.policy import Policy
@@ -28,7 +29,7 @@ class Rows:
     """Whole sequences, one per row or all in one, and the positions that predict completions."""
 
     ids: Tensor  # [B, T] right-padded, or [1, T] packed
-    positions: Tensor | None  # [1, T] of a packed row: start anew with every sequence
+    packing: Packing | None  # of a packed row
     rows: Tensor  # (N,) where in ids each prediction is made
     columns: Tensor  # (N,)
 
@@ -38,25 +39,25 @@ class Rows:
         sequences = [torch.tensor(s.prompt + s.completion.tokens[:-1]) for s in samples]
         rows, columns = _places(samples)
         first = torch.tensor([len(s.prompt) - 1 for s in samples])  # predicts the first token
-        positions = None
+        packing = None
         if packed:
             sizes = torch.tensor([len(sequence) for sequence in sequences])
             first += sizes.cumsum(0) - sizes
-            positions = torch.cat([torch.arange(size) for size in sizes])[None].to(device)
+            packing = Packing.of(sizes, device)
             ids = torch.cat(sequences)[None]
         else:
             ids = pad_sequence(sequences, batch_first=True)
         columns += first[rows]
         return cls(
             ids=ids.to(device),
-            positions=positions,
+            packing=packing,
             rows=(torch.zeros_like(rows) if packed else rows).to(device),
             columns=columns.to(device),
         )
 
     def hidden(self, policy: Policy) -> Tensor:
         """Hidden states (N, D) that predict completion tokens."""
-        return policy.hidden_states(self.ids, self.positions)[self.rows, self.columns]
+        return policy.hidden_states(self.ids, self.packing)[self.rows, self.columns]
 
 
 @dataclass(kw_only=True)
@@ -228,7 +229,9 @@ def _correction(samples: list[Sample], device: torch.device) -> dict[str, Tensor
 
 def layout_of(policy: Policy, config: OptimConfig) -> dict[str, bool]:
     """How micro-batches are laid out, as `MicroBatch.of` takes it."""
-    packed = policy.packs if config.packing is None else config.packing
+    packed = config.packing
+    if packed is None:
+        packed = policy.packs and not config.share_prompts
     return {"packed": packed, "share": config.share_prompts and not packed}
 
 

@@ -6,16 +6,18 @@ Adapters and gradient checkpointing are put on here; `distributed.shard` comes a
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
 
-from fastpo.trainer import hub
+from fastpo.trainer import attention, distributed, hub
 from fastpo.trainer.config import LoraConfig, ModelConfig
 from fastpo.trainer.policy import Policy
 from fastpo.trainer.run.errors import RecipeError, reason_of
@@ -34,7 +36,7 @@ def make_policy(
     if config.path is not None:
         base_of(config)
         return load_policy(config.path, config, device, stop=stop)
-    model, tokenizer = _small_llama(config, alphabet)
+    model, tokenizer = _small_llama(config, alphabet, device)
     return _wrap(model.to(device), tokenizer, config, device, stop)
 
 
@@ -48,7 +50,7 @@ def outline(config: ModelConfig, *, alphabet: str | None, stop: str | None) -> P
     meta = torch.device("meta")
     with meta:
         if config.path is None:
-            model, tokenizer = _small_llama(config, alphabet)
+            model, tokenizer = _small_llama(config, alphabet, meta)
         else:
             with _loading(config.path):
                 tokenizer = AutoTokenizer.from_pretrained(config.path, trust_remote_code=False)
@@ -59,7 +61,9 @@ def outline(config: ModelConfig, *, alphabet: str | None, stop: str | None) -> P
         return _wrap(model, tokenizer, config, meta, stop)
 
 
-def _small_llama(config: ModelConfig, alphabet: str | None) -> tuple[nn.Module, Any]:
+def _small_llama(
+    config: ModelConfig, alphabet: str | None, device: torch.device
+) -> tuple[nn.Module, Any]:
     """A Llama of the config's sizes with random weights, and its tokenizer."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -85,7 +89,7 @@ def _small_llama(config: ModelConfig, alphabet: str | None) -> tuple[nn.Module, 
                 pad_token_id=tokenizer.pad_token_id,
                 bos_token_id=None,
                 eos_token_id=tokenizer.eos_token_id,
-                attn_implementation=config.attention,
+                attn_implementation=attention.choose(config, device),
             )
         )
     except Exception as error:  # transformers raises many kinds
@@ -104,7 +108,7 @@ def load_policy(
         model, found = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=_weight_dtype(config),
-            attn_implementation=config.attention or _default_attention(device),
+            attn_implementation=attention.choose(config, device),
             output_loading_info=True,
             trust_remote_code=False,  # None would ask on the terminal
         )
@@ -235,8 +239,11 @@ def _wrap(
     ids = stop_ids(model, tokenizer, stop)
     if config.lora.rank:
         add_adapters(model, config.lora)
+    attention.settle(model, config)
     if config.gradient_checkpointing:
         checkpoint_layers(model)
+    if config.compile and device.type != "meta":
+        compile_layers(model)
     return Policy(
         model=model.eval(),
         tokenizer=tokenizer,
@@ -254,6 +261,34 @@ def checkpoint_layers(model: nn.Module) -> None:
         (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
     except ValueError as error:
         raise RecipeError(f"model.gradient_checkpointing: {reason_of(error)}") from error
+
+
+def compile_layers(model: nn.Module) -> None:
+    """`torch.compile` of every decoder layer, in the passes that fill no cache.
+
+    Layers that are alike share a graph of any length, and FSDP2 gathers them as before.
+    """
+    layers = distributed.units(model)
+    if not layers:
+        raise RecipeError(f"model.compile: {type(model).__name__} does not name its layers")
+    for layer in layers:
+        layer.forward = MethodType(_forward, layer)  # which a copy of the model binds to its own
+
+
+def _forward(layer: nn.Module, *inputs: Any, **named: Any) -> Any:
+    from transformers import Cache
+
+    caches = any(isinstance(value, Cache) for value in (*inputs, *named.values()))
+    return (_plain_forward if caches else _compiled_forward())(layer, *inputs, **named)
+
+
+def _plain_forward(layer: nn.Module, *inputs: Any, **named: Any) -> Any:
+    return type(layer).forward(layer, *inputs, **named)
+
+
+@cache
+def _compiled_forward() -> Callable:
+    return torch.compile(_plain_forward, dynamic=True)
 
 
 def stop_ids(model: nn.Module, tokenizer: Any, stop: str | None) -> list[int]:
@@ -293,11 +328,3 @@ def default_device(name: str | None) -> torch.device:
         raise RecipeError(
             f"device {name!r} cannot be used ({reason}); none = the best here"
         ) from None
-
-
-def _default_attention(device: torch.device) -> str | None:
-    from transformers.utils import is_flash_attn_2_available
-
-    if device.type == "cuda" and is_flash_attn_2_available():
-        return "flash_attention_2"
-    return None  # transformers takes sdpa where the architecture has it

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fastpo.integrations.transformers import lm_head
 from fastpo.trainer import distributed
+from fastpo.trainer.attention import FLASH, OURS, VARLEN, Packing, kernel
 from fastpo.trainer.config import ModelConfig
 from fastpo.trainer.run.errors import RecipeError, TrainerError
 from fastpo.trainer.tasks import Problem
@@ -78,14 +79,15 @@ class Policy:
         """The model that adapters were put on; its weights are not copied. Used by `inside`."""
         return replace(self, adapted=False)
 
-    def hidden_states(self, ids: Tensor, positions: Tensor | None = None) -> Tensor:
+    def hidden_states(self, ids: Tensor, packing: Packing | None = None) -> Tensor:
         """Last hidden states [B, T, D] of right-padded ids [B, T], or of one packed row [1, T].
 
-        No attention mask: under causal attention, padding on the right changes nothing on its left,
-        and transformers tells packed sequences apart by `positions` [1, T] that start anew from 0.
+        Rows have no attention mask: under causal attention, padding on the right changes nothing on
+        its left.
         """
+        inputs = {} if packing is None else packing.inputs(self.attention)
         with self.forward_pass():
-            output = self.model.base_model(input_ids=ids, position_ids=positions, use_cache=False)
+            output = self.model.base_model(input_ids=ids, use_cache=False, **inputs)
         return output.last_hidden_state
 
     def head(self) -> dict[str, Any]:
@@ -96,9 +98,20 @@ class Policy:
         }
 
     @property
+    def attention(self) -> str:
+        """What attends, by transformers' name for it."""
+        return self.model.config._attn_implementation
+
+    @property
+    def kernel(self) -> str:
+        """What attends in packed rows."""
+        return kernel(self.attention, self.device, self.dtype)
+
+    @property
     def packs(self) -> bool:
-        """Whether a packed row costs no attention between its sequences."""
-        return self.model.config._attn_implementation == "flash_attention_2"
+        """Whether a packed row costs no attention between its sequences, nor a graph of its own."""
+        kernels = self.kernel in (FLASH, VARLEN)
+        return kernels or (self.attention == OURS and not self.config.compile)
 
     def encode(self, prompt: str | list[dict[str, str]]) -> list[int]:
         """Token ids of a prompt: text, or messages for the tokenizer's chat template.

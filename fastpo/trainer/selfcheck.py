@@ -8,7 +8,7 @@ the padding on its right. None of these raises by itself. (What a head does, `lm
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import fastpo
+from fastpo.trainer.attention import FLASH, VARLEN
 from fastpo.trainer.config import OptimConfig
 from fastpo.trainer.experience import Sample
 from fastpo.trainer.microbatch import MicroBatch, layout_of
@@ -41,21 +42,40 @@ class Numbers(NamedTuple):
 def check(policy: Policy, optim: OptimConfig) -> None:
     """Compare sampler, head and micro-batches with the model on one sequence at a time.
 
+    A model whose sequences see each other in a packed row gets rows, unless packing was asked for.
+
     Raises:
         RecipeError: one of them gives other numbers, or does not work with this model.
     """
-    half = policy.packs or policy.config.lora.rank  # flash attention has no float32, nor this base
+    try:
+        _check(policy, optim)
+    except RecipeError:
+        asked = policy.config.attention or optim.packing
+        if asked or not layout_of(policy, optim)["packed"]:
+            raise
+        policy.model.set_attn_implementation("sdpa")
+        _check(policy, optim)
+
+
+def _check(policy: Policy, optim: OptimConfig) -> None:
+    # Kernels of flash attention have no float32, nor has the base of adapters.
+    half = policy.kernel in (FLASH, VARLEN) or policy.config.lora.rank
     if policy.dtype != torch.float32 and not half:
         policy = replace(policy, config=replace(policy.config, dtype="float32"))
     name = type(policy.model).__name__
     samples = _attempt(f"the sampler cannot decode {name}", lambda: _sampled(policy))
-    alone = _attempt(name, lambda: _alone(policy, samples))
-    with _rounded_embeddings(policy):
-        rounded = _alone(policy, samples)
+    with torch.compiler.set_stance("force_eager") if policy.config.compile else nullcontext():
+        alone = _attempt(name, lambda: _alone(policy, samples))
+        with _rounded_embeddings(policy):
+            rounded = _alone(policy, samples)
     eps = torch.finfo(policy.dtype).eps
     allowed = [ALLOWANCE * (_distance(*pair) + eps) for pair in zip(rounded, alone, strict=True)]
     drawn = torch.tensor([p for s in samples for p in s.completion.logprobs], device=policy.device)
     layout = layout_of(policy, optim)
+    if policy.config.compile and layout["packed"] and policy.kernel not in (FLASH, VARLEN):
+        raise RecipeError(
+            f"model.compile cannot trace {policy.kernel}: set optim.packing=false, and pad rows"
+        )
     what = f"{name} with {_setting(layout)}"
     together = _attempt(what, lambda: _numbers(policy, samples, **layout))
     for kind, got, right, most in (
@@ -128,21 +148,21 @@ def _sampled(policy: Policy) -> list[Sample]:
 def _numbers(policy: Policy, samples: list[Sample], **layout: bool) -> Numbers:
     batch = MicroBatch.of(samples, policy.device, **layout)
     hidden = batch.hidden(policy)
-    columns = torch.arange(hidden.shape[1], device=hidden.device)
-    weights = columns % 7 - 3.0  # the same for every row: batches add up
-    gradient = _first_gradient((hidden.float() * weights).sum(), policy)
+    gradient = torch.zeros(1, device=policy.device)  # 0 where the head alone is trained
+    for parameter in policy.model.parameters() if hidden.requires_grad else ():
+        if parameter.requires_grad:
+            found = _gradient(hidden, parameter)
+            if found is not None:
+                gradient = found
+                break
+            hidden = batch.hidden(policy)  # compiled layers go backward once
     with torch.no_grad():
         scored = fastpo.linear_token_logprobs(hidden, tokens=batch.tokens, **policy.head())
     return Numbers(hidden.detach().float(), gradient, scored.logprobs)
 
 
-def _first_gradient(total: Tensor, policy: Policy) -> Tensor:
-    """Of the first trained parameter that `total` depends on; 0 if there is none, as where the head
-    alone is trained."""
-    for parameter in policy.model.parameters() if total.requires_grad else ():
-        if parameter.requires_grad:
-            options = {"retain_graph": True, "allow_unused": True}
-            (gradient,) = torch.autograd.grad(total, parameter, **options)
-            if gradient is not None:
-                return gradient
-    return torch.zeros(1, device=total.device)
+def _gradient(hidden: Tensor, parameter: Tensor) -> Tensor | None:
+    """Of a weighted sum of the hidden states, if it depends on the parameter."""
+    weights = torch.arange(hidden.shape[1], device=hidden.device) % 7 - 3.0
+    total = (hidden.float() * weights).sum()  # the same weights for every row: batches add up
+    return torch.autograd.grad(total, parameter, allow_unused=True)[0]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-import torch
 from rich.console import Console, Group
 from rich.live import Live
 from rich.markup import escape
@@ -13,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 from rich.text import Text
 
 from fastpo.trainer.config import Config
+from fastpo.trainer.policy import Policy
 from fastpo.trainer.run.errors import TrainerError
 
 SHOWN = {
@@ -44,11 +44,12 @@ def tell(text: str) -> None:
         _open[-1].doing(text)
 
 
-def headline(config: Config, model: torch.nn.Module, device: torch.device, run_dir: Path) -> str:
+def headline(config: Config, policy: Policy, run_dir: Path) -> str:
     """The first line of a run: what is trained, on what and how."""
-    size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    size = sum(parameter.numel() for parameter in policy.model.parameters()) / 1e6
     return (
-        f"{type(model).__name__}, {size:.2f} M parameters, on {device}: "
+        f"{type(policy.model).__name__}, {size:.2f} M parameters, on {policy.device}, attention by "
+        f"{policy.kernel}: "
         f"{config.algorithm.preset}, {config.steps} steps of {config.rollout.prompts} x "
         f"{config.rollout.group_size} completions. Everything goes to {run_dir}"
     )

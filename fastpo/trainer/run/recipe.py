@@ -98,6 +98,12 @@ def _check_together(config: Config) -> None:
             "model.gradient_checkpointing runs a layer twice, and optim.share_prompts hands its "
             "keys and values on, once: set one of them to false"
         )
+    if config.optim.share_prompts and (config.optim.packing or model.compile):
+        other = "optim.packing" if config.optim.packing else "model.compile"
+        raise RecipeError(
+            f"{other} is of whole sequences, and optim.share_prompts runs prompts by themselves: "
+            "set one of them to false"
+        )
     if model.lora.rank and (model.path is None or config.warmup.max_steps):
         raise RecipeError(
             "model.lora adapts a model that has learned something, which is also its reference: "
