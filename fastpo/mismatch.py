@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from fastpo.objective import MAX_LOG_RATIO, is_finite, shown
 from fastpo.ops import checks
@@ -51,6 +52,7 @@ def rollout_correction(
     normalize: bool = False,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    cp_group: ProcessGroup | None = None,
 ) -> RolloutCorrection:
     """Importance weights of the trained over the sampling policy, and what to leave out.
 
@@ -89,6 +91,8 @@ def rollout_correction(
         mask: [...] bool, the tokens that count; what stands elsewhere is never used.
         cu_seqlens: (B + 1,) int32 offsets of the sequences of a packed [N] batch; required there
             for anything that is not per token.
+        cp_group: process group over which the tokens of every sequence are split, as in
+            `fastpo.policy_loss`; weights and mask are of this rank's tokens, the metrics of all.
 
     Returns:
         Weights, mask and metrics: `ratio_min`, `ratio_max`, `ratio_mean` (before bounds),
@@ -108,10 +112,14 @@ def rollout_correction(
     _check_tensors(old_logprobs, rollout_logprobs, mask, cu_seqlens, needs_sequences)
     if advantages is not None:
         named = ("advantages", advantages, old_logprobs.shape)
-        checks.check_per_token_or_sequence(*named, cu_seqlens, old_logprobs)
+        split = cp_group is not None
+        checks.check_per_token_or_sequence(*named, cu_seqlens, old_logprobs, split=split)
+    checks.check_group("cp_group", cp_group, "the tokens of every sequence are split")
+    if cp_group is not None and needs_sequences:
+        checks.check_same_sequences(cp_group, old_logprobs.shape, cu_seqlens, old_logprobs)
 
     leading, dtype = old_logprobs.shape, checks.wide_dtype(old_logprobs.dtype)
-    segments = Segments.from_batch(leading, cu_seqlens, old_logprobs.device)
+    segments = Segments.from_batch(leading, cu_seqlens, old_logprobs.device, cp_group)
     mask = flat_mask(torch.ones_like(old_logprobs) if mask is None else mask)
     log_ratio = (old_logprobs.detach().to(dtype) - rollout_logprobs.detach().to(dtype)).reshape(-1)
     log_ratio = log_ratio.masked_fill(~mask, 0)
@@ -128,7 +136,7 @@ def rollout_correction(
         weights = weights / _mean_weight(weights, level, mask, segments)
     weights = weights.masked_fill(~mask, 0)
     cut = mask & ~(inside & kept) if mode != "none" else mask & ~kept
-    metrics = _metrics(log_ratio, ratio, weights, cut, mask)
+    metrics = _metrics(log_ratio, ratio, weights, cut, mask, segments)
     return RolloutCorrection(weights.view(leading), kept.view(leading), metrics)
 
 
@@ -180,11 +188,12 @@ def _passes(
 
 def _mean_weight(weights: Tensor, level: str, mask: Tensor, segments: Segments) -> Tensor:
     """Mean over unmasked tokens, or over sequences with an unmasked token; 1 where it is 0."""
-    counted = mask
-    if level != "token":
-        weights = segments.mean(weights, mask)
-        counted = segments.sum(mask.to(weights.dtype)) > 0
-    mean = weights.where(counted, 0).sum() / counted.sum().clamp(min=1)
+    if level == "token":
+        total, count = segments.total(torch.stack([weights.where(mask, 0), mask]))
+    else:
+        counted = segments.sum(mask.to(weights.dtype)) > 0  # alike on all ranks
+        total, count = segments.mean(weights, mask).where(counted, 0).sum(), counted.sum()
+    mean = total / count.clamp(min=1)
     return torch.where(mean > 1e-8, mean, 1)
 
 
@@ -195,30 +204,31 @@ def _per_token(values: Tensor, leading: torch.Size, segments: Segments) -> Tenso
 
 
 def _metrics(
-    log_ratio: Tensor, ratio: Tensor, weights: Tensor, cut: Tensor, mask: Tensor
+    log_ratio: Tensor,
+    ratio: Tensor,
+    weights: Tensor,
+    cut: Tensor,
+    mask: Tensor,
+    segments: Segments,
 ) -> dict[str, Tensor]:
     """0-d numbers over the unmasked tokens of (N,) rows; NaN without any."""
-    tokens = mask.sum()
     d, distance = _clamped(log_ratio), log_ratio.abs()
-
-    def mean(values: Tensor) -> Tensor:
-        return values.to(ratio.dtype).where(mask, 0).sum() / tokens
-
-    def extremum(values: Tensor, reduce, neutral: float) -> Tensor:
-        padded = torch.cat([values.masked_fill(~mask, neutral), values.new_full((1,), neutral)])
-        return torch.where(tokens > 0, reduce(padded), torch.nan)
-
+    numbers = (ratio, weights, weights.square(), cut, -log_ratio, d.expm1() - d, distance, mask)
+    *sums, tokens = segments.total(torch.stack(numbers).masked_fill_(~mask, 0))
+    ratio_mean, weight_mean, square_mean, cut, kl_k1, kl_k3, difference = (x / tokens for x in sums)
+    largest = segments.largest(torch.stack([-ratio, ratio, distance]), mask)
+    least, most, farthest = largest.where(tokens > 0, torch.nan)
     return {
-        "ratio_mean": mean(ratio),
-        "ratio_min": extremum(ratio, torch.amin, math.inf),
-        "ratio_max": extremum(ratio, torch.amax, -math.inf),
-        "weight_mean": mean(weights),
-        "ess": mean(weights).square() / mean(weights.square()),
-        "cut": mean(cut),
-        "kl_k1": mean(-log_ratio),
-        "kl_k3": mean(d.expm1() - d),
-        "difference_mean": mean(distance),
-        "difference_max": extremum(distance, torch.amax, -math.inf),
+        "ratio_mean": ratio_mean,
+        "ratio_min": -least,
+        "ratio_max": most,
+        "weight_mean": weight_mean,
+        "ess": weight_mean.square() / square_mean,
+        "cut": cut,
+        "kl_k1": kl_k1,
+        "kl_k3": kl_k3,
+        "difference_mean": difference,
+        "difference_max": farthest,
     }
 
 

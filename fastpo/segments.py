@@ -106,8 +106,15 @@ class Segments:
         return total / count.detach().clamp(min=1)
 
     def total(self, values: Tensor) -> Tensor:
-        """(N,) -> 0-d sum over all rows of the batch."""
-        return self._of_all_ranks(values.sum())
+        """(..., N) -> (...) sums over all rows of the batch."""
+        return self._of_all_ranks(values.sum(-1))
+
+    def largest(self, values: Tensor, mask: Tensor) -> Tensor:
+        """(..., N) -> (...) maxima over all unmasked rows of the batch, -inf without any."""
+        padded = torch.nn.functional.pad(
+            values.masked_fill(~mask, -torch.inf), (0, 1), value=-torch.inf
+        )
+        return self._largest_of_ranks(padded.amax(-1))
 
     def max(self, values: Tensor, mask: Tensor) -> Tensor:
         """(N,) -> (B,) maxima of numbers >= 0 over each sequence's unmasked rows; 0 without any."""
@@ -119,9 +126,7 @@ class Segments:
         else:
             offsets = {"offsets": self.offsets, "unsafe": True, "initial": 0}
             largest = torch.segment_reduce(values, "max", **offsets)
-        if self.group is not None:
-            dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
-        return largest
+        return self._largest_of_ranks(largest)
 
     def own_sum(self, values: Tensor, mask: Tensor | None = None) -> Tensor:
         """`sum` over this rank's rows alone."""
@@ -133,6 +138,11 @@ class Segments:
 
     def _of_all_ranks(self, sums: Tensor) -> Tensor:
         return sums if self.group is None else _SumOverRanks.apply(sums, self.group)
+
+    def _largest_of_ranks(self, largest: Tensor) -> Tensor:
+        if self.group is not None:
+            dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
+        return largest
 
     def broadcast(self, values: Tensor) -> Tensor:
         """(B,) -> (N,) give every row its sequence's value."""

@@ -241,6 +241,36 @@ def kept_sets(whole: Batch, own: Tensor, dense: bool) -> dict[str, Tensor]:
     return {"kept_tokens": ids.reshape(-1), "kept_offsets": offsets_of(sizes.tolist())}
 
 
+CORRECTIONS = (
+    {"level": "token", "mode": "truncate", "high": 1.2, "normalize": True},
+    {"level": "sequence", "mode": "mask", "low": 0.8, "high": 1.3, "normalize": True},
+    {"level": "geometric", "mode": "reject", "low": 0.95, "high": 1.05},
+    {"level": "token", "mode": "none", "reject": {"seq_max_k2": 0.05, "seq_sum_k1": (0.5, 2.0)}},
+    {"level": "token", "mode": "none", "reject": {"seq_mean_k3": 0.02, "token_k2": 0.1}},
+    {"level": "sequence", "mode": "truncate", "off_policy_threshold": 0.02},
+)
+
+
+def corrections(rank: int, ranks: int) -> None:
+    """Weights and masks are of a rank's tokens, metrics of all."""
+    whole = Batch.random(packed=True)
+    part, own = whole.part(rank, ranks)
+    for settings in CORRECTIONS:
+        results = []
+        for batch, group in ((whole, None), (part, dist.group.WORLD)):
+            given = {name: batch.options[name] for name in ("mask", "cu_seqlens")}
+            if "off_policy_threshold" in settings:
+                given["advantages"] = batch.options["advantages"]
+            pair = (batch.options["old_logprobs"], batch.options["ref_logprobs"])
+            results.append(fastpo.rollout_correction(*pair, cp_group=group, **given, **settings))
+        alone, result = results
+        close(result.weights, alone.weights[own], str(settings))
+        assert torch.equal(result.mask, alone.mask[own])
+        assert 0 < alone.metrics["cut"] < 1
+        for name, value in alone.metrics.items():
+            close(result.metrics[name], value, f"{settings}: {name}")
+
+
 def nothing_at_all(rank: int) -> None:
     """One rank has all the tokens: the other makes the same collectives, and none per token."""
     whole = Batch.random(packed=True)
@@ -289,6 +319,9 @@ def refusals(rank: int) -> None:
             batch.from_logprobs(fastpo.gspo(), advantages=torch.ones(shape), **group)
     with pytest.raises(ValueError, match=r"'constant' on a rank's part .* needs Objective.max_l"):
         padded.from_logprobs(fastpo.dr_grpo(), **group)
+    with pytest.raises(ValueError, match=r"ranks of cp_group have \[6, 5\] sequences"):
+        old = part.options["old_logprobs"]
+        fastpo.rollout_correction(old, old, level="sequence", cu_seqlens=offsets, **group)
     rule = fastpo.loss_rule(couples_sequences=True)(lambda logprobs, entropy, tokens: logprobs)
     with pytest.raises(ValueError, match="cp_group with the rule <lambda>, which couples"):
         part.linear(rule, **group)
@@ -298,6 +331,7 @@ def all_on_two(rank: int, ranks: int) -> None:
     every_preset(rank, ranks)
     every_option(rank, ranks)
     every_way(rank, ranks)
+    corrections(rank, ranks)
     nothing_at_all(rank)
     refusals(rank)
 

@@ -13,12 +13,16 @@ transformers = pytest.importorskip("transformers")
 B, T, V = 2, 7, 31
 
 
-@pytest.fixture(scope="module")
-def model():
+def llama():
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
     config = transformers.LlamaConfig(vocab_size=V, num_attention_heads=2, **sizes)
     return attach(transformers.LlamaForCausalLM(config).double())
+
+
+@pytest.fixture(scope="module")
+def model():
+    return llama()
 
 
 @pytest.fixture(scope="module")
@@ -121,3 +125,106 @@ def test_a_hook_that_changes_the_logits_of_an_attached_model_is_seen(model, ids,
     again = model(input_ids=ids, token_logprobs=asked)
     assert torch.equal(again.logprobs, expected.logprobs)
     reading.remove()
+
+
+def in_ddp(model, folder):
+    dist = torch.distributed
+    dist.init_process_group("gloo", init_method=f"file://{folder}/ddp", rank=0, world_size=1)
+    return torch.nn.parallel.DistributedDataParallel(model)
+
+
+def compiled(model, _):
+    return torch.compile(model, backend="eager")
+
+
+def in_peft(model, _):
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+
+
+WRAPPERS = {
+    "ddp": in_ddp,
+    "peft": in_peft,
+    "peft in ddp": lambda model, folder: in_ddp(in_peft(model, folder), folder),
+    "compiled": compiled,
+    "compiled in ddp": lambda model, folder: in_ddp(compiled(model, folder), folder),
+}
+SLOW = ("compiled", "compiled in ddp")
+
+
+@pytest.mark.parametrize(
+    "wrapper", [pytest.param(x, marks=[pytest.mark.slow] * (x in SLOW)) for x in WRAPPERS]
+)
+def test_a_hook_on_a_wrapper_is_seen_when_it_comes(wrapper, ids, tmp_path):
+    """REGRESSIONS 76: nothing in the model knows of the wrapper; what only looks may stay."""
+    asked = {"completion_mask": torch.ones(B, T)}
+    model, seen = llama(), []
+    try:
+        wrapped = WRAPPERS[wrapper](model, tmp_path)
+        expected = wrapped(input_ids=ids, token_logprobs=asked)
+        wrapped.register_forward_hook(lambda module, args, outputs: seen.append(outputs))
+        for _ in range(3):
+            again = wrapped(input_ids=ids, token_logprobs=asked)
+            model(input_ids=ids, token_logprobs=asked)  # past the wrapper and its hooks
+        assert torch.equal(again.logprobs, expected.logprobs)
+        assert len(seen) == 4  # three calls, and once on a few rows
+        changing = wrapped.register_forward_hook(halving)
+        with pytest.raises(ValueError, match=f"{type(wrapped).__name__} has a .* hook, halving, "):
+            wrapped(input_ids=ids, token_logprobs=asked)
+        model(input_ids=ids, token_logprobs=asked)
+        changing.remove()
+        again = wrapped(input_ids=ids, token_logprobs=asked)
+        assert torch.equal(again.logprobs, expected.logprobs)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+class Gather(torch.autograd.Function):
+    """What ZeRO-3's hook makes of a module's output: its backward gathers the weight again."""
+
+    @staticmethod
+    def forward(ctx, output, gather):
+        ctx.gather = gather
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.gather()
+        return grad, None
+
+
+def partition(head):
+    """ZeRO-3 of one rank: the weight is empty but for the head's own forward and backward."""
+    weight = head.weight
+    full = weight.data if weight.numel() else head.full
+    head.full, weight.data = full, full.new_empty(0)
+
+    def gather(*_):
+        weight.data = full
+
+    def release(module, args, output):
+        weight.data = full.new_empty(0)
+        return Gather.apply(output, gather)
+
+    release.__module__ = gather.__module__ = "deepspeed.runtime.zero"
+    return head.register_forward_pre_hook(gather), head.register_forward_hook(release)
+
+
+def test_a_frameworks_hooks_that_are_put_back_find_the_loss(ids):
+    """REGRESSIONS 77: TRL takes ZeRO-3's hooks off for each generation, and puts them back."""
+    asked = {
+        "advantages": torch.tensor([1.0, -0.5]).double(),
+        "completion_mask": torch.ones(B, T),
+        "objective": fastpo.dapo(),
+    }
+    expected = llama()
+    expected(input_ids=ids, policy_loss=asked).loss.backward()
+    model = llama()
+    for _ in range(3):
+        model.zero_grad()
+        handles = partition(model.lm_head)
+        model(input_ids=ids, policy_loss=asked).loss.backward()
+        torch.testing.assert_close(model.lm_head.weight.grad, expected.lm_head.weight.grad)
+        for handle in handles:
+            handle.remove()

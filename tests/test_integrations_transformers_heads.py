@@ -196,8 +196,7 @@ def test_hooks_that_change_the_head_are_refused(when, hook):
             model(input_ids=ids, token_logprobs={"completion_mask": mask})
         assert len(seen) == 2
     model.lm_head.register_forward_hook(hook)
-    match = {"before": r"LM head has a forward hook that changes its output .of .*scaling"}
-    with pytest.raises(ValueError, match=match.get(when, "does more in its LM head than fastpo")):
+    with pytest.raises(ValueError, match=r"LM head has a forward hook that .* .of .*scaling"):
         attach(model)(input_ids=ids, policy_loss=request)
 
 

@@ -20,6 +20,7 @@ LOSS_KEYWORDS = {
     "nll_weights": None,
     "cu_seqlens": None,
     "normalizer": None,
+    "cp_group": None,
 }
 LINEAR_KEYWORDS = {
     "bias": None,
@@ -64,7 +65,13 @@ SIGNATURES = {
     ),
     "rollout_correction": (
         ["old_logprobs", "rollout_logprobs"],
-        {"mode": "truncate", "level": "token", "mask": None, "cu_seqlens": None},
+        {
+            "mode": "truncate",
+            "level": "token",
+            "mask": None,
+            "cu_seqlens": None,
+            "cp_group": None,
+        },
     ),
     "gae": (
         ["rewards", "values"],

@@ -105,12 +105,18 @@ def test_log_probs_that_forget_who_sampled_are_refused(key):
 
 
 def test_a_copy_shares_what_is_not_trained_and_what_is_tied():
-    sizes = ModelConfig(hidden_size=32, layers=1, heads=2)
+    """And runs on its own weights, whatever wraps its layers."""
+    sizes = ModelConfig(hidden_size=32, layers=1, heads=2, gradient_checkpointing=True)
     policy = make_policy(sizes, torch.device("cpu"), alphabet="01", stop=None)
     frozen = policy.model.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
-    copied = copy_of(policy).model
+    sampler = copy_of(policy)
+    copied = sampler.model
     assert copied.lm_head.weight is copied.model.embed_tokens.weight
     shared = {name for name, p in copied.named_parameters() if p.data_ptr() == frozen.data_ptr()}
     assert shared == {"model.layers.0.mlp.up_proj.weight"}
-    own = {p.data_ptr() for p in policy.model.parameters()} - {frozen.data_ptr()}
-    assert not own & {p.data_ptr() for p in copied.parameters()}
+    ids = torch.tensor([[3, 4, 3]])
+    before = sampler.hidden_states(ids)
+    for parameter in policy.model.parameters():
+        if parameter is not frozen:
+            parameter.data.fill_(torch.nan)
+    assert torch.equal(sampler.hidden_states(ids), before)

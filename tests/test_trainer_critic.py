@@ -7,8 +7,8 @@ import torch
 
 import fastpo
 from fastpo.trainer.algorithm import resolve
-from fastpo.trainer.config import AlgorithmConfig, CriticConfig, ModelConfig, OptimConfig
-from fastpo.trainer.critic import Critic
+from fastpo.trainer.config import AlgorithmConfig, Config, ModelConfig, OptimConfig
+from fastpo.trainer.critic import Critic, beside
 from fastpo.trainer.experience import Sample
 from fastpo.trainer.microbatch import MicroBatch
 from fastpo.trainer.models import make_policy
@@ -21,11 +21,15 @@ CPU = torch.device("cpu")
 TOKENS = [[3, 4, 5], [6], [7, 8, 9, 10], [5, 4]]
 
 
-def make(optim=None, **config):
+def make_a_policy():
     torch.manual_seed(0)
     model = ModelConfig(hidden_size=32, layers=1, heads=2)
-    policy = make_policy(model, CPU, alphabet="0123456789=", stop=None)
-    return Critic(policy, CriticConfig(**config), optim or OptimConfig())
+    return make_policy(model, CPU, alphabet="0123456789=", stop=None)
+
+
+def make(optim=None, **config):
+    policy, config = make_a_policy(), Config(critic=config, optim=optim or OptimConfig())
+    return Critic(beside(policy, config), policy, config)
 
 
 def groups_of(*rewards):
@@ -94,7 +98,8 @@ def test_a_sample_without_a_reward_has_no_old_log_probs_to_recompute():
     critic = make()
     samples = groups_of(1.0, math.nan, 0.0, math.inf)
     critic.assign_advantages(samples)
-    learner = Learner(critic.policy, OptimConfig(), fastpo.ppo(), 1.0, correction={"mode": "mask"})
+    correction = {"mode": "mask"}
+    learner = Learner(make_a_policy(), OptimConfig(), fastpo.ppo(), 1.0, correction=correction)
     learner.recompute_old_logprobs(samples[0])
     assert [s.old_logprobs == s.completion.logprobs for s in samples[0]] == [False, True] * 2
     sums = learner.learn(samples[0], torch.Generator().manual_seed(0)).read()
@@ -114,15 +119,15 @@ def test_the_critic_learns_what_the_reward_will_be():
     assert explained[-1] == pytest.approx(1 - 4 * 0.25 / (10 * 0.25), abs=0.01)
     assert metrics["value/loss"] == pytest.approx(0.5 * 4 * 0.25 / 10, abs=0.01)
     assert metrics["value/clip_ratio"] == 0.0 and metrics["value/grad_norm"] > 0
+    assert all(p.grad is None for p in critic.parameters)  # REGRESSIONS 65
 
 
 def test_the_critic_leaves_the_policy_alone():
     """Its trunk is a copy: the policy moves by its own loss only."""
-    torch.manual_seed(0)
-    model = ModelConfig(hidden_size=32, layers=1, heads=2)
-    policy = make_policy(model, CPU, alphabet="0123456789=", stop=None)
+    policy = make_a_policy()
     before = [p.detach().clone() for p in policy.model.parameters()]
-    critic = Critic(policy, CriticConfig(), OptimConfig(epochs=2))  # at first its head is 0
+    config = Config(optim=OptimConfig(epochs=2))
+    critic = Critic(beside(policy, config), policy, config)
     groups = groups_of(1.0, 0.0, 0.5, 1.0)
     critic.assign_advantages(groups)
     critic.learn(groups[0], torch.Generator())

@@ -11,6 +11,7 @@ from peak_bytes import peak_bytes
 
 import fastpo
 from fastpo.cli import main
+from fastpo.trainer import hub
 from fastpo.trainer.experience import Sample
 from fastpo.trainer.footprint import footprint
 from fastpo.trainer.models import character_tokenizer, make_policy
@@ -115,13 +116,32 @@ def test_what_is_shared_and_what_is_not(tmp_path):
     assert sizes(shared)["whole model to sample from"] == 4 * count
     assert sizes(planned("replicas=2", ranks=4)[1])["weights"] == 2 * count
     kl = planned("algorithm.objective.kl_coef=0.1", "algorithm.critic=true")[1]
-    assert kl.peak("rollout") - alone.peak("rollout") == (4 + 16) * count
+    assert kl.peak("rollout") - alone.peak("rollout") == (4 + 12) * count
     policy = make_policy(planned()[0].model, CPU, alphabet=ALPHABET, stop=None)
     policy.save(tmp_path)
     lora = planned(f"model.path={tmp_path}", "model.lora.rank=2", "model.dtype=bfloat16")[1]
     adapters = 2 * 4 * (4 * 2 * 128 + 3 * (128 + 512))
     assert lora.trained == adapters and lora.parameters == count + adapters
     assert sizes(lora)["weights"] == 2 * count + 4 * adapters
+    ppo = ("algorithm.preset=ppo", f"model.path={tmp_path}", "model.lora.rank=2")
+    critics = [sizes(planned(*ppo, ranks=n)[1])["critic and its moments"] for n in (1, 2)]
+    assert critics == [
+        12 * adapters,
+        (4 * count + 12 * adapters) / 2,
+    ]  # alone it shares what is frozen
+
+
+def test_eight_bits_and_the_host_take_from_the_device():
+    """Moments of 2 bytes and two scales for 256; small tensors keep theirs."""
+    config, plan = planned("optim.name=adamw_8bit")
+    policy = make_policy(config.model, CPU, alphabet=ALPHABET, stop=None)
+    large = sum(p.numel() for p in policy.model.parameters() if p.numel() >= 4096)
+    small = plan.parameters - large
+    assert small and sizes(plan)["moments of AdamW"] == large * (2 + 8 / 256) + small * 8
+    there, here = (planned(f"offload={o}", "replicas=2", ranks=4)[1] for o in ("true", "false"))
+    assert sizes(there)["weights, on the host"] == sizes(here)["weights"] > 0
+    for phase, states in (("rollout", 4 + 8), ("update", 4 + 8 + 4)):
+        assert here.peak(phase) - there.peak(phase) == states * plan.parameters / 2
 
 
 @pytest.fixture
@@ -170,12 +190,31 @@ def test_recipes_for_gpus_pass_a_dry_run(offline, capsys, name, ranks):
     assert not torch.distributed.is_initialized()
 
 
+def test_a_critic_is_sharded_and_offloaded_as_the_policy_is(offline, monkeypatch):
+    """Every unit of both, the scalar head included."""
+    given, shard = [], torch.distributed.fsdp.fully_shard
+
+    def recorded(module, *, offload_policy=None, **options):
+        given.append((type(module).__name__, offload_policy))
+        return shard(module, **options, **({"offload_policy": offload_policy} if offloaded else {}))
+
+    monkeypatch.setattr(torch.distributed.fsdp, "fully_shard", recorded)
+    ppo = ["rollout.prompts=16", *offline, "algorithm.preset=ppo", "--dry-run", "--ranks", "8"]
+    for offloaded in (True, False):
+        given.clear()
+        assert main(["train", *ppo, f"offload={str(offloaded).lower()}"]) == 0
+        units = ["Linear", *["Qwen3DecoderLayer"] * 2, "Inside", *["Qwen3DecoderLayer"] * 2]
+        assert [name for name, _ in given] == [*units, "Inside"]
+        kinds = {type(policy).__name__ for _, policy in given}
+        assert kinds == {"CPUOffloadPolicy" if offloaded else "NoneType"}
+
+
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
         (["rollout.prompts=12"], "rollout.prompts is 12, expected a multiple of the 8 ranks"),
         (["replicas=3"], "replicas is 3, expected a divisor of the 8 ranks"),
-        (["algorithm.preset=ppo"], "algorithm.critic trains on one process"),
+        (["optim.name=adamw_8bit"], "pip install torchao"),
         (["task=absent:Task", "task_args={}"], "cannot import task 'absent:Task'"),
         (["task_args.reward=absent"], "absent"),
         (["model.path=./absent"], "cannot load a model from './absent'"),
@@ -188,7 +227,8 @@ def test_recipes_for_gpus_pass_a_dry_run(offline, capsys, name, ranks):
     ],
 )
 def test_a_dry_run_says_what_a_run_would_refuse(offline, capsys, monkeypatch, overrides, line):
-    monkeypatch.setitem(sys.modules, "vllm", None)
+    for package in ("vllm", "torchao"):
+        monkeypatch.setitem(sys.modules, package, None)
     arguments = ["rollout.prompts=16", *offline, *overrides, "--dry-run", "--ranks", "8"]
     assert main(["train", *arguments]) in (1, 2)
     errors = capsys.readouterr().err
@@ -217,6 +257,31 @@ def test_ranks_are_counted_from_one(capsys):
     assert "--ranks" in capsys.readouterr().err
 
 
+def test_a_hub_that_is_not_there_is_tried_once(capsys, monkeypatch):
+    """It took 45 seconds."""
+    tried = []
+
+    class Session:
+        def head(self, url, timeout):
+            tried.append(url)
+            raise OSError("no route to host")
+
+    from huggingface_hub import constants
+
+    hub._answers.cache_clear()
+    monkeypatch.setattr("huggingface_hub.utils.get_session", Session)
+    monkeypatch.setattr("huggingface_hub.file_download.get_hf_file_metadata", pytest.fail)
+    recipe = str(RECIPES / "gsm8k-0.6b.toml")
+    for check, what in ((["plan"], "a model from"), (["train", "--dry-run"], "the data set")):
+        assert main([*check, recipe, "model.path=fastpo-tests/absent"]) != 0
+        line = capsys.readouterr().err
+        assert line.startswith(f"fastpo: cannot load {what} ") and line.count("\n") == 1
+    assert tried == [constants.ENDPOINT] and not constants.HF_HUB_OFFLINE
+    hub._answers.cache_clear()
+
+
 def test_a_plan_refuses_ranks_that_replicas_do_not_divide(capsys):
     assert main(["plan", str(RECIPES / "dapo-2nodes.toml")]) != 0
     assert "replicas is 2, expected a divisor of the 1 ranks" in capsys.readouterr().err
+    assert main(["plan", str(RECIPES / "demo.toml"), "offload=true"]) != 0
+    assert "offload=true is for the shards of several ranks" in capsys.readouterr().err

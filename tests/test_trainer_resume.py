@@ -69,6 +69,7 @@ def test_a_resumed_run_says_what_changed_and_refuses_what_cannot(tiny, capsys):
         ("seed=1", "0 -> 1"),
         ("model.hidden_size=64", "32 -> 64"),
         ("eval.problems=8", "16 -> 8"),
+        ("warmup.max_steps=3", "0 -> 3"),
     ):
         tiny("--resume", "steps=3", change, code=2)
         one_line(capsys, change.partition("=")[0], old, "another run_dir")
@@ -79,6 +80,22 @@ def test_a_resumed_run_says_what_changed_and_refuses_what_cannot(tiny, capsys):
     output = capsys.readouterr().out
     assert "Changed since the run began: steps 2 -> 3, optim.learning_rate 0.01 -> 0.001" in output
     assert [row["learning_rate"] for row in rows(run) if "reward" in row] == [0.01, 0.01, 0.001]
+
+
+@pytest.mark.parametrize(("before", "now", "has"), [("ppo", "grpo", "a"), ("grpo", "ppo", "no")])
+def test_a_run_neither_loses_nor_gets_a_critic_on_its_way(tiny, capsys, before, now, has):
+    """REGRESSIONS 64: it was dropped from the next checkpoint, or began anew without warm-up."""
+    run = tiny(f"algorithm.preset={before}", "steps=1")
+    files = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    tiny("--resume", "steps=2", f"algorithm.preset={now}", code=2)
+    one_line(capsys, f"the run has {has} critic", "algorithm.critic is", "train anew")
+    assert files == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    tiny(
+        "--resume",
+        "steps=2",
+        f"algorithm.preset={now}",
+        f"algorithm.critic={before == 'ppo'}".lower(),
+    )
 
 
 def test_resume_without_a_checkpoint(tiny, capsys):

@@ -33,6 +33,16 @@ def test_the_gradient_is_that_of_the_whole_model_with_materialized_logits():
     torch.testing.assert_close(gradient, expected, atol=1e-6, rtol=1e-4)
 
 
+def test_no_gradient_outlives_its_update():
+    """REGRESSIONS 65: a rollout has their room; those of a critic go before the policy's come."""
+    learner, alive = make(updates_per_batch=2), []
+    learner.optimizer.register_step_pre_hook(
+        lambda *_: alive.append(all(p.grad is not None for p in learner.parameters))
+    )
+    learner.learn(samples_of(learner.policy), torch.Generator().manual_seed(0))
+    assert alive == [True, True] and all(p.grad is None for p in learner.parameters)
+
+
 def test_on_policy_the_loss_is_about_zero_nothing_is_clipped_and_the_policy_moves():
     learner = make()
     samples = samples_of(learner.policy, advantages=torch.tensor([1.0, -1.0] * 6))

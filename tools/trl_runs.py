@@ -55,6 +55,12 @@ def tiny(name: str = "Llama", **options: Any) -> Any:
     return model
 
 
+def save_tiny(folder: Path) -> None:
+    """`tiny()` as a checkpoint, unless it is there: a rank of several may be unable to save."""
+    if not folder.is_dir():
+        tiny().save_pretrained(folder)
+
+
 def reward(completions: list[str], **_: Any) -> list[float]:
     """More for small digits and for length."""
     return [sum(c in "01234" for c in text) / 3 + 0.1 * len(text) for text in completions]
@@ -89,7 +95,7 @@ def trained(
     import datasets
     import transformers
 
-    tiny().save_pretrained(folder / "model")  # TRL loads the reference policy from there
+    save_tiny(folder / "model")  # TRL loads the reference policy from there
     if model is None:
         model = transformers.LlamaForCausalLM.from_pretrained(folder / "model")
     transformers.set_seed(1)
@@ -107,8 +113,19 @@ def trained(
 
 
 def weights(trainer: Any) -> dict[str, torch.Tensor]:
-    """Copies of a trainer's parameters."""
-    return {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    """Copies of a trainer's parameters, whole where they are sharded."""
+    return {n: _whole(p.detach()).clone() for n, p in trainer.model.named_parameters()}
+
+
+def _whole(parameter: torch.Tensor) -> torch.Tensor:
+    if hasattr(parameter, "full_tensor"):  # FSDP2
+        return parameter.full_tensor()
+    if not hasattr(parameter, "ds_id"):
+        return parameter
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter]):
+        return parameter.clone()
 
 
 def assert_the_same(

@@ -122,20 +122,25 @@ def kept_stats_of(
     temperature: float | Tensor,
     mask: Tensor | None,
 ) -> RowStats:
-    """The statistics of `kept_stats` from z of every id, (M,)."""
+    """The statistics of `kept_stats` from z of every id, (M,); differentiable, and without waiting
+    for the device."""
     sizes = kept.offsets.diff()
     several = sizes > 1 if mask is None else (sizes > 1) & mask
-    pairs, rows, ids = _pairs(kept, several)
-    scaled = logits[pairs] / _of_rows(temperature, rows)
-    stats = kept_statistics(scaled, rows, ids == tokens[rows], sizes.numel())
-    stats = RowStats(*(x.where(several, 0) for x in stats))
-    return stats._replace(logprobs=_nan_where_alone(stats.logprobs, tokens, kept, mask))
+    every = torch.arange(sizes.numel(), device=tokens.device)
+    rows = every.repeat_interleave(sizes, output_size=kept.ids.numel())
+    z = torch.where(several[rows], logits, 0.0)  # NaN where nothing depends on it harms nobody
+    is_token = kept.ids == tokens[rows]
+    stats = _statistics(z / _of_rows(temperature, rows), rows, is_token, sizes.numel())
+    stats = RowStats(*(torch.where(several, x, 0.0) for x in stats))
+    missing = (sizes > 0).index_fill(0, rows[is_token], False)
+    missing = missing if mask is None else missing & mask
+    return stats._replace(logprobs=stats.logprobs.masked_fill(missing, torch.nan))
 
 
-def kept_statistics(scaled: Tensor, rows: Tensor, is_token: Tensor, count: int) -> RowStats:
+def _statistics(scaled: Tensor, rows: Tensor, is_token: Tensor, count: int) -> RowStats:
     """Statistics (count,) of rows that have only u (m,), which are of `rows` (m,); differentiable.
 
-    `is_token` (m,) says which are the tokens'; a row without its token gets NaN.
+    `is_token` (m,) says which are the tokens'.
     """
     row_max = scaled.detach().new_full((count,), -torch.inf)
     row_max = row_max.scatter_reduce(0, rows, scaled.detach(), "amax")
@@ -150,9 +155,7 @@ def kept_statistics(scaled: Tensor, rows: Tensor, is_token: Tensor, count: int) 
     # A logit of -inf has p = 0; 0 * -inf must not reach the sum.
     mean_shift = sum_of(weights * shifted.masked_fill(shifted == -torch.inf, 0)) / sums
     target = sum_of(torch.where(is_token, shifted, 0.0))
-    missing = torch.ones_like(row_max, dtype=torch.bool).index_fill(0, rows[is_token], False)
-    logprobs = (target - log_sum).masked_fill(missing, torch.nan)
-    return RowStats(logprobs, log_sum - mean_shift, row_max, log_sum)
+    return RowStats(target - log_sum, log_sum - mean_shift, row_max, log_sum)
 
 
 def kept_grad(
@@ -205,15 +208,6 @@ def _pairs(kept: KeptSets, of_rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     rows = every.repeat_interleave(kept.offsets.diff())
     pairs = of_rows[rows].nonzero()[:, 0]
     return pairs, rows[pairs], kept.ids[pairs]
-
-
-def _nan_where_alone(logprobs: Tensor, tokens: Tensor, kept: KeptSets, mask: Tensor | None):
-    """NaN where the one id that a row has kept is not its token."""
-    alone = kept.offsets.diff() == 1
-    alone = alone if mask is None else alone & mask
-    bad = alone.clone()
-    bad[alone] = kept.ids[kept.offsets[:-1][alone]] != tokens[alone]
-    return logprobs.masked_fill(bad, torch.nan)
 
 
 def _of_rows(temperature: float | Tensor, rows: Tensor) -> float | Tensor:

@@ -7,24 +7,20 @@ whatever wraps it (DDP, FSDP, peft, autocast, torch.compile) stays as it is.
 
 from __future__ import annotations
 
+import sys
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fastpo.integrations._lm_head import (
-    Sample,
-    check_logits,
-    output_embeddings,
-    read_head,
-    sample,
-)
+from fastpo.integrations._lm_head import Sample, check_logits, output_embeddings, read_head, sample
 
 CHECKED_ROWS = 4
 FRAMEWORKS = ("torch", "deepspeed", "accelerate", "fastpo")
+WRAPPERS = ("torch", "deepspeed", "accelerate", "peft")
 
 Consume = Callable[[Tensor, dict[str, Any]], Tensor]
 """What stands in for the head's product: hidden [B, K, D] and the head -> any tensor."""
@@ -43,11 +39,13 @@ class Tap:
     def __init__(self) -> None:
         self.consume: Consume | None = None
         self.model: Any = None
+        self.around: list[nn.Module] = []  # the model and its wrappers
         self.result: Tensor | None = None
         self.stand_in: Tensor | None = None
         self.made: tuple[Tensor, int] | None = None  # what `consume` returned, its version
         self.sample: Sample | None = None
         self.checked: object = None  # the state of the head that was compared
+        self.cleared: set[int] = set()  # numbers of the hooks that changed no logits
         self.calls = 0
 
     @torch.compiler.disable
@@ -56,10 +54,12 @@ class Tap:
         self.calls += 1
         if self.calls > 1:
             raise ValueError(_called(self.model, "more than once"))
+        # Behind hooks that came later: ZeRO-3's are put back after each generation of TRL.
+        head._forward_hooks.move_to_end(head._fastpo_hook.id)
         reading = read_head(self.model, head)
-        state = (head_state(head), tuple(self.model._forward_hooks))
+        state = head_state(head)
         self.stand_in = hidden.new_zeros(*hidden.shape[:-1], 1)
-        if self.checked != state:
+        if self.checked != state or not {hook.number for hook in self._hooks()} <= self.cleared:
             rows = hidden.detach().reshape(-1, hidden.shape[-1])[-CHECKED_ROWS:]
             with torch.no_grad():
                 self.stand_in = head._fastpo_forward(rows[None])
@@ -78,13 +78,14 @@ class Tap:
         made, version = self.made
         if output is made and _version(made) == version:
             return
-        others = [name for _, _, name in _hooks_of_others(head)]
+        others = [hook.name for hook in _hooks_of_others(head)]
         if others:
             raise ValueError(
                 f"{type(self.model).__name__}'s LM head has a forward hook that changes its output "
                 f"(of {', '.join(others)}): remove it, or score the logits with fastpo.policy_loss"
             )
 
+    @torch.compiler.disable
     def verify(self, outputs: Any) -> None:
         """Compare the logits that the model made of the stand-in rows with the reading."""
         if self.sample is None:
@@ -100,29 +101,65 @@ class Tap:
             self.checked = None
             raise
 
+    def _hooks(self) -> list[Hook]:
+        return [hook for module in self.around for hook in _hooks_of_others(module)]
+
     def _verify_hooks(self, expected: Sample, outputs: Any) -> None:
-        """Run the model's own forward hooks on these logits: in a scored call they see none."""
-        for number, hook, name in _hooks_of_others(self.model):
-            inputs = ((), {}) if number in self.model._forward_hooks_with_kwargs else ((),)
+        """Run the hooks around the model on these logits: in a scored call they see none."""
+        for hook in self._hooks():
+            inputs = ((), {}) if hook.takes_keywords else ((),)
             try:
-                returned = hook(self.model, *inputs, outputs)
+                returned = hook.function(hook.module, *inputs, outputs)
                 logits = (outputs if returned is None else returned).logits
                 check_logits(self.model, expected, logits.reshape(-1, logits.shape[-1]))
             except Exception as error:  # the hook's own, of any kind
                 raise ValueError(
-                    f"{type(self.model).__name__} has a forward hook, {name}, that changes its "
-                    "logits or cannot be run on a few of them: remove it, or score the logits "
-                    "with fastpo.policy_loss"
+                    f"{type(hook.module).__name__} has a forward hook, {hook.name}, that changes "
+                    f"{type(self.model).__name__}'s logits or cannot be run on a few of them: "
+                    "remove it, or score the logits with fastpo.policy_loss"
                 ) from error
+            self.cleared.add(hook.number)
 
 
-def _hooks_of_others(module: nn.Module) -> list[tuple[int, Callable[..., Any], str]]:
-    """(number, hook, name) of a module's forward hooks that no framework has put there."""
-    found = []
-    for number, hook in module._forward_hooks.items():
+class Hook(NamedTuple):
+    """A forward hook of `module`; no other of this process has its number."""
+
+    module: nn.Module
+    number: int
+    function: Callable[..., Any]
+    takes_keywords: bool
+    name: str
+
+
+def _hooks_of_others(module: nn.Module) -> list[Hook]:
+    """A module's forward hooks that no framework has put there."""
+    keywords = module._forward_hooks_with_kwargs
+    return [
+        Hook(module, number, hook, number in keywords, name)
+        for number, hook, name in _of_others(module._forward_hooks)
+    ]
+
+
+def _of_others(hooks: dict[int, Any]) -> Iterator[tuple[int, Callable[..., Any], str]]:
+    for number, hook in hooks.items():
         function = getattr(hook, "func", hook)  # partials
         if (getattr(function, "__module__", None) or "").split(".")[0] not in FRAMEWORKS:
-            found.append((number, hook, getattr(function, "__qualname__", type(hook).__name__)))
+            yield number, hook, getattr(function, "__qualname__", type(hook).__name__)
+
+
+@torch.compiler.disable
+def _wrapped_by(model: nn.Module) -> list[nn.Module]:
+    """`model`, and the wrappers (DDP, peft, torch.compile) in whose call the present one is.
+
+    A model does not know what wraps it; the stack does, and the walk takes microseconds.
+    """
+    found, frame = [model], sys._getframe()
+    while frame is not None:
+        if frame.f_code is nn.Module._call_impl.__code__:
+            caller = frame.f_locals["self"]
+            if type(caller).__module__.split(".")[0] in WRAPPERS and caller is not model:
+                found.append(caller)
+        frame = frame.f_back
     return found
 
 
@@ -135,8 +172,12 @@ def head_state(head: nn.Module) -> object:
     """What tells one use of a head from another: its class, its hooks, the adapters that are on."""
     adapters = tuple(getattr(head, "active_adapters", None) or ())
     disabled = bool(getattr(head, "disable_adapters", False))
-    hooks = (*head._forward_hooks, *head._forward_pre_hooks)  # their handles' numbers
-    return (id(head), type(head), adapters, disabled, hooks)
+    numbers = [
+        number
+        for hooks in (head._forward_hooks, head._forward_pre_hooks)
+        for number, _, _ in _of_others(hooks)
+    ]
+    return (id(head), type(head), adapters, disabled, *numbers)
 
 
 def _tapped_forward(self: nn.Module, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -210,6 +251,7 @@ def run(
     """
     tap = open_tap(output_embeddings(model))
     tap.model, tap.consume, tap.calls, tap.result = model, consume, 0, None
+    tap.around = _wrapped_by(model)
     try:
         outputs = forward(*args, **kwargs)
         if not tap.calls:
@@ -218,3 +260,4 @@ def run(
         return tap.result, outputs
     finally:
         tap.model = tap.consume = tap.result = tap.stand_in = tap.sample = tap.made = None
+        tap.around = []

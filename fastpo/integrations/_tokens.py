@@ -24,18 +24,16 @@ from fastpo.segments import Segments
 def token_terms(
     objective: Objective,
     logprobs: Tensor,
-    advantages: Tensor,
-    *,
     old_logprobs: Tensor,
+    advantages: Tensor,
     mask: Tensor | None = None,
-    ref_logprobs: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> TokenLoss:
-    """The terms of every token, before weights: loss (differentiable), ratio, kl, clipped, [...].
+    """The terms of every token, before weights: loss (differentiable), ratio, clipped, [...].
 
     Args:
         logprobs: [B, T], or packed [N] with `cu_seqlens` where the objective couples sequences.
-        advantages, old_logprobs, ref_logprobs: what broadcasts to [...].
+        old_logprobs, advantages: what broadcasts to [...].
         mask: [...], 0 or False where nothing is read.
     """
     shape, dtype = logprobs.shape, wide_dtype(logprobs.dtype)
@@ -48,7 +46,6 @@ def token_terms(
         rows(logprobs),
         rows(advantages),
         old_logprobs=rows(old_logprobs),
-        ref_logprobs=rows(ref_logprobs),
         mask=None if mask is None else rows(mask, torch.bool),
         segments=Segments.from_batch(shape, cu_seqlens, logprobs.device),
     )
@@ -109,7 +106,6 @@ def score_head_shard(
     weight: Tensor,
     tokens: Tensor,
     vocabulary: tuple[int, int],
-    *,
     tp_group: Any,
     inference_only: bool,
     chunk_tokens: int | None,

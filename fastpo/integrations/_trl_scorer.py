@@ -148,12 +148,7 @@ class FusedLoss:
         named = inspect.signature(super()._get_per_token_logps_and_entropies).parameters
         extra = {name: inputs[name] for name in named if name in inputs}
         logprobs, entropy, _ = self._get_per_token_logps_and_entropies(
-            model,
-            ids,
-            attention,
-            inputs["completion_ids"].size(1),
-            compute_entropy=True,
-            **extra,
+            model, ids, attention, inputs["completion_ids"].size(1), compute_entropy=True, **extra
         )
         return logprobs, entropy
 

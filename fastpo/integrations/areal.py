@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastpo.integrations._tokens import clipped_by, is_clipped, token_terms
 from fastpo.objective import CLIPPED_MAX
+from fastpo.ops.checks import wide_dtype
 from fastpo.segments import Segments
 
 
@@ -54,21 +54,13 @@ def ppo_actor_loss_fn(
         )
     if importance_sampling_level == "sequence":
         segments = Segments.from_batch(logprobs.shape, cu_seqlens, logprobs.device)
-        flat = advantages.where(loss_mask.bool(), 0).reshape(-1)
-        mean = segments.mean(flat, loss_mask.bool().reshape(-1))
+        mask = loss_mask.bool().reshape(-1)
+        flat = advantages.to(wide_dtype(advantages.dtype)).reshape(-1).where(mask, 0)
+        mean = segments.mean(flat, mask)
         advantages = segments.broadcast(mean).view(logprobs.shape)
-    terms = token_terms(
-        preset(
-            clip_low=eps_clip,
-            clip_high=eps_clip if eps_clip_higher is None else eps_clip_higher,
-            ratio_max=c_clip,
-        ),
-        logprobs,
-        advantages,
-        old_logprobs=proximal_logprobs,
-        mask=loss_mask,
-        cu_seqlens=cu_seqlens,
-    )
+    high = eps_clip if eps_clip_higher is None else eps_clip_higher
+    objective = preset(clip_low=eps_clip, clip_high=high, ratio_max=c_clip)
+    terms = token_terms(objective, logprobs, proximal_logprobs, advantages, loss_mask, cu_seqlens)
     mask = loss_mask.bool()
     per_token = terms.loss if weights is None else terms.loss * weights
     return per_token.where(mask, 0).sum() / count, {
@@ -87,23 +79,13 @@ def _rejected(
     """AReaL's own rejection: the mask that is left, the weights, and statistics of both."""
     from areal.utils.functional.functional import apply_rejection_sampling
 
-    result = apply_rejection_sampling(
-        proximal_logprobs=proximal,
-        old_logprobs=behaviour,
-        loss_mask=mask,
-        cu_seqlens=cu_seqlens,
-        config=config,
-    )
+    result = apply_rejection_sampling(proximal, behaviour, mask, cu_seqlens, config)
     weights = result.behave_imp_weight.detach()
     kept = (weights > 0) & result.loss_mask.bool()
-    difference = (proximal - behaviour).detach()
-    return (
-        result.loss_mask,
-        weights,
-        {
-            "behave_approx_kl": torch.where(kept, difference, 0.0),
-            "behave_imp_weight": weights,
-            "behave_mask": kept,
-            "filtered_fraction": result.filtered_fraction,
-        },
-    )
+    statistics = {
+        "behave_approx_kl": (proximal - behaviour).detach().where(kept, 0),
+        "behave_imp_weight": weights,
+        "behave_mask": kept,
+        "filtered_fraction": result.filtered_fraction,
+    }
+    return result.loss_mask, weights, statistics

@@ -48,10 +48,8 @@ def calculate_grpo_loss(
         advantages = _packed(advantages, seq_starts, seq_lengths, current_logprobs)
     else:
         advantages = advantages.view(-1, 1)
-    bounds = {"clip_low": clamp_eps_lower, "clip_high": clamp_eps_upper}
-    terms = token_terms(
-        presets.grpo(**bounds), current_logprobs, advantages, old_logprobs=old_logprobs
-    )
+    objective = presets.grpo(clip_low=clamp_eps_lower, clip_high=clamp_eps_upper)
+    terms = token_terms(objective, current_logprobs, old_logprobs, advantages)
     loss = terms.loss
     if inference_logprobs is not None:
         weights = (old_logprobs - inference_logprobs).detach().exp()

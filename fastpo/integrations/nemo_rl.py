@@ -108,11 +108,10 @@ def from_parallel_hidden_states_to_logprobs(
     group = None if tp_group is None or tp_group.size() == 1 else tp_group
     hidden = tensor_parallel_hidden_states
     hidden = (hidden if group is None else _Gather.apply(hidden, group))[:-1].transpose(0, 1)
+    chunk = None if chunk_size is None else chunk_size * hidden.shape[0]
+    vocabulary, tokens = (vocab_start_index, vocab_end_index), target[:, 1:]
     return score_head_shard(
-        *(hidden, output_weight_layer, target[:, 1:], (vocab_start_index, vocab_end_index)),
-        tp_group=group,
-        inference_only=inference_only,
-        chunk_tokens=None if chunk_size is None else chunk_size * hidden.shape[0],
+        hidden, output_weight_layer, tokens, vocabulary, group, inference_only, chunk
     )
 
 

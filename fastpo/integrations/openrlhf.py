@@ -48,17 +48,10 @@ def policy_loss_class(loss_module: Any) -> type:
             preset = clipped_by(
                 "policy_loss_type", self.policy_loss_type, token="ppo", sequence="gspo"
             )
-            terms = token_terms(
-                preset(
-                    clip_low=self.clip_eps_low,
-                    clip_high=self.clip_eps_high,
-                    ratio_max=self.dual_clip,
-                ),
-                log_probs,
-                advantages,
-                old_logprobs=rollout_log_probs if gspo and corrected else old_log_probs,
-                mask=mask,
-            )
+            bounds = {"clip_low": self.clip_eps_low, "clip_high": self.clip_eps_high}
+            objective = preset(**bounds, ratio_max=self.dual_clip)
+            old = rollout_log_probs if gspo and corrected else old_log_probs
+            terms = token_terms(objective, log_probs, old, advantages, mask)
             per_token, vllm_kl, filtered = terms.loss, None, None
             if corrected and not gspo:
                 weights, dropped = _correction(self, old_log_probs, rollout_log_probs, mask)
@@ -66,14 +59,8 @@ def policy_loss_class(loss_module: Any) -> type:
                 by_sequence = self.is_correction_level == "seq"
                 filtered = dropped.mean() if by_sequence else _mean(dropped, mask)
                 vllm_kl = _mean(rollout_log_probs - old_log_probs, mask)
-            total = loss_module.aggregate_loss(
-                per_token,
-                mask,
-                token_level_loss=self.token_level_loss,
-                dp_size=dp_size,
-                batch_num_tokens=batch_num_tokens,
-                global_batch_size=global_batch_size,
-            )
+            counts = dp_size, batch_num_tokens, global_batch_size
+            total = loss_module.aggregate_loss(per_token, mask, self.token_level_loss, *counts)
             ppo_kl = _mean((old_log_probs - log_probs).detach(), mask)
             return total, _mean(is_clipped(terms), mask), ppo_kl, vllm_kl, filtered
 
@@ -81,9 +68,8 @@ def policy_loss_class(loss_module: Any) -> type:
 
 
 def _mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
-    return (values * mask).sum(dim=dim, keepdim=dim is not None) / mask.sum(
-        dim=dim, keepdim=dim is not None
-    )
+    total, count = (x.sum(dim=dim, keepdim=dim is not None) for x in (values * mask, mask))
+    return total / count
 
 
 def _correction(settings: Any, old: Tensor, rollout: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,13 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastpo.integrations._tokens import (
-    clipped_by,
-    is_clipped,
-    masked_mean,
-    refuse,
-    token_terms,
-)
+from fastpo.integrations._tokens import clipped_by, is_clipped, masked_mean, refuse, token_terms
 
 REFUSED = (
     *("train_infer_ratio_mask", "train_infer_diff_mask"),
@@ -42,18 +36,12 @@ def actor_worker() -> type:
             _check(config, self.worker_config)
             mask = batch["response_mask"][:, 1:].long()
             mask = batch.get("final_response_mask", mask)
+            ids, attended = batch["input_ids"], batch["response_mask"]
             logprobs = self.strategy.op_compute_log_probs(
-                logits=output_tensor,
-                input_ids=batch["input_ids"],
-                attention_mask=batch["response_mask"],
+                logits=output_tensor, input_ids=ids, attention_mask=attended
             )
-            terms = token_terms(
-                _objective(config),
-                logprobs,
-                batch["advantages"],
-                old_logprobs=batch["old_log_probs"],
-                mask=mask,
-            )
+            old, advantages = batch["old_log_probs"], batch["advantages"]
+            terms = token_terms(_objective(config), logprobs, old, advantages, mask)
             mode = {"loss_mask": mask, "loss_agg_mode": config.loss_agg_mode}
             pg_loss = agg_loss(loss_mat=terms.loss, **mode)
             total, metrics = pg_loss, {"actor/pg_loss": pg_loss}

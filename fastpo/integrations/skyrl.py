@@ -60,19 +60,15 @@ def policy_loss(name: str) -> Any:
             raise ValueError("rollout_logprobs is None, but fastpo_rollout_is compares with them")
         by_rollout = name in ("rollout_is", "dppo") and rollout_logprobs is not None
         mask = torch.ones_like(log_probs) if loss_mask is None else loss_mask
-        terms = token_terms(
-            _objective(name, config),
-            log_probs,
-            advantages,
-            old_logprobs=rollout_logprobs if by_rollout else old_log_probs,
-            mask=mask,
-        )
+        old = rollout_logprobs if by_rollout else old_log_probs
+        objective = _objective(name, config)
+        terms = token_terms(objective, log_probs, old, advantages, mask)
         weighted, kept, metrics = off_policy.apply_off_policy_correction(
             terms.loss, old_log_probs, rollout_logprobs, mask, config.off_policy_correction
         )
         clipped = is_clipped(terms)
         if name == "cispo":  # SkyRL counts what lies outside, whatever the sign of A
-            low, high = _objective(name, config).bounds
+            low, high = objective.bounds
             clipped = (terms.ratio < low) | (terms.ratio > high)
         share = masked_mean(clipped.to(terms.loss.dtype), mask).item()
         return (weighted * kept).sum(), {"clip_ratio": share} | metrics
@@ -116,9 +112,5 @@ def fused_lm_head(
     inference_only: bool,
 ) -> Tensor:
     """Log-probs [B, S] fp32 of hidden [B, S, D] and this rank's rows [V / tp, D] of the head."""
-    return score_head_shard(
-        *(hidden, weight, target, (vocab_start_index, vocab_end_index)),
-        tp_group=tp_group,
-        inference_only=inference_only,
-        chunk_tokens=chunk_size * hidden.shape[0],
-    )
+    vocabulary, chunk = (vocab_start_index, vocab_end_index), chunk_size * hidden.shape[0]
+    return score_head_shard(hidden, weight, target, vocabulary, tp_group, inference_only, chunk)

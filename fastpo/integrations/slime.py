@@ -49,9 +49,8 @@ def compute_policy_loss(
     eps_clip_c: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Loss and 0 or 1 for what was clipped, per token [N]; `ppo_kl` is old - new log-probs."""
-    clips = {"clip_low": eps_clip, "clip_high": eps_clip_high, "ratio_max": eps_clip_c}
-    old = torch.zeros_like(ppo_kl)
-    terms = token_terms(presets.ppo(**clips), -ppo_kl, advantages, old_logprobs=old)
+    objective = presets.ppo(clip_low=eps_clip, clip_high=eps_clip_high, ratio_max=eps_clip_c)
+    terms = token_terms(objective, -ppo_kl, torch.zeros_like(ppo_kl), advantages)
     return terms.loss, is_clipped(terms).float()
 
 

@@ -82,8 +82,9 @@ def attach(model: Model) -> Model:
     With the model's `logits_to_keep=K` only the last K positions are scored, and T - 1 means K - 1.
     Positions that the caller leaves out follow the attention mask where padding is on the left.
 
-    On the first scored call, and when the head has changed, a few rows are compared with the
-    model's own logits.
+    On the first scored call, and when the head has changed or a forward hook has come, on the model
+    or a wrapper, a few rows are compared with the model's own logits. A hook that begins to change
+    them later is not seen.
 
     Returns:
         `model`, its innermost transformers model changed in place; `detach` undoes it.

@@ -26,8 +26,10 @@ from torch import Tensor
 
 from fastpo import presets
 from fastpo.advantages import ESTIMATORS, group_advantages
+from fastpo.integrations._tokens import is_clipped, token_terms
 from fastpo.objective import MAX_LOG_RATIO, Objective
 from fastpo.ops.from_logprobs import policy_loss_from_logprobs
+from fastpo.ops.results import PolicyLoss
 
 PREFIX = "fastpo_"
 
@@ -123,8 +125,7 @@ def register(name: str, objective: Objective | Callable[..., Objective]) -> None
             importance_weights=rollout_is_weights,
             normalizer=_normalizer(chosen, loss_agg_mode, config, mask),
         )
-        log_ratio = (result.logprobs - old_log_prob.detach()).where(mask, 0)
-        return result.loss, _metrics(chosen, result.metrics, log_ratio, advantages)
+        return result.loss, _metrics(chosen, result, old_log_prob.detach(), advantages, mask)
 
     register_policy_loss(name)(policy_loss)
 
@@ -217,9 +218,10 @@ def _normalizer(
 
 
 def _metrics(
-    objective: Objective, sums: dict[str, Tensor], log_ratio: Tensor, advantages: Tensor
+    objective: Objective, result: PolicyLoss, old: Tensor, advantages: Tensor, mask: Tensor
 ) -> dict[str, float]:
     """verl's metrics, under its names; one host synchronization for all."""
+    sums, log_ratio = result.metrics, (result.logprobs - old).where(mask, 0)
     clamped = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     totals = {
         "actor/ppo_kl": -clamped.sum(),
@@ -230,6 +232,10 @@ def _metrics(
         outside = (log_ratio < -objective.clip_low) | (log_ratio > objective.clip_high)
         totals["actor/pg_clipfrac"] = (outside & (advantages > 0)).sum()
         totals["actor/pg_clipfrac_lower"] = (outside & (advantages < 0)).sum()
+    if objective.gate in ("tv", "kl"):  # verl drops a token with A = 0 as it does one with A < 0
+        signed = advantages.where(advantages != 0, -1)
+        terms = token_terms(objective, result.logprobs, old, signed, mask)
+        totals["actor/pg_clipfrac"] = (is_clipped(terms) & mask).sum()
     if objective.surrogate == "cispo":
         ratio = clamped.exp()
         outside = (ratio < objective.ratio_min) | (ratio > objective.ratio_max)

@@ -96,8 +96,13 @@ class LossBatch:
             entropy_weight=entropy_weight,
         )
 
+    @property
+    def rule(self) -> RuleObjective | None:
+        """The objective, if it is a rule."""
+        return self.objective if isinstance(self.objective, RuleObjective) else None
+
     def rows(self, rows: slice | Tensor) -> LossBatch:
-        """Some rows of a batch whose losses depend on their own token alone."""
+        """Some rows, of which the caller knows the sequences if their losses couple any."""
         values = {name: of_rows(getattr(self, name), rows) for name in PER_TOKEN}
         return replace(self, **values)
 
@@ -122,8 +127,8 @@ class LossBatch:
     def token_loss(self, logprobs: Tensor, entropy: Tensor | None = None) -> TokenLoss:
         """The specification's per-token terms for log-probs (N,), or those of a rule, which also
         sees entropies (N,)."""
-        if isinstance(self.objective, RuleObjective):
-            return self._rule_loss(self.objective, logprobs, entropy)
+        if self.rule is not None:
+            return self._rule_loss(self.rule, logprobs, entropy)
         return token_loss(
             self.objective,
             logprobs,

@@ -235,19 +235,54 @@ def is_per_sequence(value: Tensor, leading: torch.Size, count: int | None) -> bo
 
 
 def check_per_token_or_sequence(
-    name: str, value: object, leading: torch.Size, cu_seqlens: Tensor | None, like: Tensor
+    name: str,
+    value: object,
+    leading: torch.Size,
+    cu_seqlens: Tensor | None,
+    like: Tensor,
+    *,
+    split: bool = False,
 ) -> None:
-    """A floating tensor of the leading shape, or [B] or [B, 1] where the sequences are known."""
+    """A floating tensor of the leading shape, or [B] or [B, 1] where the sequences are known.
+
+    split: [...] are a rank's tokens, whose number may be anything: only the spelling that can never
+    be their shape stands for sequences.
+    """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is {type(value).__name__}, expected a tensor")
     check_floating(name, value)
     check_device(name, value, like)
     count = sequence_count(leading, cu_seqlens)
-    if value.shape != leading and not is_per_sequence(value, leading, count):
+    if value.shape == leading:
+        return
+    if not is_per_sequence(value, leading, count):
         per_sequence = "" if count is None else f" or one per sequence, [{count}]"
         raise ValueError(
             f"{name} has shape {list(value.shape)}, expected one per token, "
             f"{list(leading)}{per_sequence}"
+        )
+    if split and value.ndim == len(leading):
+        raise ValueError(
+            f"{name} has shape {list(value.shape)} with cp_group, where that may be a rank's "
+            f"tokens, too: expected one per token, {list(leading)}, or one per sequence as "
+            f"{[count] if len(leading) == 2 else [count, 1]}"
+        )
+
+
+def check_same_sequences(
+    group: dist.ProcessGroup, leading: torch.Size, cu_seqlens: Tensor | None, like: Tensor
+) -> None:
+    """As many sequences on every rank of a group over which they are split, where one may look."""
+    if not inspects_values(like):
+        return
+    count = sequence_count(leading, cu_seqlens)
+    counts = torch.zeros(group.size(), dtype=torch.int64, device=like.device)
+    counts[group.rank()] = count
+    dist.all_reduce(counts, group=group)
+    if (counts != count).any():
+        raise ValueError(
+            f"the ranks of cp_group have {counts.tolist()} sequences, expected the same ones on "
+            "all: pass an empty segment of cu_seqlens where a rank has no token of a sequence"
         )
 
 

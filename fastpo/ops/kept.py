@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastpo.backends.base import KeptSets
-from fastpo.backends.torch import kept_statistics
+from fastpo.backends.torch import kept_stats_of
 from fastpo.ops import checks
 from fastpo.ops.batch import flat_rows
 from fastpo.ops.tensor_parallel import VocabularyShard
@@ -139,21 +139,13 @@ def kept_logprobs(
     logits [..., V], or the columns of a shard; the rest (N,). A few numbers a row are read:
     autograd writes the gradient.
     """
-    sizes = kept.offsets.diff()
-    several = sizes > 1 if mask is None else (sizes > 1) & mask
-    every = torch.arange(sizes.numel(), device=tokens.device)
-    rows = every.repeat_interleave(sizes, output_size=kept.ids.numel())
+    every = torch.arange(tokens.numel(), device=tokens.device)
+    rows = every.repeat_interleave(kept.offsets.diff(), output_size=kept.ids.numel())
     where = (rows,) if logits.ndim == 2 else (rows // logits.shape[1], rows % logits.shape[1])
     wide = checks.wide_dtype(logits.dtype)
     if shard is None:
         z = logits[(*where, kept.ids)].to(wide)
     else:
         z = shard.gather_kept(logits, where, kept.ids, wide)
-    z = torch.where(several[rows], z, 0.0)  # NaN where nothing depends on it harms nobody
-    scaled = z / (temperature[rows] if isinstance(temperature, Tensor) else temperature)
-    is_token = kept.ids == tokens[rows]
-    stats = kept_statistics(scaled, rows, is_token, sizes.numel())
-    logprobs = torch.where(several, stats.logprobs, 0.0)
-    missing = (sizes > 0).index_fill(0, rows[is_token], False)
-    missing = missing if mask is None else missing & mask
-    return logprobs.masked_fill(missing, torch.nan), torch.where(several, stats.entropy, 0.0)
+    stats = kept_stats_of(z, tokens, kept, temperature, mask)
+    return stats.logprobs, stats.entropy

@@ -61,7 +61,7 @@ from fastpo.ops.linear_sequences import SequenceLevelLoss
 from fastpo.ops.loss_checks import LossInputs, check_loss
 from fastpo.ops.results import PolicyLoss, TokenLogprobs, TokenStatistics
 from fastpo.ops.tensor_parallel import VocabularyShard
-from fastpo.rule import LossRule, RuleObjective, as_objective
+from fastpo.rule import LossRule, as_objective
 
 _untraced = untraced("its loop over chunks runs GEMMs and one kernel each: nothing to compile")
 
@@ -223,7 +223,7 @@ def _chunk_loss(
     objective = batch.objective
     if objective.is_token_level:
         return TokenLevelLoss(inputs=batch.row_inputs(), objective=objective)
-    if isinstance(objective, RuleObjective) and not objective.couples_sequences:
+    if batch.rule is not None and not batch.rule.couples_sequences:
         return RuleLoss.from_batch(batch)
     chunk_loss = SequenceLevelLoss.from_batch(batch, call, weight)
     if chunk_loss is None or beside is None:
@@ -233,7 +233,7 @@ def _chunk_loss(
 
 def _sequence_terms(batch: LossBatch, logprobs: Tensor) -> dict[str, Tensor | None]:
     """What the metrics of a sequence-level objective do not follow from a token's own numbers."""
-    if batch.objective.is_token_level or isinstance(batch.objective, RuleObjective):
+    if batch.objective.is_token_level or batch.rule is not None:
         return {}
     with torch.no_grad():
         whole = batch.token_loss(logprobs)

@@ -207,15 +207,6 @@ class RuleLoss:
 
     def losses(self, call: LinearCall, chunk: Chunk, temperature: float | Tensor) -> RowLosses:
         """See `ChunkLoss`."""
-        part = self.batch.rows(chunk.rows)
-        loss_of = loss_of_rows(part)
-
-        def checked_loss_of(logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor]:
-            loss, clipped = loss_of(logprobs, entropy)
-            if chunk.grad is not None:
-                part.objective.check_depends_only_on(loss, logprobs, entropy)
-            return loss, clipped
-
         return two_step(
             call.backend,
             chunk.logits,
@@ -223,7 +214,8 @@ class RuleLoss:
             temperature,
             chunk.grad,
             mask=call.row_mask(chunk.rows),
-            loss_of=checked_loss_of,
+            loss_of=loss_of_rows(self.batch.rows(chunk.rows)),
+            rule=self.batch.rule,
         )
 
 

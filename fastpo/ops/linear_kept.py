@@ -83,7 +83,10 @@ class KeptLoss:
         pairs = ((dense.logprobs, self.stats.logprobs), (dense.entropy, self.stats.entropy))
         numbers = [torch.where(self.kept.dense.mask, x, y) for x, y in pairs]
         loss, clipped, *incoming = differentiate(
-            loss_of_rows(self.batch), *numbers, gradient=grads is not None
+            loss_of_rows(self.batch),
+            *numbers,
+            gradient=grads is not None,
+            rule=self.batch.rule,
         )
         if grads is not None:
             rows = self.kept.of_ids(hidden, head)

@@ -10,11 +10,10 @@ from torch import Tensor
 
 from fastpo.backends.base import RowLosses
 from fastpo.backends.two_step import two_step
-from fastpo.ops.batch import PER_TOKEN, LossBatch, loss_of_rows
+from fastpo.ops.batch import LossBatch, loss_of_rows, of_rows
 from fastpo.ops.head import Head
 from fastpo.ops.linear_chunks import ChunkRows, LinearCall
 from fastpo.ops.linear_workspace import Chunk
-from fastpo.rule import RuleObjective
 from fastpo.segments import Segments
 
 
@@ -31,8 +30,7 @@ class SequenceLevelLoss:
     @property
     def has_entropy_gradient(self) -> bool:
         """See `fastpo.ops.linear_autograd.ChunkLoss`."""
-        is_rule = isinstance(self.batch.objective, RuleObjective)
-        return is_rule or self.batch.entropy_weight is not None
+        return self.batch.rule is not None or self.batch.entropy_weight is not None
 
     @classmethod
     def from_batch(
@@ -75,7 +73,7 @@ class SequenceLevelLoss:
         """See `fastpo.ops.linear_autograd.ChunkLoss`."""
         rows = chunk.rows
         part, span, inside = self._sequences_of(rows)
-        mask, is_rule = call.row_mask(rows), isinstance(part.objective, RuleObjective)
+        mask = call.row_mask(rows)
 
         def of_all(values: Tensor, known: Tensor | None) -> Tensor:
             """With the sequences' rows that are in no chunk: masked (0), or known beforehand."""
@@ -85,10 +83,7 @@ class SequenceLevelLoss:
 
         def loss_of(logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor]:
             full = [of_all(*x) for x in zip((logprobs, entropy), self.others, strict=True)]
-            loss, clipped = loss_of_rows(part)(*full)
-            if is_rule and chunk.grad is not None:
-                part.objective.check_depends_only_on(loss, logprobs, entropy)
-            return loss, clipped
+            return loss_of_rows(part)(*full)
 
         losses = two_step(
             call.backend,
@@ -98,6 +93,7 @@ class SequenceLevelLoss:
             chunk.grad,
             mask=mask,
             loss_of=loss_of,
+            rule=part.rule,
         )
         return losses._replace(loss=losses.loss[inside], clipped=losses.clipped[inside])
 
@@ -133,11 +129,5 @@ def _cut(batch: LossBatch, begin: int, end: int, span: slice) -> LossBatch:
     else:
         offsets = batch.segments.offsets[begin : end + 1] - span.start
         segments = Segments.packed(offsets, span.stop - span.start)
-    weights = batch.sequence_weights
-    rows = {name: getattr(batch, name) for name in PER_TOKEN}
-    return replace(
-        batch,
-        segments=segments,
-        sequence_weights=None if weights is None else weights[begin:end],
-        **{name: None if value is None else value[span] for name, value in rows.items()},
-    )
+    weights = of_rows(batch.sequence_weights, slice(begin, end))
+    return replace(batch.rows(span), segments=segments, sequence_weights=weights)

@@ -45,7 +45,9 @@ def check_loss(given: LossInputs, leading: torch.Size, like: Tensor) -> None:
     for name in ("advantages", "importance_weights"):
         value = getattr(given, name)
         if value is not None or name == "advantages":
-            checks.check_per_token_or_sequence(name, value, leading, given.cu_seqlens, like)
+            split = given.cp_group is not None
+            shape = (leading, given.cu_seqlens, like)
+            checks.check_per_token_or_sequence(name, value, *shape, split=split)
     _check_cp_group(given, leading, like)
     if objective.kl_coef != 0 and given.ref_logprobs is None:
         raise ValueError(
@@ -100,29 +102,8 @@ def _check_cp_group(given: LossInputs, leading: torch.Size, like: Tensor) -> Non
             "rank's part of them: expected a built-in objective; or take linear_token_logprobs and "
             "add up over the group in a loss of your own"
         )
-    count = checks.sequence_count(leading, given.cu_seqlens)
-    shape = [count] if len(leading) == 2 else [count, 1]
-    for name in ("advantages", "importance_weights"):
-        value = getattr(given, name)
-        if value is not None and value.shape not in (leading, tuple(shape)):
-            raise ValueError(
-                f"{name} has shape {list(value.shape)} with cp_group, where [{count}] and "
-                f"[{count}, 1] may both be the tokens of a rank: expected one per token, "
-                f"{list(leading)}, or one per sequence as {shape}"
-            )
-    if objective.needs_sequences and checks.inspects_values(like):
-        _check_same_count(count, group, like.device)
-
-
-def _check_same_count(count: int, group: dist.ProcessGroup, device: torch.device) -> None:
-    counts = torch.zeros(group.size(), dtype=torch.int64, device=device)
-    counts[group.rank()] = count
-    dist.all_reduce(counts, group=group)
-    if (counts != count).any():
-        raise ValueError(
-            f"the ranks of cp_group have {counts.tolist()} sequences, expected the same ones on "
-            "all: pass an empty segment of cu_seqlens where a rank has no token of a sequence"
-        )
+    if objective.needs_sequences:
+        checks.check_same_sequences(group, leading, given.cu_seqlens, like)
 
 
 def check_objective(objective: object) -> None:

@@ -161,8 +161,8 @@ class OptimConfig:
     """Decay of the first moment."""
     beta2: Share = 0.95
     """Decay of the second moment."""
-    fused: bool = False
-    """One kernel for the step of AdamW: faster, with fewer temporaries; rounds otherwise."""
+    name: Literal["adamw", "adamw_fused", "adamw_8bit"] = "adamw"
+    """One kernel per step (fused: faster, rounds otherwise); moments of 8 bits (torchao)."""
     max_grad_norm: Positive = 1.0
     """Gradients are clipped to this norm."""
     updates_per_batch: Count = 1
@@ -251,6 +251,8 @@ class Config:
     """Rollout batches to train on."""
     replicas: Count = 1
     """Of the weights over all ranks: one per machine keeps gathers inside of it (HYBRID_SHARD)."""
+    offload: bool = False
+    """Shards of weights, gradients and moments wait in host memory: room for slower steps."""
     device: str | None = None
     """none = cuda where there is one, else cpu."""
     threads: Annotated[int, Ge(0), Le(1024)] = 0

@@ -15,42 +15,74 @@ import torch
 from torch import Tensor, nn
 
 import fastpo
-from fastpo.trainer.config import CriticConfig, OptimConfig
+from fastpo.trainer import distributed, optimizer
+from fastpo.trainer.config import Config
 from fastpo.trainer.experience import Sample
 from fastpo.trainer.microbatch import MicroBatch, micro_batches
 from fastpo.trainer.policy import Policy
-from fastpo.trainer.run.errors import TrainerError
+from fastpo.trainer.run.errors import RecipeError, TrainerError
+from fastpo.trainer.update import Sums, by_token, mini_batches
+
+
+def beside(policy: Policy, config: Config) -> Policy:
+    """The trunk of a critic for a policy that is not sharded yet, with a scalar head; sharded.
+
+    Frozen weights below adapters are the policy's own on one process; on several, which copy what
+    they shard, no weight is held twice in between.
+    """
+    alone = distributed.size() == 1
+    kept = [p for p in policy.model.parameters() if not (alone and p.requires_grad)]
+    model = copy.deepcopy(policy.model, {id(p): p for p in kept})
+    width = model.get_output_embeddings().weight.shape[1]
+    head = nn.Linear(width, 1, device=policy.device)
+    for parameter in head.parameters():
+        nn.init.zeros_(parameter)
+    model.set_output_embeddings(head)
+    return distributed.shard(replace(policy, model=model), config, exact=head)
+
+
+def check_kept(saved: dict[str, Any] | None, wanted: bool) -> None:
+    """Refuse a run that would lose its critic on its way, or get one that has seen no warm-up.
+
+    Raises:
+        RecipeError: `saved` in the checkpoint and `wanted` by the recipe differ.
+    """
+    if bool(saved) != wanted:
+        has, said = ("a", "false") if saved else ("no", "true")
+        raise RecipeError(
+            f"the run has {has} critic, and algorithm.critic is {said} now: set it back, or train "
+            "anew with model.path set to the checkpoint"
+        )
 
 
 class Critic:
-    """V(prompt and tokens so far), with its optimizer."""
+    """V(prompt and tokens so far), with its optimizer; `trunk` is made by `beside`."""
 
-    def __init__(self, policy: Policy, config: CriticConfig, optim: OptimConfig):
-        self.config, self.optim = config, optim
-        self.policy = replace(policy, model=copy.deepcopy(policy.model))  # of which the trunk runs
-        width = policy.model.get_output_embeddings().weight.shape[1]
-        self.head = nn.Linear(width, 1, device=policy.device)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
-        self.modules = nn.ModuleDict({"trunk": self.policy.model.base_model, "head": self.head})
-        self.parameters = list(self.modules.parameters())
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=config.learning_rate, weight_decay=0.0
+    def __init__(self, trunk: Policy, policy: Policy, config: Config):
+        self.config, self.optim, self.policy = config.critic, config.optim, trunk
+        distributed.assign(*(p.model.base_model.parameters() for p in (trunk, policy)))
+        self.head = trunk.model.get_output_embeddings()
+        self.modules = nn.ModuleDict({"trunk": trunk.model.base_model, "head": self.head})
+        self.weights = {n: p for n, p in self.modules.named_parameters() if p.requires_grad}
+        self.parameters = list(self.weights.values())
+        self.optimizer = optimizer.kind(self.optim.name)(
+            self.parameters, lr=self.config.learning_rate, weight_decay=0.0
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the critic."""
-        return {"modules": self.modules.state_dict(), "optimizer": self.optimizer.state_dict()}
+        """What a checkpoint keeps of the critic: not what is frozen, which the policy's base is."""
+        weights = {name: weight.detach() for name, weight in self.weights.items()}
+        return {"modules": weights, "optimizer": optimizer.state_of(self.optimizer)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take a checkpoint's weights and moments, and keep this recipe's learning rate."""
-        self.modules.load_state_dict(state["modules"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.optimizer.param_groups[0]["lr"] = self.config.learning_rate
+        saved = state["modules"]
+        distributed.assign(self.parameters, [saved[name] for name in self.weights])
+        optimizer.load(self.optimizer, state["optimizer"])
 
     def values(self, batch: MicroBatch) -> Tensor:
         """Values (N,) fp32 of the states in which the batch's tokens were drawn."""
-        return self.head(batch.hidden(self.policy).float()).squeeze(-1)
+        return self.policy.inside(lambda: self.head(batch.hidden(self.policy).float())).squeeze(-1)
 
     @torch.no_grad()
     def assign_advantages(self, groups: list[list[Sample]]) -> None:
@@ -63,15 +95,12 @@ class Critic:
             raise TrainerError(
                 "no reward of this batch is a finite number: check the task's reward"
             )
-        order, values = [], []
-        for part, batch in micro_batches(judged, self.policy, self.optim):
-            order += part
-            values.append(self.values(batch))
-        lengths = torch.tensor([member.length for member in order])
+        values = by_token(judged, self.policy, self.optim, self.values)
+        lengths = torch.tensor([member.length for member in judged])
         ends = lengths.cumsum(0)
         rewards = torch.zeros(int(ends[-1]))
-        rewards[ends - 1] = torch.tensor([member.reward for member in order])
-        old = torch.cat(values).cpu()
+        rewards[ends - 1] = torch.tensor([member.reward for member in judged])
+        old = torch.tensor([value for of_one in values for value in of_one])
         found = fastpo.gae(
             rewards,
             old,
@@ -81,7 +110,7 @@ class Critic:
             whiten=True,
         )
         columns = (x.split(lengths.tolist()) for x in (found.advantages, found.returns, old))
-        for member, *parts in zip(order, *columns, strict=True):
+        for member, *parts in zip(judged, *columns, strict=True):
             member.advantage, member.returns, member.values = (part.tolist() for part in parts)
 
     def learn(self, samples: list[Sample], generator: torch.Generator) -> dict[str, float]:
@@ -89,29 +118,24 @@ class Critic:
         live = [sample for sample in samples if sample.live]
         if not live:
             return {}
-        sums = torch.zeros(4, dtype=torch.float64)
-        for _ in range(self.optim.epochs):
-            order = torch.randperm(len(live), generator=generator)
-            for part in order.tensor_split(self.optim.updates_per_batch):
-                if len(part):
-                    sums += self._update([live[i] for i in part.tolist()])
-        loss, norm, clipped, updates = sums.tolist()
+        sums = Sums()
+        for part in filter(None, mini_batches(live, self.optim, generator)):
+            self._update(part, sums)
+        found = sums.read()
         returns = torch.tensor([r for s in live for r in s.returns], dtype=torch.float64)
         before = torch.tensor([v for s in live for v in s.values], dtype=torch.float64)
         left = (returns - before).var(correction=0) / returns.var(correction=0).clamp(min=1e-12)
         return {
-            "value/loss": loss / updates,
-            "value/grad_norm": norm / updates,
-            "value/clip_ratio": clipped / updates,
+            "value/loss": found["loss"] / found["updates"],
+            "value/grad_norm": found["grad_norm"] / found["updates"],
+            "value/clip_ratio": found["clipped"] / found["updates"],
             "value/mean": before.mean().item(),
             "value/explained_variance": 1 - left.item(),
         }
 
-    def _update(self, samples: list[Sample]) -> Tensor:
-        """One update; its loss, gradient norm and share of clipped tokens, and 1."""
-        self.optimizer.zero_grad(set_to_none=True)
+    def _update(self, samples: list[Sample], sums: Sums) -> None:
         tokens = sum(sample.length for sample in samples)
-        loss, clipped = 0.0, 0.0
+        loss = torch.zeros((), device=self.policy.device)
         for part, batch in micro_batches(samples, self.policy, self.optim):
             returns, old = (
                 torch.tensor([x for s in part for x in column(s)], device=self.policy.device)
@@ -124,13 +148,8 @@ class Critic:
                 clip=self.config.clip,
                 normalizer=tokens,
             )
-            result.loss.backward()
-            loss, clipped = loss + result.loss.detach(), clipped + result.metrics["clipped"]
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.optim.max_grad_norm)
-        if not torch.isfinite(loss + norm):
-            raise TrainerError(
-                f"value loss {loss.item():.4g}, gradient norm {norm.item():.4g}: not finite, no "
-                "update was made; lower critic.learning_rate, or look for infinite rewards"
-            )
-        self.optimizer.step()
-        return torch.stack([loss, norm, clipped / tokens, torch.ones_like(loss)]).double().cpu()
+            (result.loss * distributed.size()).backward()  # FSDP2 takes the mean over ranks
+            loss += result.loss.detach()
+            sums.add({"clipped": result.metrics["clipped"] / tokens})
+        hint = "lower critic.learning_rate, or look for infinite rewards"
+        sums.add(optimizer.step(self.optimizer, loss, self.optim.max_grad_norm, "value loss", hint))

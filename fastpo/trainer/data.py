@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fastpo.trainer import hub
 from fastpo.trainer.run.errors import RecipeError
 from fastpo.trainer.tasks import Problem
 from fastpo.trainer.verifiers import verifier_named
@@ -121,11 +122,12 @@ class HubRows(JsonLines):
         try:
             import datasets
 
-            rows = (
-                datasets.load_dataset(**source)
-                if isinstance(source, dict)
-                else datasets.load_from_disk(str(source))
-            )
+            with hub.asked_once(source.get("path", "") if isinstance(source, dict) else source):
+                rows = (
+                    datasets.load_dataset(**source)
+                    if isinstance(source, dict)
+                    else datasets.load_from_disk(str(source))
+                )
         except Exception as error:  # of many kinds, by where the data is
             reason = " ".join(str(error).split())[:200]
             raise RecipeError(f"cannot load the data set {source}: {reason}") from None

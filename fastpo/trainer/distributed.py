@@ -8,7 +8,7 @@ everywhere. On one process nothing here does anything.
 A checkpoint is that of one process: rank 0 gathers weights and moments, tensor by tensor, into
 its memory (12 bytes per parameter) and writes the usual files. torch.distributed.checkpoint would
 write them in parallel, but a second format, with a second manifest and a conversion before
-`from_pretrained` reads it; this takes two functions (`full`, `shard_like`) and resumes on any
+`from_pretrained` reads it; this takes two functions (`full`, `place_like`) and resumes on any
 number of ranks. All ranks need the same file system.
 """
 
@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
@@ -32,6 +32,7 @@ from torch.utils._pytree import tree_map
 from fastpo.trainer.run.errors import RecipeError, TrainerError
 
 if TYPE_CHECKING:
+    from fastpo.trainer.config import Config
     from fastpo.trainer.policy import Policy
 
 Result = TypeVar("Result")
@@ -106,14 +107,12 @@ def raised_by_all(error: Exception) -> bool:
     return size() == 1 or isinstance(error, TrainerError)
 
 
-def check(settings: dict[str, Any], critic: bool) -> None:
+def check(settings: dict[str, Any]) -> None:
     """Refuse what several ranks cannot do.
 
     Raises:
         RecipeError: ranks that differ in a setting; or what `check_size` raises.
     """
-    if size() == 1:
-        return
     for other, theirs in enumerate(everyones(lambda: settings)):
         for key, value in theirs.items():
             if value != settings[key]:
@@ -122,14 +121,14 @@ def check(settings: dict[str, Any], critic: bool) -> None:
                     f"{key} is {first[1]!r} on rank {first[0]} and {second[1]!r} on rank "
                     f"{second[0]}: start all ranks by the same command and recipe"
                 )
-    check_size(settings, critic, size())
+    check_size(settings, size())
 
 
-def check_size(settings: dict[str, Any], critic: bool, ranks: int) -> None:
+def check_size(settings: dict[str, Any], ranks: int) -> None:
     """Refuse a recipe that so many ranks cannot share.
 
     Raises:
-        RecipeError: prompts or replicas that do not divide evenly; a critic.
+        RecipeError: prompts or replicas that do not divide evenly; nothing to offload.
     """
     prompts, replicas = settings["rollout.prompts"], settings["replicas"]
     if prompts % ranks:
@@ -139,10 +138,10 @@ def check_size(settings: dict[str, Any], critic: bool, ranks: int) -> None:
         )
     if ranks % replicas:
         raise RecipeError(f"replicas is {replicas}, expected a divisor of the {ranks} ranks")
-    if critic and ranks > 1:
+    if settings["offload"] and ranks == 1:
         raise RecipeError(
-            f"algorithm.critic trains on one process, and there are {ranks} ranks: start "
-            "without torchrun, or set algorithm.critic=false"
+            "offload=true is for the shards of several ranks, and there is one: start with "
+            "torchrun, or set offload=false"
         )
 
 
@@ -229,25 +228,31 @@ def units(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if type(module).__name__ in layers]
 
 
-def shard(policy: Policy, replicas: int = 1) -> Policy:
-    """Spread a policy over the ranks: float32 shards, products in `policy.dtype`.
+def shard(policy: Policy, config: Config, exact: nn.Module | None = None) -> Policy:
+    """Spread a policy over the ranks: float32 shards, products in `policy.dtype`, `exact` in fp32.
 
     Every decoder layer is a unit; embeddings and the head, tied or not, belong to the root. With
-    `replicas`, ranks next to each other hold one of them.
+    `config.replicas`, ranks next to each other hold one of them; with `config.offload`, shards wait
+    in host memory, where they are updated.
     """
     if size() == 1:
         return policy
+    from torch.distributed import fsdp
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    replicas, kind = config.replicas, policy.device.type
+    dry = kind == "meta"  # a dry run, of shapes
     shape, names = (replicas, size() // replicas), ("replicate", "shard")
-    dry = policy.device.type == "meta"  # a dry run, of shapes
-    mesh = init_device_mesh("cpu" if dry else policy.device.type, shape, mesh_dim_names=names)
-    mesh = mesh if replicas > 1 else mesh["shard"]
-    precision = MixedPrecisionPolicy(param_dtype=policy.dtype, reduce_dtype=torch.float32)
+    mesh = init_device_mesh("cpu" if dry else kind, shape, mesh_dim_names=names)
+    options: dict[str, Any] = {"mesh": mesh if replicas > 1 else mesh["shard"]}
+    if config.offload:
+        options["offload_policy"] = fsdp.CPUOffloadPolicy(pin_memory=kind == "cuda")
     root = Inside(policy.model)
+    if exact:
+        fsdp.fully_shard(exact, **options)
+    options["mp_policy"] = fsdp.MixedPrecisionPolicy(policy.dtype, torch.float32)
     for unit in (*units(policy.model), root):
-        fully_shard(unit, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
+        fsdp.fully_shard(unit, reshard_after_forward=True, **options)
     if not dry:
         root(lambda: None)  # FSDP2 takes the first module that runs for the root
     return replace(policy, root=root)
@@ -301,10 +306,8 @@ def place_like(value: Any, parameter: Tensor) -> Any:
     return distribute_tensor(value, parameter.device_mesh, parameter.placements)
 
 
-def shard_like(state: dict[str, Any], parameters: list[Tensor]) -> dict[str, Any]:
-    """The state of an optimizer as `full` gave it, sharded as its parameters are, if they are."""
-    moments = {
-        index: {name: place_like(value, parameters[index]) for name, value in values.items()}
-        for index, values in state["state"].items()
-    }
-    return {**state, "state": moments}
+@torch.no_grad()
+def assign(parameters: Iterable[Tensor], values: Iterable[Tensor]) -> None:
+    """Give parameters the values, of which every rank takes what it holds."""
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(place_like(value, parameter))

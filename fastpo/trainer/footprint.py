@@ -7,6 +7,7 @@ in a pass of fake tensors, which have shapes and no data, with attention taken f
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpo import plan
-from fastpo.trainer import distributed
+from fastpo.trainer import distributed, optimizer
 from fastpo.trainer.algorithm import resolve
 from fastpo.trainer.config import Config
 from fastpo.trainer.models import checkpoint_layers, outline
@@ -22,6 +23,7 @@ from fastpo.trainer.policy import Policy
 
 PHASES = {"load": "while loading", "rollout": "of a rollout", "update": "of an update"}
 EVER = tuple(PHASES)
+KEPT = ("rollout", "update")
 CPU = torch.device("cpu")  # of the fake tensors
 TOKENS = 61  # of the pass that is measured, and twice as many: no width of a model
 
@@ -31,7 +33,7 @@ class Part(NamedTuple):
 
     name: str
     bytes: float
-    phases: tuple[str, ...] = ("rollout", "update")
+    phases: tuple[str, ...] = KEPT
 
 
 class Footprint(NamedTuple):
@@ -62,22 +64,10 @@ def footprint(config: Config, ranks: int, *, alphabet: str | None, stop: str | N
         activations, casts = _activations(fake, config.optim.token_budget)
         cache = _cache_bytes(fake)
     model, size = policy.model, policy.dtype.itemsize
-    shards = ranks // config.replicas
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    weights = sum(p.numel() * p.itemsize for p in model.parameters())
     total = sum(p.numel() for p in model.parameters())
-    algorithm = resolve(config.algorithm, config.rollout.max_new_tokens)
-    parts = [
-        Part("the model as it is read", weights if ranks > 1 else 0, ("load",)),
-        Part("weights", weights / shards, EVER),
-        Part("moments of AdamW", 8 * trained / shards),
-        Part("gradients", 4 * trained / shards),
-    ]
-    if algorithm.objective.kl_coef and not config.model.lora.rank:
-        parts.append(Part("reference policy", weights / shards))
-    if algorithm.critic:
-        parts.append(Part("critic: weights, moments, gradients", 4 * weights))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     own = config.rollout.engine == "own"
+    parts = _of_training(config, policy, ranks)
     if ranks > 1:
         layers = [sum(p.numel() for p in m.parameters()) for m in distributed.units(model)]
         casts = size * (total - sum(layers) + 3 * max(layers, default=0))
@@ -104,9 +94,41 @@ def footprint(config: Config, ranks: int, *, alphabet: str | None, stop: str | N
         Part("the loss", loss.peak_bytes, ("update",)),
     ]
     if config.rollout.ahead:  # both phases at a time; one process shares what is frozen
-        parts = [p if "load" in p.phases else p._replace(phases=EVER[1:]) for p in parts]
+        weights = sum(p.numel() * p.itemsize for p in model.parameters())
+        one = ((), ("load",), EVER)
+        parts = [p if p.phases in one else p._replace(phases=KEPT) for p in parts]
         parts.append(Part("copy that samples ahead", weights if ranks > 1 else 4 * trained, EVER))
     return Footprint(type(model).__name__, total, trained, ranks, parts, activations)
+
+
+def _of_training(config: Config, policy: Policy, ranks: int) -> list[Part]:
+    """What a rank keeps from step to step, and the gradients of an update."""
+    algorithm = resolve(config.algorithm, config.rollout.max_new_tokens)
+    model, shards = policy.model, ranks // config.replicas
+    ever, kept, update = ((), (), ()) if config.offload else (EVER, KEPT, ("update",))
+    host = ", on the host" * config.offload
+
+    def weights(parameters: Iterable[Tensor]) -> float:
+        return sum(p.numel() * p.itemsize for p in parameters) / shards
+
+    def moments(parameters: Iterable[Tensor]) -> float:
+        counts = [p.numel() / shards for p in parameters if p.requires_grad]
+        return sum(optimizer.moment_bytes(config.optim.name, count) for count in counts)
+
+    all_of_it = list(model.parameters())
+    trained = sum(p.numel() for p in all_of_it if p.requires_grad)
+    parts = [
+        Part("the model as it is read", weights(all_of_it) * shards * (ranks > 1), ("load",)),
+        Part("weights" + host, weights(all_of_it), ever),
+        Part("moments of AdamW" + host, moments(all_of_it), kept),
+        Part("gradients" + host, 4 * trained / shards, update),
+    ]
+    if algorithm.objective.kl_coef and not config.model.lora.rank:
+        parts.append(Part("reference policy" + host, weights(all_of_it), kept))
+    if algorithm.critic:  # its gradients have gone when the policy's come
+        trunk = [p for p in model.base_model.parameters() if ranks > 1 or p.requires_grad]
+        parts.append(Part("critic and its moments" + host, weights(trunk) + moments(trunk), kept))
+    return parts
 
 
 def _materialize(model: nn.Module) -> None:
@@ -182,7 +204,7 @@ def table(found: Footprint, config: Config) -> str:
     ]
     for part in found.parts:
         if part.bytes:
-            when = "" if part.phases == EVER else f"   {', '.join(part.phases)}"
+            when = "" if part.phases in (EVER, ()) else f"   {', '.join(part.phases)}"
             lines.append(f"  {part.name:<44} {plan.human(part.bytes):>11}{when}")
     for phase, name in PHASES.items():
         lines.append(f"  {'peak ' + name:<44} {plan.human(found.peak(phase)):>11}")

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from fastpo.trainer import distributed, selfcheck
+from fastpo.trainer import critic, distributed, optimizer, selfcheck
 from fastpo.trainer.algorithm import resolve
 from fastpo.trainer.config import Config
-from fastpo.trainer.critic import Critic
 from fastpo.trainer.evaluation import evaluate_held_out
 from fastpo.trainer.experience import assign_advantages, mute_truncated
 from fastpo.trainer.metrics import rollout_metrics, speed_metrics, update_metrics
@@ -114,7 +113,7 @@ class Trainer:
         quiet_transformers()
         self.device = default_device(config.device)
         self.algorithm = resolve(config.algorithm, config.rollout.max_new_tokens)
-        distributed.check(recipe.flatten(config), self.algorithm.critic)
+        distributed.check(recipe.flatten(config))
         # On the CPU whatever the device: draws depend neither on it nor on the batch size.
         self.generator = torch.Generator().manual_seed(config.seed)
         self.order = torch.Generator().manual_seed(config.seed)  # which samples share an update
@@ -154,6 +153,7 @@ class Trainer:
         saved = checkpoint.find(self.dir)
         changed = directory.check_resumable(self.dir, self.config)
         state = checkpoint.load_state(saved)
+        critic.check_kept(state["critic"], self.algorithm.critic)
         left = self.config.steps - state["step"]
         if left < 0 or (left == 0 and report.completed(self.dir, self.config.steps)):
             raise TrainerError(
@@ -184,9 +184,11 @@ class Trainer:
     def _take_policy(self, policy: Policy) -> None:
         """Refuse what cannot be trained, before anything is written, and draw the problems."""
         config = self.config
+        optimizer.kind(config.optim.name)
         selfcheck.check(policy, config.optim)
+        self.trunk = critic.beside(policy, config) if self.algorithm.critic else None
         sampler = copy_of(policy) if config.rollout.ahead else None
-        self.policy = policy = distributed.shard(policy, config.replicas)
+        self.policy = policy = distributed.shard(policy, config)
         if config.rollout.engine == "vllm":
             from fastpo.trainer.rollout_vllm import VllmRollout
 
@@ -318,7 +320,7 @@ class Trainer:
         )
         try:
             self.learner.load_state_dict(state["learner"])
-            if self.critic and state["critic"]:
+            if self.critic:
                 self.critic.load_state_dict(state["critic"])
             self.source.load_state(state["source"])
             self.order.set_state(state["order"])
@@ -344,9 +346,7 @@ class Trainer:
 
     def _make_learner(self) -> None:
         optim = self.config.optim
-        self.critic = None
-        if self.algorithm.critic:
-            self.critic = Critic(self.policy, self.config.critic, optim)
+        self.critic = self.trunk and critic.Critic(self.trunk, self.policy, self.config)
         self.learner = Learner(
             self.policy,
             optim,
@@ -372,7 +372,7 @@ class Trainer:
                 "and kept no reference policy: set it to 0, or train anew"
             )
         reference = load_policy(directory, self.config.model, self.device, stop=self.verifier.stop)
-        return distributed.shard(reference, self.config.replicas)
+        return distributed.shard(reference, self.config)
 
     def evaluate(self) -> dict[str, Any]:
         """Numbers and first answers on the held-out problems; logged."""

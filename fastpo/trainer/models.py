@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastpo.trainer import hub
 from fastpo.trainer.config import LoraConfig, ModelConfig
 from fastpo.trainer.policy import Policy
 from fastpo.trainer.run.errors import RecipeError, reason_of
@@ -171,7 +172,8 @@ def _loading(path: str | Path) -> Iterator[None]:
             "fastpo says in its first lines what fetches it)"
         )
     try:
-        yield
+        with hub.asked_once(path):
+            yield
     except RecipeError:
         raise
     except Exception as error:  # transformers and safetensors raise many kinds

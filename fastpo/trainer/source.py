@@ -231,9 +231,7 @@ class _Thread(threading.Thread):
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is None or issubclass(kind, Exception):
-                wait(
-                    [self.outcome]
-                )  # not `join`, which a signal leaves with the thread called dead
+                wait([self.outcome])  # a signal in `join` would leave a live thread called dead
         finally:
             if not self.outcome.done():
                 thread, end = ctypes.c_ulong(self.ident), ctypes.py_object(SystemExit)

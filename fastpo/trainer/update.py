@@ -9,20 +9,21 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import fastpo
-from fastpo.trainer import distributed
+from fastpo.trainer import distributed, optimizer
 from fastpo.trainer.algorithm import correction_inputs
 from fastpo.trainer.config import OptimConfig
 from fastpo.trainer.experience import Sample
 from fastpo.trainer.microbatch import MicroBatch, advantages_of, micro_batches
 from fastpo.trainer.policy import Policy
 from fastpo.trainer.run import console
-from fastpo.trainer.run.errors import TrainerError
 
 
 class Sums(defaultdict):
@@ -60,12 +61,11 @@ class Learner:
         self.temperature = temperature
         self.reference = reference
         self.parameters = [p for p in policy.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
+        self.optimizer = optimizer.kind(config.name)(
             self.parameters,
             lr=config.learning_rate,
             betas=(config.beta1, config.beta2),
             weight_decay=config.weight_decay,
-            fused=config.fused or None,
         )
         self.total_updates = total_updates
         self.correction = correction
@@ -82,7 +82,7 @@ class Learner:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps of the learner."""
-        state = {"optimizer": self.optimizer.state_dict(), "updates": self.updates}
+        state = {"optimizer": optimizer.state_of(self.optimizer), "updates": self.updates}
         if self.synced:
             state["reference"] = [p.detach() for p in self.reference.model.parameters()]
         elif self.unused:
@@ -91,10 +91,7 @@ class Learner:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take a checkpoint's moments and update count, and keep this recipe's numbers."""
-        own = [dict(group, params=None) for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(distributed.shard_like(state["optimizer"], self.parameters))
-        for group, settings in zip(self.optimizer.param_groups, own, strict=True):
-            group.update(settings, params=group["params"])
+        optimizer.load(self.optimizer, state["optimizer"])
         self.updates = state["updates"]
         if self.reference and "reference" in state:
             self._set_reference(state["reference"])
@@ -115,10 +112,8 @@ class Learner:
         if self.correction:
             sums.add(self.correct(samples))
         console.tell(f"learning from {len(samples)} completions")
-        for _ in range(self.config.epochs):
-            order = torch.randperm(len(samples), generator=generator)
-            for part in order.tensor_split(self.config.updates_per_batch):
-                self.update([samples[i] for i in part.tolist()], sums, on_policy=on_policy)
+        for part in mini_batches(samples, self.config, generator):
+            self.update(part, sums, on_policy=on_policy)
         return sums
 
     def update(self, samples: list[Sample], sums: Sums, *, on_policy: bool) -> None:
@@ -137,7 +132,6 @@ class Learner:
             return
         by_tokens = self.objective.aggregation == "token_mean"
         normalizer = sum(sample.tokens_learned for sample in live) if by_tokens else len(samples)
-        self.optimizer.zero_grad(set_to_none=True)
         loss = torch.zeros((), device=self.policy.device)
         for _, batch in micro_batches(live, self.policy, self.config):
             result = self._loss(batch, normalizer, on_policy)
@@ -148,19 +142,10 @@ class Learner:
             ):  # but for carried samples, the policy is still the one that sampled
                 sums.add(_sampled_difference(result.logprobs, batch))
             sums.add(result.metrics)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
-        norm, ranks = distributed.full_tensor(norm), distributed.size()
-        of_all = distributed.total({"loss": loss})["loss"]
-        if not math.isfinite(of_all + norm.item()):
-            raise TrainerError(
-                f"loss {of_all:.4g}, gradient norm {norm.item():.4g}: not finite, no update "
-                "was made; lower optim.learning_rate, or look for infinite rewards or log-probs"
-            )
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate
-        self.optimizer.step()
+        optimizer.set_rate(self.optimizer, self.learning_rate)
+        hint = "lower optim.learning_rate, or look for infinite rewards or log-probs"
+        sums.add(optimizer.step(self.optimizer, loss, self.config.max_grad_norm, "loss", hint))
         self.updates += 1
-        sums.add({"loss": loss, "grad_norm": norm / ranks, "updates": 1 / ranks})
 
     def _loss(self, batch: MicroBatch, normalizer: int, on_policy: bool) -> fastpo.PolicyLoss:
         reference = None if self.reference is None else self._score(self.reference, batch)
@@ -204,12 +189,10 @@ class Learner:
 
     def sync_reference(self) -> None:
         """The reference becomes the policy as it is."""
-        self._set_reference(list(self.policy.model.parameters()))
+        self._set_reference(self.policy.model.parameters())
 
-    @torch.no_grad()
-    def _set_reference(self, weights: list[Tensor]) -> None:
-        for old, new in zip(self.reference.model.parameters(), weights, strict=True):
-            old.copy_(distributed.place_like(new, old))
+    def _set_reference(self, weights: Iterable[Tensor]) -> None:
+        distributed.assign(self.reference.model.parameters(), weights)
         self.synced = True
 
     def recompute_old_logprobs(self, samples: list[Sample]) -> None:
@@ -218,15 +201,9 @@ class Learner:
         Of samples that carry a loss: the others need none, and may have no advantages to lay out.
         """
         samples = [sample for sample in samples if sample.live]
-        number = {id(sample): index for index, sample in enumerate(samples)}
-        found: dict[int, list[float]] = {}
-        for part, batch in micro_batches(samples, self.policy, self.config):
-            pieces = self._score(self.policy, batch).split([sample.length for sample in part])
-            for sample, logprobs in zip(part, pieces, strict=bool(part)):
-                found[number[id(sample)]] = logprobs.tolist()
-        for theirs in distributed.everyones(lambda: found):
-            for index, logprobs in theirs.items():
-                samples[index].old_logprobs = logprobs
+        found = by_token(samples, self.policy, self.config, partial(self._score, self.policy))
+        for sample, logprobs in zip(samples, found, strict=True):
+            sample.old_logprobs = logprobs
 
     @torch.no_grad()
     def _score(self, policy: Policy, batch: MicroBatch) -> Tensor:
@@ -240,6 +217,33 @@ class Learner:
                 **policy.head(),
             )
         ).logprobs
+
+
+def mini_batches(
+    samples: list[Sample], config: OptimConfig, generator: torch.Generator
+) -> Iterator[list[Sample]]:
+    """`epochs` times `updates_per_batch` disjoint parts of a batch, in random order."""
+    for _ in range(config.epochs):
+        order = torch.randperm(len(samples), generator=generator)
+        for part in order.tensor_split(config.updates_per_batch):
+            yield [samples[i] for i in part.tolist()]
+
+
+def by_token(
+    samples: list[Sample],
+    policy: Policy,
+    config: OptimConfig,
+    score: Callable[[MicroBatch], Tensor],
+) -> list[list[float]]:
+    """A number of every token of every sample; each rank scores its share, and hears the rest."""
+    number = {id(sample): index for index, sample in enumerate(samples)}
+    found: dict[int, list[float]] = {}
+    for part, batch in micro_batches(samples, policy, config):
+        pieces = score(batch).split([sample.length for sample in part])
+        for sample, numbers in zip(part, pieces, strict=bool(part)):
+            found[number[id(sample)]] = numbers.tolist()
+    of_all = {k: v for theirs in distributed.everyones(lambda: found) for k, v in theirs.items()}
+    return [of_all[index] for index in range(len(samples))]
 
 
 def _sampled_difference(logprobs: Tensor, batch: MicroBatch) -> dict[str, Tensor | int]:

@@ -54,9 +54,13 @@ def samples_of(policy, *, temperature=0.8, advantages=None, **sampling):
 def gradients(learner, samples, *, on_policy=True):
     """Gradient of one update, with the parameters left where they were."""
     before = [p.detach().clone() for p in learner.parameters]
-    sums = Sums()
+    sums, found = Sums(), []
+    hook = learner.optimizer.register_step_pre_hook(
+        lambda *_: found.extend(p.grad.flatten() for p in learner.parameters)
+    )
     learner.update(samples, sums, on_policy=on_policy)
-    gradient = torch.cat([p.grad.flatten() for p in learner.parameters])
+    hook.remove()
+    gradient = torch.cat(found)
     for parameter, value in zip(learner.parameters, before, strict=True):
         parameter.data.copy_(value)
     return gradient, sums.read()

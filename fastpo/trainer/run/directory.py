@@ -7,10 +7,11 @@ import math
 import os
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TextIO
 
-from fastpo.trainer.config import Config
+from fastpo.trainer.config import Config, WarmupConfig
 from fastpo.trainer.run import recipe
 from fastpo.trainer.run.errors import RecipeError, TrainerError
 
@@ -18,6 +19,7 @@ FIXED = {
     *("task", "task_args", "seed"),
     *(f"model.{key}" for key in ("path", "dtype", "hidden_size", "layers", "heads")),
     *(f"model.lora.{key}" for key in ("rank", "alpha", "target_modules")),
+    *(f"warmup.{field.name}" for field in fields(WarmupConfig)),  # over before the first checkpoint
     *(f"eval.{key}" for key in ("problems", "temperature", "samples")),  # before = after - rise
 }
 METRICS, SAMPLES, CONFIG = "metrics.jsonl", "samples.jsonl", "config.toml"

@@ -12,15 +12,16 @@ from contextlib import contextmanager
 from dataclasses import asdict
 
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 from fastpo.integrations._lm_head import read_head
-from fastpo.trainer import distributed, rollout_vllm
+from fastpo.trainer import distributed, optimizer, rollout_vllm
 from fastpo.trainer.algorithm import resolve
 from fastpo.trainer.config import Config
+from fastpo.trainer.critic import beside
 from fastpo.trainer.footprint import Footprint, footprint
 from fastpo.trainer.models import outline
-from fastpo.trainer.policy import Policy
 from fastpo.trainer.run import directory, recipe
 from fastpo.trainer.run.errors import RecipeError
 from fastpo.trainer.tasks import ROW_TASKS, held_out, load_task
@@ -34,8 +35,8 @@ def plan(config: Config, ranks: int) -> Footprint:
     Raises:
         RecipeError: prompts or replicas that so many ranks cannot share.
     """
-    algorithm = resolve(config.algorithm, config.rollout.max_new_tokens)
-    distributed.check_size(recipe.flatten(config), algorithm.critic, ranks)
+    resolve(config.algorithm, config.rollout.max_new_tokens)
+    distributed.check_size(recipe.flatten(config), ranks)
     if config.task in ROW_TASKS:  # neither their rows nor their verifiers need to be there
         alphabet, stop = (config.task_args.get(part) for part in ("alphabet", "stop"))
     else:
@@ -51,7 +52,8 @@ def dry_run(config: Config, ranks: int) -> Footprint:
         TrainerError: what a run would refuse, in the same words.
     """
     algorithm = resolve(config.algorithm, config.rollout.max_new_tokens)
-    distributed.check_size(recipe.flatten(config), algorithm.critic, ranks)
+    distributed.check_size(recipe.flatten(config), ranks)
+    optimizer.kind(config.optim.name)
     if config.rollout.engine == "vllm":
         rollout_vllm.installed()
     path = directory.path_of(config)
@@ -71,16 +73,17 @@ def dry_run(config: Config, ranks: int) -> Footprint:
         read_head(policy.model)
     except ValueError as error:
         raise RecipeError(str(error)) from error
-    _check_shards(policy, ranks, config.replicas)
+    with _pretended(ranks):
+        models = [beside(policy, config)] if algorithm.critic else []
+        for sharded in (*models, distributed.shard(policy, config)):
+            _check_shards(sharded.model, ranks)
     return footprint(config, ranks, alphabet=task.alphabet, stop=task.stop)
 
 
-def _check_shards(policy: Policy, ranks: int, replicas: int) -> None:
-    with _pretended(ranks):
-        sharded = distributed.shard(policy, replicas)
-        whole = [n for n, p in sharded.model.named_parameters() if not isinstance(p, DTensor)]
+def _check_shards(model: nn.Module, ranks: int) -> None:
+    whole = [name for name, p in model.named_parameters() if not isinstance(p, DTensor)]
     if ranks > 1 and whole:
-        raise RecipeError(f"{whole[0]} of {type(policy.model).__name__} is not sharded")
+        raise RecipeError(f"{whole[0]} of {type(model).__name__} is not sharded")
 
 
 @contextmanager

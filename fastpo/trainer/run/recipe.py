@@ -63,6 +63,9 @@ def load(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
 
 def build(values: dict[str, Any]) -> Config:
     """Check nested values (as TOML gives them) and make a Config of them."""
+    optim = values.get("optim")
+    if isinstance(optim, dict) and optim.pop("fused", False) is True:  # as older runs have it
+        optim.setdefault("name", "adamw_fused")
     _check_booleans(values)
     try:
         config = TypeAdapter(Config).validate_python(values)
