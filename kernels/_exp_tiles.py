@@ -6,8 +6,8 @@ Registers under Triton 3.6 / 3.9, without spills (tests/test_exp_aot.py):
     sm_100    the same, 3 stages         172 / 188   4 stages in two parts spill 110
     a bias    128 x 128 x 64, TMA        134 / 134   a bias is 64 more registers: 128 x 256 spills
     others    128 x 128 x 64, pointers   247 / 229   128 x 256 spills 156 on sm_80
-    ragged V  128 x 128 x 64, TMA        163 / 174   no multiple of 16 (50,257): a mask for each
-              64 x 128 x 64, pointers    181         column; 128 x 256 spills 6, with a softcap 53
+    ragged V  64 x 128 x 64, TMA          95 /  91   no multiple of 16 (50,257): a mask for each
+              the same, pointers         181         column; 128 rows spill 6 to 53
     ragged D  64 x 64 x 32, pointers     159 / 155   loads of 2 bytes hold an address each: 128 x
                                                      128 spills 117 to 206, its redone rows 434
 
@@ -51,6 +51,8 @@ class ExpTile(NamedTuple):
 _BY_POINTERS = ExpTile(128, 128, 64, 1, False, False, 16, 8, 3)
 _RAGGED = ExpTile(64, 64, 32, 1, False, False, 16, 8, 2)
 _NARROW = ExpTile(128, 128, 64, 1, True, True, 16, 8, 4)
+_UNEVEN = _BY_POINTERS._replace(M=64)
+_UNEVEN_BY_TMA = _NARROW._replace(M=64)
 _BY_TMA = {  # by major compute capability
     9: ExpTile(128, 256, 64, 2, True, True, 16, 8, 4),
     10: ExpTile(128, 256, 64, 1, True, True, 16, 8, 3),
@@ -67,16 +69,19 @@ def exp_tile(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: bool)
         return _RAGGED
     uneven = weight.shape[0] % 16 != 0  # masks differ between a thread's columns
     if major not in _BY_TMA:
-        return _BY_POINTERS._replace(M=64) if uneven else _BY_POINTERS
-    spills = bias is not None or (softcap and major == 10) or uneven
-    return _NARROW if spills else _BY_TMA[major]
+        return _UNEVEN if uneven else _BY_POINTERS
+    spills = bias is not None or (softcap and major == 10)
+    return _UNEVEN_BY_TMA if uneven else _NARROW if spills else _BY_TMA[major]
 
 
 def redo_tile(tile: ExpTile) -> ExpTile:
     """The tile for listed rows. They are gathered, so by pointers; of the width of `tile`, so that
-    their sums have the same places; of fewer rows, for there are few, and 128 of them spill: 128 x
-    256 always, 128 x 128 with a bias where V is no multiple of 16."""
-    return tile if tile == _RAGGED else _BY_POINTERS._replace(M=64, N=tile.N)
+    their sums have the same places; of fewer rows, for there are few, and 128 x 256 spills."""
+    if tile == _RAGGED:
+        return tile
+    if tile in (_UNEVEN, _UNEVEN_BY_TMA):
+        return _UNEVEN._replace(K=32)
+    return _BY_POINTERS._replace(M=64 if tile.N > 128 else tile.M, N=tile.N)
 
 
 def _reads_wide(*matrices: Tensor) -> bool:
