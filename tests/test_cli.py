@@ -31,8 +31,8 @@ def test_a_run_leaves_everything_behind(tiny, capsys):
     for name in METRICS:
         assert isinstance(steps[0][name], int | float), name
     for first in steps:
-        spent = first["rollout_time"] + first["update_time"]
-        assert first["step_time"] == pytest.approx(spent) and 0 < first["rollout_time_share"] < 1
+        assert first["step_time"] >= first["rollout_time"] + first["update_time"]
+        assert 0 < first["rollout_time_share"] < 1
         assert 1 <= first["completions/min_length"] <= first["completions/mean_length"] <= 4
         assert first["accuracy"] == pytest.approx(first["reward"], abs=0.5)
     assert 0 < steps[0]["num_tokens"] < steps[1]["num_tokens"]

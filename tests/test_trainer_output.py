@@ -291,8 +291,8 @@ def test_speed_is_tokens_over_seconds():
         return SimpleNamespace(length=length, prompt=[1, 2], live=live)
 
     kept = [completion(3), completion(5), completion(9, live=False)]
-    batch = SimpleNamespace(sampled=[kept, [completion(3)]], samples=kept)
-    found = speed_metrics(batch, epochs=2, rollout_seconds=4.0, update_seconds=1.0)
+    batch = SimpleNamespace(sampled=[kept, [completion(3)]], samples=kept, seconds=4.0)
+    found = speed_metrics(batch, epochs=2, update_seconds=1.0, step_seconds=5.0)
     assert 0.05 < found.pop("peak_memory_gib") < 500
     assert found == {
         "rollout_time": 4.0,
