@@ -24,11 +24,11 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from provenance import provenance  # noqa: E402
 
+from fastpo.trainer.data.tasks import ProblemStream, held_out, load_task  # noqa: E402
+from fastpo.trainer.data.verifier import Verifier  # noqa: E402
 from fastpo.trainer.loop import train  # noqa: E402
-from fastpo.trainer.models import make_policy, quiet_transformers  # noqa: E402
+from fastpo.trainer.model.loading import make_policy, quiet_transformers  # noqa: E402
 from fastpo.trainer.run import directory, recipe, report  # noqa: E402
-from fastpo.trainer.tasks import ProblemStream, held_out, load_task  # noqa: E402
-from fastpo.trainer.verifier import Verifier  # noqa: E402
 from fastpo.trainer.warmup import warm_up  # noqa: E402
 
 RECIPE = HERE.parent / "recipes" / "ablation.toml"

@@ -22,8 +22,8 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from provenance import provenance  # noqa: E402
 
-from fastpo.trainer.attention import OURS, Packing, choose  # noqa: E402
 from fastpo.trainer.config import ModelConfig  # noqa: E402
+from fastpo.trainer.model.attention import OURS, Packing, choose  # noqa: E402
 
 TABLE = HERE / "results" / "packed_attention.md"
 CPU = torch.device("cpu")

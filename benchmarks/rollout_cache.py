@@ -24,7 +24,7 @@ from provenance import provenance  # noqa: E402
 
 from fastpo.trainer import rollout  # noqa: E402
 from fastpo.trainer.config import ModelConfig  # noqa: E402
-from fastpo.trainer.models import make_policy  # noqa: E402
+from fastpo.trainer.model.loading import make_policy  # noqa: E402
 
 TABLE = HERE / "results" / "rollout_cache.md"
 SHAPES = ((64, 256), (64, 768))  # completions, tokens of each

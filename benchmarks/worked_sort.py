@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from fastpo.trainer.tasks import Problem
+from fastpo.trainer.data.tasks import Problem
 
 
 class WorkedSort:

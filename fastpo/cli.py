@@ -223,7 +223,7 @@ def _compare(options: argparse.Namespace, command: str) -> int:
 
 def _show_footprint(check: str, config: Config, ranks: int) -> int:
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # where there is no network: one line
-    from fastpo.trainer import footprint
+    from fastpo.trainer.model import footprint
     from fastpo.trainer.run import dryrun
 
     print(footprint.table(getattr(dryrun, check)(config, ranks), config))

@@ -13,8 +13,8 @@ from tiny_runs import EVALUATION, Even, one_line, rows, weights
 
 from fastpo import backends
 from fastpo.cli import main
+from fastpo.trainer.data.tasks import Problem
 from fastpo.trainer.run import checkpoint
-from fastpo.trainer.tasks import Problem
 
 METRICS = (
     *("reward", "reward_std", "frac_reward_zero_std", "accuracy", "groups_kept", "num_tokens"),

@@ -9,7 +9,7 @@ import torch
 from tiny_runs import rows, weights
 
 from fastpo.trainer.config import ModelConfig
-from fastpo.trainer.models import make_policy
+from fastpo.trainer.model.loading import make_policy
 from fastpo.trainer.run import recipe
 from fastpo.trainer.run.errors import RecipeError
 from fastpo.trainer.source import Source, copy_of

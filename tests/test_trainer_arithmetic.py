@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from fastpo.trainer.arithmetic import Addition
+from fastpo.trainer.data.arithmetic import Addition
+from fastpo.trainer.data.tasks import load_task
 from fastpo.trainer.run import recipe
-from fastpo.trainer.tasks import load_task
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "smollm2.toml"
 

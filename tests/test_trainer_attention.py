@@ -10,12 +10,13 @@ import torch
 import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastpo.trainer import attention, models, selfcheck
-from fastpo.trainer.attention import FLASH, OURS, Packing
 from fastpo.trainer.config import LoraConfig, ModelConfig, OptimConfig
 from fastpo.trainer.loop import train
 from fastpo.trainer.microbatch import layout_of
-from fastpo.trainer.models import _wrap, character_tokenizer
+from fastpo.trainer.model import attention, selfcheck
+from fastpo.trainer.model import loading as models
+from fastpo.trainer.model.attention import FLASH, OURS, Packing
+from fastpo.trainer.model.loading import _wrap, character_tokenizer
 from fastpo.trainer.run import recipe
 from fastpo.trainer.run.errors import RecipeError
 

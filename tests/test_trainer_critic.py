@@ -9,12 +9,12 @@ import fastpo
 from fastpo.trainer.algorithm import resolve
 from fastpo.trainer.config import AlgorithmConfig, Config, ModelConfig, OptimConfig
 from fastpo.trainer.critic import Critic, beside
+from fastpo.trainer.data.tasks import Problem
 from fastpo.trainer.experience import Sample
 from fastpo.trainer.microbatch import MicroBatch
-from fastpo.trainer.models import make_policy
+from fastpo.trainer.model.loading import make_policy
 from fastpo.trainer.rollout import Completion
 from fastpo.trainer.run.errors import RecipeError, TrainerError
-from fastpo.trainer.tasks import Problem
 from fastpo.trainer.update import Learner
 
 CPU = torch.device("cpu")

@@ -6,10 +6,10 @@ import sys
 
 import pytest
 
-from fastpo.trainer import verifiers
+from fastpo.trainer.data import verifiers
+from fastpo.trainer.data.tasks import ProblemStream, fewer_held_out, held_out, load_task
+from fastpo.trainer.data.verifier import Verifier
 from fastpo.trainer.run.errors import RecipeError, TrainerError
-from fastpo.trainer.tasks import ProblemStream, fewer_held_out, held_out, load_task
-from fastpo.trainer.verifier import Verifier
 
 ROWS = [{"prompt": f"{n}+1=", "answer": str(n + 1)} for n in range(7)]
 

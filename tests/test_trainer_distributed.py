@@ -19,7 +19,7 @@ TASK = """
 import functools, os
 import torch
 torch.compile = functools.partial(torch.compile, backend="aot_eager")  # graphs, no code to wait for
-from fastpo.trainer.tasks import Problem
+from fastpo.trainer.data.tasks import Problem
 
 class Digits:
     '''Copy digits; the reward is the share of them that is right.'''

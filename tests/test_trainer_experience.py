@@ -10,13 +10,13 @@ import torch
 from fastpo.trainer import experience
 from fastpo.trainer.algorithm import resolve
 from fastpo.trainer.config import AlgorithmConfig, RolloutConfig
+from fastpo.trainer.data.tasks import Problem, ProblemStream
+from fastpo.trainer.data.verifier import Verifier
 from fastpo.trainer.experience import assign_advantages, mute_truncated
 from fastpo.trainer.metrics import rollout_metrics, update_metrics
 from fastpo.trainer.rollout import Completion
 from fastpo.trainer.run.errors import RecipeError, TrainerError
 from fastpo.trainer.source import Batch, Source
-from fastpo.trainer.tasks import Problem, ProblemStream
-from fastpo.trainer.verifier import Verifier
 
 
 class Script:

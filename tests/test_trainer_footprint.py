@@ -12,12 +12,12 @@ from peak_bytes import peak_bytes
 import fastpo
 from fastpo.cli import main
 from fastpo.trainer import hub
+from fastpo.trainer.data.tasks import Problem
 from fastpo.trainer.experience import Sample
-from fastpo.trainer.footprint import footprint
-from fastpo.trainer.models import character_tokenizer, make_policy
+from fastpo.trainer.model.footprint import footprint
+from fastpo.trainer.model.loading import character_tokenizer, make_policy
 from fastpo.trainer.rollout import Completion, Sampling, sample
 from fastpo.trainer.run import recipe
-from fastpo.trainer.tasks import Problem
 from fastpo.trainer.update import Learner, Sums
 
 CPU = torch.device("cpu")

@@ -12,18 +12,18 @@ from peak_bytes import peak_bytes
 from safetensors.torch import load_file
 
 import fastpo
-from fastpo.trainer import selfcheck
 from fastpo.trainer.config import LoraConfig, ModelConfig, OptimConfig
+from fastpo.trainer.data.tasks import SortDigits
 from fastpo.trainer.evaluation import evaluate_saved
 from fastpo.trainer.experience import Sample
-from fastpo.trainer.footprint import footprint
 from fastpo.trainer.loop import train
 from fastpo.trainer.microbatch import MicroBatch
-from fastpo.trainer.models import load_policy, make_policy, outline
+from fastpo.trainer.model import selfcheck
+from fastpo.trainer.model.footprint import footprint
+from fastpo.trainer.model.loading import load_policy, make_policy, outline
 from fastpo.trainer.rollout import Sampling, sample
 from fastpo.trainer.run import recipe
 from fastpo.trainer.run.errors import RecipeError, TrainerError
-from fastpo.trainer.tasks import SortDigits
 from fastpo.trainer.update import Learner, Sums
 from fastpo.trainer.warmup import reference_sample
 

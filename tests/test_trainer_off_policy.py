@@ -9,12 +9,12 @@ from learner_cases import gradients
 import fastpo
 from fastpo.trainer.algorithm import resolve
 from fastpo.trainer.config import AlgorithmConfig, ModelConfig, OptimConfig
+from fastpo.trainer.data.tasks import Problem
 from fastpo.trainer.experience import Sample
 from fastpo.trainer.metrics import update_metrics
-from fastpo.trainer.models import make_policy
+from fastpo.trainer.model.loading import make_policy
 from fastpo.trainer.rollout import Sampling, sample
 from fastpo.trainer.run.errors import RecipeError
-from fastpo.trainer.tasks import Problem
 from fastpo.trainer.update import Learner
 
 SHIFTS = [0.4, -0.3, 1.2, 0.0]  # policy over sampler, in nats, token after token

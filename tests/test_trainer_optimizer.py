@@ -10,7 +10,7 @@ from learner_cases import CPU, samples_of
 
 import fastpo
 from fastpo.trainer.config import ModelConfig, OptimConfig
-from fastpo.trainer.models import make_policy
+from fastpo.trainer.model.loading import make_policy
 from fastpo.trainer.run import recipe
 from fastpo.trainer.run.errors import RecipeError
 from fastpo.trainer.update import Learner, Sums

@@ -8,12 +8,12 @@ import transformers
 
 import fastpo
 from fastpo.trainer.config import ModelConfig
+from fastpo.trainer.data.tasks import Problem
 from fastpo.trainer.experience import Sample
 from fastpo.trainer.microbatch import MicroBatch
-from fastpo.trainer.models import character_tokenizer, load_policy, make_policy, stop_ids
+from fastpo.trainer.model.loading import character_tokenizer, load_policy, make_policy, stop_ids
 from fastpo.trainer.rollout import Completion
 from fastpo.trainer.run.errors import RecipeError, TrainerError
-from fastpo.trainer.tasks import Problem
 from fastpo.trainer.warmup import reference_sample
 
 CPU = torch.device("cpu")

@@ -12,8 +12,8 @@ import torch
 from tiny_runs import EVALUATION, Even, one_line, rows, weights
 
 from fastpo.cli import main
+from fastpo.trainer.data.tasks import Problem
 from fastpo.trainer.run import checkpoint
-from fastpo.trainer.tasks import Problem
 from fastpo.trainer.update import Learner
 
 

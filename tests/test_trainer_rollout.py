@@ -10,7 +10,7 @@ import torch
 import fastpo
 from fastpo.trainer import rollout
 from fastpo.trainer.config import ModelConfig
-from fastpo.trainer.models import _wrap, character_tokenizer, make_policy
+from fastpo.trainer.model.loading import _wrap, character_tokenizer, make_policy
 from fastpo.trainer.rollout import Sampling, sample
 from fastpo.trainer.run.errors import TrainerError
 

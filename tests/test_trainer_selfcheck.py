@@ -4,9 +4,9 @@ import pytest
 import torch
 import transformers
 
-from fastpo.trainer import selfcheck
 from fastpo.trainer.config import ModelConfig, OptimConfig
-from fastpo.trainer.models import character_tokenizer, load_policy
+from fastpo.trainer.model import selfcheck
+from fastpo.trainer.model.loading import character_tokenizer, load_policy
 from fastpo.trainer.run.errors import RecipeError
 
 SIZES = {

@@ -7,8 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from fastpo.trainer.run.errors import RecipeError, TrainerError
-from fastpo.trainer.tasks import (
+from fastpo.trainer.data.tasks import (
     Problem,
     ProblemStream,
     SortDigits,
@@ -18,7 +17,8 @@ from fastpo.trainer.tasks import (
     load_task,
     parse_integer,
 )
-from fastpo.trainer.verifier import Verifier
+from fastpo.trainer.data.verifier import Verifier
+from fastpo.trainer.run.errors import RecipeError, TrainerError
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ from learner_cases import CPU, gradients, make, samples_of
 import fastpo
 from fastpo.trainer.algorithm import PRESETS, resolve
 from fastpo.trainer.config import AlgorithmConfig, OptimConfig
+from fastpo.trainer.data.tasks import Problem
 from fastpo.trainer.microbatch import MicroBatch
 from fastpo.trainer.run.errors import TrainerError
-from fastpo.trainer.tasks import Problem
 from fastpo.trainer.update import Learner, Sums, rate_factor
 from fastpo.trainer.warmup import reference_sample
 

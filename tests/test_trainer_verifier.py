@@ -13,9 +13,9 @@ import time
 import pytest
 import torch
 
+from fastpo.trainer.data.tasks import Problem, SortDigits, Verdict
+from fastpo.trainer.data.verifier import Verifier
 from fastpo.trainer.run.errors import TrainerError
-from fastpo.trainer.tasks import Problem, SortDigits, Verdict
-from fastpo.trainer.verifier import Verifier
 
 PROBLEM = Problem("21=", "12")
 ANSWERS = [(PROBLEM, "12"), (PROBLEM, "21")]
@@ -177,8 +177,8 @@ def test_a_killed_run_leaves_no_worker_behind():
     """Not even one whose verifier hangs."""
     code = (
         "import os, random, signal, time\n"
-        "from fastpo.trainer.tasks import SortDigits\n"
-        "from fastpo.trainer.verifier import Verifier\n"
+        "from fastpo.trainer.data.tasks import SortDigits\n"
+        "from fastpo.trainer.data.verifier import Verifier\n"
         "class Task(SortDigits):\n"
         "    def problem(self, rng):\n"
         "        print(os.getpid(), flush=True); time.sleep(600)\n"

@@ -13,16 +13,16 @@ import transformers
 
 import fastpo
 from fastpo.trainer.config import ModelConfig, OptimConfig
+from fastpo.trainer.data.tasks import Problem
 from fastpo.trainer.experience import Sample
 from fastpo.trainer.loop import train
 from fastpo.trainer.microbatch import MicroBatch
-from fastpo.trainer.models import load_policy, make_policy
+from fastpo.trainer.model.loading import load_policy, make_policy
 from fastpo.trainer.rollout import Sampling, sample
 from fastpo.trainer.rollout_vllm import VllmRollout
 from fastpo.trainer.run import recipe
 from fastpo.trainer.run.errors import RecipeError, TrainerError
 from fastpo.trainer.source import copy_of
-from fastpo.trainer.tasks import Problem
 from fastpo.trainer.update import Learner, Sums
 
 CPU = torch.device("cpu")

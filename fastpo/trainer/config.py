@@ -241,7 +241,7 @@ class Config:
     """A whole run."""
 
     task: str = "sort"
-    """A task of fastpo.trainer.tasks, or your own: `module:attribute`."""
+    """A task of fastpo.trainer.data.tasks, or your own: `module:attribute`."""
     task_args: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the task."""
     run_dir: str = "runs/{task}-seed{seed}"

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 import fastpo
-from fastpo.trainer import distributed, optimizer
+from fastpo.trainer import optimizer
 from fastpo.trainer.config import Config
 from fastpo.trainer.experience import Sample
 from fastpo.trainer.microbatch import MicroBatch, micro_batches
-from fastpo.trainer.policy import Policy
+from fastpo.trainer.model import distributed
+from fastpo.trainer.model.policy import Policy
 from fastpo.trainer.run.errors import RecipeError, TrainerError
 from fastpo.trainer.update import Sums, by_token, mini_batches
 

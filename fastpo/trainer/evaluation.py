@@ -11,19 +11,19 @@ from typing import NamedTuple
 import torch
 
 from fastpo.trainer.config import Config
+from fastpo.trainer.data.tasks import Problem, fewer_held_out, held_out, load_task
+from fastpo.trainer.data.verifier import Verifier
 from fastpo.trainer.experience import Sample, roll_out
-from fastpo.trainer.models import (
+from fastpo.trainer.model.loading import (
     default_device,
     load_policy,
     make_policy,
     quiet_transformers,
 )
-from fastpo.trainer.policy import Policy
+from fastpo.trainer.model.policy import Policy
 from fastpo.trainer.rollout import Sampling
 from fastpo.trainer.run import checkpoint, directory, recipe
 from fastpo.trainer.run.errors import RecipeError, TrainerError
-from fastpo.trainer.tasks import Problem, fewer_held_out, held_out, load_task
-from fastpo.trainer.verifier import Verifier
 
 
 class Evaluation(NamedTuple):

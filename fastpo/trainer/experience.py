@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 import fastpo
-from fastpo.trainer import distributed
-from fastpo.trainer.policy import Policy
+from fastpo.trainer.data.tasks import Problem
+from fastpo.trainer.data.verifier import Verifier
+from fastpo.trainer.model import distributed
+from fastpo.trainer.model.policy import Policy
 from fastpo.trainer.rollout import Completion, Sampling, sample
 from fastpo.trainer.run.errors import TrainerError
-from fastpo.trainer.tasks import Problem
-from fastpo.trainer.verifier import Verifier
 
 
 @dataclass(kw_only=True)

@@ -10,27 +10,22 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from fastpo.trainer import critic, distributed, optimizer, selfcheck
+from fastpo.trainer import critic, optimizer
 from fastpo.trainer.algorithm import resolve
 from fastpo.trainer.config import Config
+from fastpo.trainer.data.tasks import ProblemStream, fewer_held_out, held_out, load_task
+from fastpo.trainer.data.verifier import Verifier
 from fastpo.trainer.evaluation import evaluate_held_out
 from fastpo.trainer.experience import assign_advantages, mute_truncated
 from fastpo.trainer.metrics import rollout_metrics, speed_metrics, update_metrics
-from fastpo.trainer.models import (
-    default_device,
-    load_policy,
-    make_policy,
-    quiet_transformers,
-)
-from fastpo.trainer.policy import Policy, Snapshot
+from fastpo.trainer.model import distributed, loading, selfcheck
+from fastpo.trainer.model.policy import Policy, Snapshot
 from fastpo.trainer.run import checkpoint, console, directory, recipe, report
 from fastpo.trainer.run.errors import Interrupted, RecipeError, TrainerError
 from fastpo.trainer.run.plot import plot
 from fastpo.trainer.run.signals import StopRequest, terminable
 from fastpo.trainer.source import Batch, Source, copy_of
-from fastpo.trainer.tasks import ProblemStream, fewer_held_out, held_out, load_task
 from fastpo.trainer.update import Learner, Sums
-from fastpo.trainer.verifier import Verifier
 from fastpo.trainer.warmup import reference_answers, warm_up
 
 REFERENCE = "reference"  # the frozen policy of the KL penalty, saved so that a resumed run has it
@@ -110,8 +105,8 @@ class Trainer:
         self.out = out
         if config.threads:
             torch.set_num_threads(config.threads)
-        quiet_transformers()
-        self.device = default_device(config.device)
+        loading.quiet_transformers()
+        self.device = loading.default_device(config.device)
         self.algorithm = resolve(config.algorithm, config.rollout.max_new_tokens)
         distributed.check(recipe.flatten(config))
         # On the CPU whatever the device: draws depend neither on it nor on the batch size.
@@ -136,7 +131,7 @@ class Trainer:
     def _start(self) -> None:
         torch.manual_seed(self.config.seed)
         self._take_policy(
-            make_policy(
+            loading.make_policy(
                 self.config.model,
                 self.device,
                 alphabet=self.verifier.alphabet,
@@ -163,7 +158,7 @@ class Trainer:
         if changed:
             self._say(f"Changed since the run began: {', '.join(changed)}")
         self._take_policy(
-            load_policy(saved, self.config.model, self.device, stop=self.verifier.stop)
+            loading.load_policy(saved, self.config.model, self.device, stop=self.verifier.stop)
         )
         self.step = state["step"]
         self._make_learner()
@@ -372,7 +367,9 @@ class Trainer:
                 f"algorithm.objective.kl_coef is {kl_coef}, but the run began without a KL penalty "
                 "and kept no reference policy: set it to 0, or train anew"
             )
-        reference = load_policy(directory, self.config.model, self.device, stop=self.verifier.stop)
+        reference = loading.load_policy(
+            directory, self.config.model, self.device, stop=self.verifier.stop
+        )
         return distributed.shard(reference, self.config)
 
     def evaluate(self) -> dict[str, Any]:

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 import fastpo
-from fastpo.trainer import distributed
-from fastpo.trainer.attention import Packing
 from fastpo.trainer.config import OptimConfig
 from fastpo.trainer.experience import Sample
-from fastpo.trainer.policy import Policy
+from fastpo.trainer.model import distributed
+from fastpo.trainer.model.attention import Packing
+from fastpo.trainer.model.policy import Policy
 from fastpo.trainer.rollout import Completion, left_pad
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from fastpo.trainer import distributed
+from fastpo.trainer.model import distributed
 from fastpo.trainer.run.errors import RecipeError, TrainerError
 
 BLOCK, SMALLEST = 256, 4096  # values per scale; of a shard that is quantized

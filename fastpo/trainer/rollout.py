@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 import fastpo
-from fastpo.trainer import distributed
 from fastpo.trainer.config import RolloutConfig
-from fastpo.trainer.policy import Policy
+from fastpo.trainer.model import distributed
+from fastpo.trainer.model.policy import Policy
 from fastpo.trainer.run import console
 from fastpo.trainer.run.errors import TrainerError
 

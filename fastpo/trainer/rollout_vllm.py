@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from fastpo.trainer import distributed
 from fastpo.trainer.config import RolloutConfig
-from fastpo.trainer.policy import Policy
+from fastpo.trainer.model import distributed
+from fastpo.trainer.model.policy import Policy
 from fastpo.trainer.rollout import Completion, Sampling
 from fastpo.trainer.run.errors import RecipeError, TrainerError, reason_of
 

@@ -22,9 +22,10 @@ from typing import Any
 
 import torch
 
-from fastpo.trainer import distributed
 from fastpo.trainer.algorithm import Algorithm
 from fastpo.trainer.config import RolloutConfig
+from fastpo.trainer.data.tasks import ProblemStream
+from fastpo.trainer.data.verifier import Verifier
 from fastpo.trainer.experience import (
     Sample,
     from_plain,
@@ -33,11 +34,10 @@ from fastpo.trainer.experience import (
     roll_out,
     to_plain,
 )
-from fastpo.trainer.policy import Policy
+from fastpo.trainer.model import distributed
+from fastpo.trainer.model.policy import Policy
 from fastpo.trainer.rollout import Sampling
 from fastpo.trainer.run.errors import TrainerError
-from fastpo.trainer.tasks import ProblemStream
-from fastpo.trainer.verifier import Verifier
 
 STOP_SECONDS = 5.0  # for a thread that is to end at once
 

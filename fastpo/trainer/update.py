@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 import fastpo
-from fastpo.trainer import distributed, optimizer
+from fastpo.trainer import optimizer
 from fastpo.trainer.algorithm import correction_inputs
 from fastpo.trainer.config import OptimConfig
 from fastpo.trainer.experience import Sample
 from fastpo.trainer.microbatch import MicroBatch, advantages_of, micro_batches
-from fastpo.trainer.policy import Policy
+from fastpo.trainer.model import distributed
+from fastpo.trainer.model.policy import Policy
 from fastpo.trainer.run import console
 
 

@@ -13,15 +13,15 @@ import torch
 
 import fastpo
 from fastpo.trainer.config import OptimConfig, RolloutConfig, WarmupConfig
+from fastpo.trainer.data.tasks import Problem, ProblemStream
+from fastpo.trainer.data.verifier import Verifier
 from fastpo.trainer.evaluation import evaluate
 from fastpo.trainer.experience import Sample
-from fastpo.trainer.policy import Policy
+from fastpo.trainer.model.policy import Policy
 from fastpo.trainer.rollout import Completion, Sampling
 from fastpo.trainer.run import console
 from fastpo.trainer.run.errors import RecipeError
-from fastpo.trainer.tasks import Problem, ProblemStream
 from fastpo.trainer.update import Learner, Sums
-from fastpo.trainer.verifier import Verifier
 
 CHECK_PROBLEMS = 256
 

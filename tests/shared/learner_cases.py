@@ -4,10 +4,10 @@ import torch
 
 import fastpo
 from fastpo.trainer.config import ModelConfig, OptimConfig
+from fastpo.trainer.data.tasks import Problem
 from fastpo.trainer.experience import Sample
-from fastpo.trainer.models import make_policy
+from fastpo.trainer.model.loading import make_policy
 from fastpo.trainer.rollout import Sampling, sample
-from fastpo.trainer.tasks import Problem
 from fastpo.trainer.update import Learner, Sums
 
 CPU = torch.device("cpu")

@@ -6,8 +6,8 @@ import math
 import transformers
 
 from fastpo.cli import main
-from fastpo.trainer import tasks
-from fastpo.trainer.tasks import Problem
+from fastpo.trainer.data import tasks
+from fastpo.trainer.data.tasks import Problem
 
 TINY = """
 task = "even"

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fastpo.trainer.policy import Snapshot
+from fastpo.trainer.model.policy import Snapshot
 from fastpo.trainer.run.errors import TrainerError, reason_of
 
 NAME, PREVIOUS, BEST = "checkpoint", "checkpoint.previous", "best"

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 from rich.text import Text
 
 from fastpo.trainer.config import Config
-from fastpo.trainer.policy import Policy
+from fastpo.trainer.model.policy import Policy
 from fastpo.trainer.run.errors import TrainerError
 
 SHOWN = {

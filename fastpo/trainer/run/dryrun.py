@@ -16,16 +16,17 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from fastpo.integrations._lm_head import read_head
-from fastpo.trainer import distributed, optimizer, rollout_vllm
+from fastpo.trainer import optimizer, rollout_vllm
 from fastpo.trainer.algorithm import resolve
 from fastpo.trainer.config import Config
 from fastpo.trainer.critic import beside
-from fastpo.trainer.footprint import Footprint, footprint
-from fastpo.trainer.models import outline
+from fastpo.trainer.data.tasks import ROW_TASKS, held_out, load_task
+from fastpo.trainer.data.verifier import Verifier
+from fastpo.trainer.model import distributed
+from fastpo.trainer.model.footprint import Footprint, footprint
+from fastpo.trainer.model.loading import outline
 from fastpo.trainer.run import directory, recipe
 from fastpo.trainer.run.errors import RecipeError
-from fastpo.trainer.tasks import ROW_TASKS, held_out, load_task
-from fastpo.trainer.verifier import Verifier
 from fastpo.trainer.warmup import reference_answers
 
 

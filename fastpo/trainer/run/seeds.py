@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fastpo.trainer import distributed
 from fastpo.trainer.config import Config
 from fastpo.trainer.loop import train
+from fastpo.trainer.model import distributed
 from fastpo.trainer.run import directory, report
 from fastpo.trainer.run.compare import compare
 from fastpo.trainer.run.errors import RecipeError

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastpo.trainer import attention, distributed, hub
+from fastpo.trainer import hub
 from fastpo.trainer.config import LoraConfig, ModelConfig
-from fastpo.trainer.policy import Policy
+from fastpo.trainer.model import attention, distributed
+from fastpo.trainer.model.policy import Policy
 from fastpo.trainer.run.errors import RecipeError, reason_of
 
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"

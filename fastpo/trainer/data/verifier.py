@@ -24,10 +24,10 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
+from fastpo.trainer.data.tasks import Problem, Task, Verdict, draw, judge, rows_of
 from fastpo.trainer.run import console
 from fastpo.trainer.run.errors import TrainerError
 from fastpo.trainer.run.signals import TERMINATION
-from fastpo.trainer.tasks import Problem, Task, Verdict, draw, judge, rows_of
 
 MOST_WORKERS = 8  # of a default; each is a fork, so memory is shared
 PARTS_PER_WORKER = 4  # of a batch: answers differ in what judging them costs

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from fastpo.trainer import hub
+from fastpo.trainer.data.tasks import Problem
+from fastpo.trainer.data.verifiers import verifier_named
 from fastpo.trainer.run.errors import RecipeError
-from fastpo.trainer.tasks import Problem
-from fastpo.trainer.verifiers import verifier_named
 
 
 class JsonLines:

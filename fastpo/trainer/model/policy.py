@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from fastpo.integrations.transformers import lm_head
-from fastpo.trainer import distributed
-from fastpo.trainer.attention import FLASH, OURS, VARLEN, Packing, kernel
 from fastpo.trainer.config import ModelConfig
+from fastpo.trainer.data.tasks import Problem
+from fastpo.trainer.model import distributed
+from fastpo.trainer.model.attention import FLASH, OURS, VARLEN, Packing, kernel
 from fastpo.trainer.run.errors import RecipeError, TrainerError
-from fastpo.trainer.tasks import Problem
 
 
 @dataclass(kw_only=True)

@@ -33,7 +33,7 @@ from fastpo.trainer.run.errors import RecipeError, TrainerError
 
 if TYPE_CHECKING:
     from fastpo.trainer.config import Config
-    from fastpo.trainer.policy import Policy
+    from fastpo.trainer.model.policy import Policy
 
 Result = TypeVar("Result")
 _own = threading.local()  # `group`: of a thread whose messages must not meet those of the others

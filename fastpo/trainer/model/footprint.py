@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from fastpo import plan
-from fastpo.trainer import distributed, optimizer
+from fastpo.trainer import optimizer
 from fastpo.trainer.algorithm import resolve
 from fastpo.trainer.config import Config
-from fastpo.trainer.models import checkpoint_layers, outline
-from fastpo.trainer.policy import Policy
+from fastpo.trainer.model import distributed
+from fastpo.trainer.model.loading import checkpoint_layers, outline
+from fastpo.trainer.model.policy import Policy
 
 PHASES = {"load": "while loading", "rollout": "of a rollout", "update": "of an update"}
 EVER = tuple(PHASES)

@@ -16,8 +16,8 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
+from fastpo.trainer.data.tasks import import_attribute
 from fastpo.trainer.run.errors import RecipeError
-from fastpo.trainer.tasks import import_attribute
 
 MAX_DIGITS = 30
 NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?|-?\$?\.\d+")

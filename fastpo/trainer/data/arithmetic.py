@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from fastpo.trainer.tasks import Problem, parse_integer
+from fastpo.trainer.data.tasks import Problem, parse_integer
 
 
 class Addition:

@@ -95,7 +95,10 @@ class SortDigits:
         return float(completion == problem.answer)
 
 
-ROW_TASKS = {"jsonl": "fastpo.trainer.data:JsonLines", "datasets": "fastpo.trainer.data:HubRows"}
+ROW_TASKS = {
+    "jsonl": "fastpo.trainer.data.rows:JsonLines",
+    "datasets": "fastpo.trainer.data.rows:HubRows",
+}
 TASKS: dict[str, Any] = {"sort": SortDigits, **ROW_TASKS}
 
 

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 
 import fastpo
-from fastpo.trainer.attention import FLASH, VARLEN
 from fastpo.trainer.config import OptimConfig
+from fastpo.trainer.data.tasks import Problem
 from fastpo.trainer.experience import Sample
 from fastpo.trainer.microbatch import MicroBatch, layout_of
-from fastpo.trainer.policy import Policy
+from fastpo.trainer.model.attention import FLASH, VARLEN
+from fastpo.trainer.model.policy import Policy
 from fastpo.trainer.rollout import Sampling, sample
 from fastpo.trainer.run.errors import RecipeError, TrainerError
-from fastpo.trainer.tasks import Problem
 
 PROMPT_LENGTHS, NEW_TOKENS = (3, 8), 5  # unequal, so that there is padding
 # Times what embeddings off by a unit in the last place change (and one unit more). Other orders of
