@@ -14,6 +14,7 @@ from fastpo.cli import main
 from fastpo.trainer import hub
 from fastpo.trainer.data.tasks import Problem
 from fastpo.trainer.experience import Sample
+from fastpo.trainer.model import attention
 from fastpo.trainer.model.footprint import footprint
 from fastpo.trainer.model.loading import character_tokenizer, make_policy
 from fastpo.trainer.rollout import Completion, Sampling, sample
@@ -188,6 +189,15 @@ def test_recipes_for_gpus_pass_a_dry_run(offline, capsys, name, ranks):
     assert capsys.readouterr().out == checked
     assert sorted(p.name for p in Path().iterdir()) == ["model", "rows.jsonl"]  # nothing is written
     assert not torch.distributed.is_initialized()
+
+
+def test_a_plan_may_be_the_first_to_see_a_model(offline, capsys, monkeypatch):
+    """Of a model at a path it stopped at an attention whose name only loading had registered."""
+    for names in (transformers.AttentionInterface, transformers.AttentionMaskInterface):
+        monkeypatch.setattr(names, "_global_mapping", dict(names._global_mapping))
+        names._global_mapping.pop(attention.OURS, None)
+    assert main(["plan", str(RECIPES / "gsm8k-0.6b.toml"), *offline]) == 0
+    assert "Qwen3ForCausalLM" in capsys.readouterr().out
 
 
 def test_a_critic_is_sharded_and_offloaded_as_the_policy_is(offline, monkeypatch):
