@@ -83,10 +83,15 @@ def plan(
         kept: ids that each token was sampled from, on average; 0 = the whole vocabulary.
 
     Raises:
-        ValueError: an unknown path, dtype or device, a number below 1, or one of EXP_PATHS for
-            another dtype or device than it runs with.
+        ValueError: an unknown path, dtype or device, a number below 1, `kept` below 0 or above
+            V, or one of EXP_PATHS for another dtype or device than it runs with.
     """
     _check(vocab=vocab, hidden=hidden, tokens=tokens, longest=longest)
+    if not 0 <= kept <= vocab:
+        raise ValueError(
+            f"kept is {kept}, expected the ids of {vocab} that a token was sampled from, or 0 for "
+            "all of them"
+        )
     if dtype not in DTYPES.values():
         raise ValueError(f"dtype is {dtype}, expected one of {', '.join(DTYPES)}")
     if device not in ("cuda", "cpu"):

@@ -180,6 +180,21 @@ def test_a_hook_on_a_wrapper_is_seen_when_it_comes(wrapper, ids, tmp_path):
             torch.distributed.destroy_process_group()
 
 
+def test_hooks_that_only_look_may_stay_whatever_they_look_at(ids):
+    """The inputs of the call, its loss, and what their own pre-hook left: REGRESSIONS 76."""
+    model, seen, started = llama(), [], []
+    model.register_forward_hook(
+        lambda module, args, given, outputs: seen.append(given["input_ids"]), with_kwargs=True
+    )
+    model.register_forward_hook(lambda module, args, outputs: seen.append(outputs.loss.item()))
+    model.register_forward_pre_hook(lambda module, args: started.append(len(seen)))
+    model.register_forward_hook(lambda module, args, outputs: seen.append(started.pop()))
+    asked = {"advantages": torch.ones(B), "completion_mask": torch.ones(B, T)}
+    loss = model(input_ids=ids, policy_loss=asked | {"objective": fastpo.dapo()}).loss.item()
+    assert [x is ids for x in seen[::3]] == [True, True] and seen[1::3] == [loss] * 2
+    assert len(seen) == 6 and not started
+
+
 class Gather(torch.autograd.Function):
     """What ZeRO-3's hook makes of a module's output: its backward gathers the weight again."""
 

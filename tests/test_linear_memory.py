@@ -169,5 +169,8 @@ def test_command_refuses_what_cannot_be_in_one_line(capsys):
     assert cli.main(["plan", "--vocab", "0", "--hidden", "4096", "--tokens", "8192"]) == 2
     assert "vocab is 0, expected at least 1" in capsys.readouterr().err
     shape = ["--vocab", "9", "--hidden", "9", "--tokens", "9"]
+    for kept in ("-3", "10"):
+        assert cli.main(["plan", *shape, "--kept", kept]) == 2
+        assert f"kept is {kept}, expected the ids of 9 " in capsys.readouterr().err
     assert cli.main(["plan", *shape, "--budget", "lots"]) == 2
     assert "'lots' is no number of bytes, expected for example 1280MiB" in capsys.readouterr().err

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -39,7 +39,7 @@ class Tap:
     def __init__(self) -> None:
         self.consume: Consume | None = None
         self.model: Any = None
-        self.around: list[nn.Module] = []  # the model and its wrappers
+        self.around: list[Call] = []  # of the model and its wrappers
         self.result: Tensor | None = None
         self.stand_in: Tensor | None = None
         self.made: tuple[Tensor, int] | None = None  # what `consume` returned, its version
@@ -102,23 +102,40 @@ class Tap:
             raise
 
     def _hooks(self) -> list[Hook]:
-        return [hook for module in self.around for hook in _hooks_of_others(module)]
+        return [hook for call in self.around for hook in _hooks_of_others(call.module)]
 
     def _verify_hooks(self, expected: Sample, outputs: Any) -> None:
         """Run the hooks around the model on these logits: in a scored call they see none."""
-        for hook in self._hooks():
-            inputs = ((), {}) if hook.takes_keywords else ((),)
-            try:
-                returned = hook.function(hook.module, *inputs, outputs)
-                logits = (outputs if returned is None else returned).logits
-                check_logits(self.model, expected, logits.reshape(-1, logits.shape[-1]))
-            except Exception as error:  # the hook's own, of any kind
-                raise ValueError(
-                    f"{type(hook.module).__name__} has a forward hook, {hook.name}, that changes "
-                    f"{type(self.model).__name__}'s logits or cannot be run on a few of them: "
-                    "remove it, or score the logits with fastpo.policy_loss"
-                ) from error
-            self.cleared.add(hook.number)
+        made = self.made[0]
+        if made.ndim == 0 and getattr(outputs, "loss", None) is None:
+            outputs.loss = made.detach().clone()  # hooks that log it find it in a scored call, too
+        for call in self.around:
+            if hooks := _hooks_of_others(call.module):
+                _run_before(call)
+            for hook in hooks:
+                self._verify_hook(hook, call, expected, outputs)
+
+    def _verify_hook(self, hook: Hook, call: Call, expected: Sample, outputs: Any) -> None:
+        inputs = call[1:] if hook.takes_keywords else call[1:2]
+        try:
+            returned = hook.function(hook.module, *inputs, outputs)
+            logits = (outputs if returned is None else returned).logits
+            check_logits(self.model, expected, logits.reshape(-1, logits.shape[-1]))
+        except Exception as error:  # the hook's own, of any kind
+            raise ValueError(
+                f"{type(hook.module).__name__} has a forward hook, {hook.name}, that changes "
+                f"{type(self.model).__name__}'s logits or cannot be run on a few of them: "
+                "remove it, or score the logits with fastpo.policy_loss"
+            ) from error
+        self.cleared.add(hook.number)
+
+
+class Call(NamedTuple):
+    """A call of `module` that is under way, and what it was given."""
+
+    module: nn.Module
+    inputs: tuple
+    keywords: dict[str, Any]
 
 
 class Hook(NamedTuple):
@@ -147,19 +164,30 @@ def _of_others(hooks: dict[int, Any]) -> Iterator[tuple[int, Callable[..., Any],
             yield number, hook, getattr(function, "__qualname__", type(hook).__name__)
 
 
+def _run_before(call: Call) -> None:
+    """A module's pre-hooks: some forward hooks take away what these have put down (timers)."""
+    keywords = call.module._forward_pre_hooks_with_kwargs
+    for number, hook, _ in _of_others(call.module._forward_pre_hooks):
+        with suppress(Exception):  # it has run on them before
+            hook(*(call if number in keywords else call[:2]))
+
+
 @torch.compiler.disable
-def _wrapped_by(model: nn.Module) -> list[nn.Module]:
-    """`model`, and the wrappers (DDP, peft, torch.compile) in whose call the present one is.
+def _calls_around(model: nn.Module) -> list[Call]:
+    """Of `model`, and of the wrappers (DDP, peft, torch.compile) in whose call the present one is.
 
     A model does not know what wraps it; the stack does, and the walk takes microseconds.
     """
-    found, frame = [model], sys._getframe()
+    found, frame = [], sys._getframe()
     while frame is not None:
         if frame.f_code is nn.Module._call_impl.__code__:
-            caller = frame.f_locals["self"]
-            if type(caller).__module__.split(".")[0] in WRAPPERS and caller is not model:
-                found.append(caller)
+            given = frame.f_locals
+            caller = given["self"]
+            if caller is model or type(caller).__module__.split(".")[0] in WRAPPERS:
+                found.append(Call(caller, given["args"], given["kwargs"]))
         frame = frame.f_back
+    if all(call.module is not model for call in found):
+        found.insert(0, Call(model, (), {}))
     return found
 
 
@@ -251,7 +279,7 @@ def run(
     """
     tap = open_tap(output_embeddings(model))
     tap.model, tap.consume, tap.calls, tap.result = model, consume, 0, None
-    tap.around = _wrapped_by(model)
+    tap.around = _calls_around(model)
     try:
         outputs = forward(*args, **kwargs)
         if not tap.calls:
