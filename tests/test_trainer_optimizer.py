@@ -126,3 +126,19 @@ def test_a_missing_package_and_the_old_name(monkeypatch):
         make("adamw_8bit")
     for given, name in (("true", "adamw_fused"), ("false", "adamw")):
         assert recipe.load(None, [f"optim.fused={given}"]).optim.name == name
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["optim.fused=yes"], "optim.fused is 'yes', expected true or false"),
+        (["optim.fused=1"], "optim.fused is 1, expected true or false"),
+        (["optim.fused=true", "optim.name=adamw"], "optim.name is 'adamw': set optim.fused=false"),
+    ],
+)
+def test_what_an_older_recipe_cannot_have_meant_is_refused(overrides, line):
+    """It was dropped without a word."""
+    with pytest.raises(RecipeError, match=line):
+        recipe.load(None, overrides)
+    changed = recipe.load(None, ["optim.fused=false", "optim.name=adamw_8bit"])
+    assert changed.optim.name == "adamw_8bit"

@@ -63,9 +63,7 @@ def load(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
 
 def build(values: dict[str, Any]) -> Config:
     """Check nested values (as TOML gives them) and make a Config of them."""
-    optim = values.get("optim")
-    if isinstance(optim, dict) and optim.pop("fused", False) is True:  # as older runs have it
-        optim.setdefault("name", "adamw_fused")
+    _rename_fused(values.get("optim"))
     _check_booleans(values)
     try:
         config = TypeAdapter(Config).validate_python(values)
@@ -74,6 +72,22 @@ def build(values: dict[str, Any]) -> Config:
     _check_together(config)
     _check_engine(config)
     return config
+
+
+def _rename_fused(optim: Any) -> None:
+    """`optim.fused` of older runs is `optim.name` now."""
+    if not isinstance(optim, dict) or "fused" not in optim:
+        return
+    fused = optim.pop("fused")
+    if not isinstance(fused, bool):
+        raise RecipeError(
+            f"optim.fused is {fused!r}, expected true or false; it is optim.name=adamw_fused now"
+        )
+    if fused and (name := optim.setdefault("name", "adamw_fused")) != "adamw_fused":
+        raise RecipeError(
+            f"optim.fused=true is optim.name=adamw_fused now, and optim.name is {name!r}: set "
+            "optim.fused=false, or change optim.name"
+        )
 
 
 def _check_booleans(values: dict[str, Any]) -> None:
