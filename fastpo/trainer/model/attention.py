@@ -54,12 +54,8 @@ class Packing(NamedTuple):
 
 def choose(config: ModelConfig, device: torch.device) -> str | None:
     """The `attn_implementation` to load a model with; None = transformers' own choice."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
     from transformers.utils import is_flash_attn_2_available
 
-    AttentionInterface.register(OURS, attend)
-    AttentionMaskInterface.register(OURS, sdpa_mask)
     # It has no float32, and is not traced: of its graphs nothing is known here.
     fits = device.type == "cuda" and config.dtype != "float32" and not config.compile
     return config.attention or (FLASH if fits and is_flash_attn_2_available() else None)
@@ -67,6 +63,11 @@ def choose(config: ModelConfig, device: torch.device) -> str | None:
 
 def settle(model: nn.Module, config: ModelConfig) -> None:
     """Ours in place of sdpa, if nothing was asked for and a causal mask is all that a layer has."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(OURS, attend)
+    AttentionMaskInterface.register(OURS, sdpa_mask)
     known = model._supports_flash_attn and model._can_set_attn_implementation()
     if config.attention is None and known and model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(OURS)
