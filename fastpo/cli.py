@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fastpo.trainer.config import Config
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # torch on a GPU, on a CPU
+OVERRIDE = "a setting in place of the recipe's: `fastpo settings` lists them"
 TRAIN_EXTRA = "the trainer needs more packages: pip install 'fastpo[train]'"
 
 
@@ -106,8 +107,8 @@ def _parser(arguments: list[str]) -> argparse.ArgumentParser:
         description="Train a policy by a TOML recipe. Any setting can be given as key=value; "
         "`fastpo settings` lists them.",
     )
-    train.add_argument("recipe", nargs="?", help="TOML file; without one, the defaults")
-    train.add_argument("overrides", nargs="*", metavar="key=value")
+    train.add_argument("recipe", nargs="?", help="TOML file; without one, key=value alone")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDE)
     train.add_argument("--resume", action="store_true", help="go on from the run's checkpoint")
     train.add_argument("--seeds", help="one run for each, one after another: 0,1,2", metavar="N,N")
     train.add_argument("--dry-run", action="store_true", help="check the recipe, load no weights")
@@ -122,7 +123,7 @@ def _parser(arguments: list[str]) -> argparse.ArgumentParser:
     evaluate.add_argument(
         "path", type=Path, help="directory of a run, of a checkpoint or of a model; or a recipe"
     )
-    evaluate.add_argument("overrides", nargs="*", metavar="key=value")
+    evaluate.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDE)
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
     evaluate.set_defaults(run=_eval)
     plot = commands.add_parser("plot", help="draw a run's curves.png, or several runs in one")
@@ -142,7 +143,7 @@ def _parser(arguments: list[str]) -> argparse.ArgumentParser:
     )
     if arguments[:1] == ["plan"] and _names_recipe(arguments[1:]):
         planned.add_argument("recipe", help="TOML file")
-        planned.add_argument("overrides", nargs="*", metavar="key=value")
+        planned.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDE)
         _add_ranks(planned)
     elif arguments[:1] == ["plan"]:
         from fastpo import plan
@@ -170,7 +171,7 @@ def _names_recipe(arguments: list[str]) -> bool:
 
 def _add_ranks(parser: argparse.ArgumentParser) -> None:
     most = range(1, 2**20)
-    help_ = "how many, of a plan or a dry run"
+    help_ = "of the run that is planned (with train: by --dry-run)"
     parser.add_argument("--ranks", type=int, choices=most, default=1, metavar="N", help=help_)
 
 

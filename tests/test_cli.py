@@ -123,7 +123,7 @@ def test_a_run_that_failed_before_its_first_step_does_not_block_the_next(tiny, m
         (["seed=18446744073709551616"], ["seed", "less than"]),
         (["optim.beta1=1.0"], ["optim.beta1", "less than 1"]),
         (["optim.decay=sine"], ["optim.decay", "'linear'"]),
-        (["model.attention=abacus"], ["cannot build", "abacus"]),
+        (["model.attention=abacus"], ["cannot build a model with model.attention=abacus"]),
         (["model.hidden_size=6"], ["model.hidden_size", "multiple"]),
     ],
 )
@@ -141,7 +141,7 @@ def test_missing_files_are_named(tmp_path, capsys):
     assert main(["plot", str(tmp_path)]) == 2
     one_line(capsys, "metrics.jsonl")
     assert main(["eval", str(tmp_path)]) == 2
-    one_line(capsys, "config.toml")
+    one_line(capsys, "has no config.toml", "expected the directory of a run")
     assert main(["eval", str(tmp_path / "absent")]) == 2
     one_line(capsys, "absent", "directory of a run or a model, or a recipe")
 

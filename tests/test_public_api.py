@@ -128,3 +128,12 @@ def test_importing_fastpo_imports_no_optional_library():
     code = f"import sys, fastpo; print([m for m in {optional} if m in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert run.stdout.strip() == "[]", run.stdout + run.stderr
+
+
+def test_an_adapter_is_there_after_import_fastpo_alone(monkeypatch):
+    integrations = fastpo.integrations
+    for name in ("trl", "transformers", "nemo_rl"):
+        monkeypatch.delattr(integrations, name, raising=False)  # as if nothing had imported it
+        assert getattr(integrations, name).__name__ == f"fastpo.integrations.{name}"
+    with pytest.raises(AttributeError, match="has no attribute 'nowhere'"):
+        _ = integrations.nowhere

@@ -223,7 +223,7 @@ def test_a_critic_is_sharded_and_offloaded_as_the_policy_is(offline, monkeypatch
     ("overrides", "line"),
     [
         (["rollout.prompts=12"], "rollout.prompts is 12, expected a multiple of the 8 ranks"),
-        (["replicas=3"], "replicas is 3, expected a divisor of the 8 ranks"),
+        (["replicas=3"], "replicas is 3, expected a divisor of the number of ranks, 8: change it"),
         (["optim.name=adamw_8bit"], "pip install torchao"),
         (["task=absent:Task", "task_args={}"], "cannot import task 'absent:Task'"),
         (["task_args.reward=absent"], "absent"),
@@ -292,6 +292,8 @@ def test_a_hub_that_is_not_there_is_tried_once(capsys, monkeypatch):
 
 def test_a_plan_refuses_ranks_that_replicas_do_not_divide(capsys):
     assert main(["plan", str(RECIPES / "dapo-2nodes.toml")]) != 0
-    assert "replicas is 2, expected a divisor of the 1 ranks" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "replicas is 2, expected a divisor of the number of ranks, 1: change it" in error
+    assert "--ranks of a plan" in error
     assert main(["plan", str(RECIPES / "demo.toml"), "offload=true"]) != 0
     assert "offload=true is for the shards of several ranks" in capsys.readouterr().err

@@ -61,6 +61,7 @@ def test_text_needs_no_quotes_and_numbers_may_name_a_directory(tmp_path):
         ("", ["model.dtype=float16"], ["model.dtype", "'float16'", "'bfloat16'"]),
         ("", ["threads=100000"], ["threads", "100000", "1024"]),
         ("", ["algorithm.kl_coef=0.1"], ["it is algorithm.objective.kl_coef"]),
+        ("", ["clip_high=0.3"], ["it is algorithm.objective.clip_high"]),
         ("", ["optim=3"], ["optim", "table"]),
         ("", ["algorithm.correction=none"], ["algorithm.correction is None", "dictionary"]),
         (  # REGRESSIONS 59

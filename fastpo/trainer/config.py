@@ -165,7 +165,8 @@ class OptimConfig:
     beta2: Share = 0.95
     """Decay of the second moment."""
     name: Literal["adamw", "adamw_fused", "adamw_8bit"] = "adamw"
-    """One kernel per step (fused: faster, rounds otherwise); moments of 8 bits (torchao)."""
+    """adamw_fused: one kernel per step, faster, rounds otherwise; adamw_8bit: moments of 8 bits
+    (torchao)."""
     max_grad_norm: Positive = 1.0
     """Gradients are clipped to this norm."""
     updates_per_batch: Count = 1

@@ -254,7 +254,7 @@ def _nothing_to_learn(sampled: list[list[Sample]], rounds: int, by: str) -> str:
         "(warmup.max_steps, model.path)"
     )
     if by == "correct" and any(is_informative(group, "reward") for group in sampled):
-        hint = "but their rewards differ: set algorithm.dynamic_sampling_by=reward to learn from it"
+        hint = "their rewards differ, though: set algorithm.dynamic_sampling_by=reward to use that"
     what = "right and wrong answers" if by == "correct" else "different rewards"
     return (
         f"no group had {what} in {rounds} rounds of sampling ({len(samples)} completions, accuracy "

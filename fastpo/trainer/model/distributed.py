@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 _own = threading.local()  # `group`: of a thread whose messages must not meet those of the others
+HOW_MANY = "torchrun's --nproc-per-node and --nnodes, or --ranks of a plan"
 PATIENCE = timedelta(hours=2)  # for the slowest rank; torchrun itself sees those that have died
 
 
@@ -134,10 +135,13 @@ def check_size(settings: dict[str, Any], ranks: int) -> None:
     if prompts % ranks:
         raise RecipeError(
             f"rollout.prompts is {prompts}, expected a multiple of the {ranks} ranks: change it, "
-            "or torchrun's --nproc-per-node or --nnodes"
+            f"or that number: {HOW_MANY}"
         )
     if ranks % replicas:
-        raise RecipeError(f"replicas is {replicas}, expected a divisor of the {ranks} ranks")
+        raise RecipeError(
+            f"replicas is {replicas}, expected a divisor of the number of ranks, {ranks}: change "
+            f"it, or that number: {HOW_MANY}"
+        )
     if settings["offload"] and ranks == 1:
         raise RecipeError(
             "offload=true is for the shards of several ranks, and there is one: start with "

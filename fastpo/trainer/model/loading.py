@@ -69,7 +69,10 @@ def _small_llama(
     from transformers import LlamaConfig, LlamaForCausalLM
 
     if alphabet is None:
-        raise RecipeError("this task needs a real tokenizer: set model.path")
+        raise RecipeError(
+            "this task names no characters for a model built from nothing: set model.path, or the "
+            "task's alphabet (task_args.alphabet of jsonl and datasets)"
+        )
     tokenizer = character_tokenizer(alphabet)
     if config.hidden_size % (2 * config.heads):  # rotary embeddings turn pairs of columns
         raise RecipeError(
@@ -94,7 +97,8 @@ def _small_llama(
             )
         )
     except Exception as error:  # transformers raises many kinds
-        raise RecipeError(f"cannot build a model from these sizes: {reason_of(error)}") from error
+        given = f"model.attention={config.attention}" if config.attention else "these sizes"
+        raise RecipeError(f"cannot build a model with {given}: {reason_of(error)}") from error
     return model, tokenizer
 
 

@@ -111,7 +111,7 @@ def find(run_dir: Path) -> Path:
         if (run_dir / name).is_dir():
             return run_dir / name
     raise TrainerError(
-        f"no checkpoint in {run_dir}: nothing to resume, train without --resume "
+        f"no checkpoint in {run_dir}: nothing to resume or evaluate; train without --resume "
         "(existing=move_aside keeps what is there)"
     )
 

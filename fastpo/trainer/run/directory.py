@@ -93,7 +93,9 @@ def config_of(path: Path, overrides: Iterable[str] = ()) -> Config:
         RecipeError: no such file, or an empty or malformed one.
     """
     file = path / CONFIG
-    if file.exists() and not file.stat().st_size:
+    if not file.exists():
+        raise RecipeError(f"{path} has no {CONFIG}{_runs_in(path)}")
+    if not file.stat().st_size:
         raise RecipeError(f"{file} is empty (was the disk full?): restore it, or train anew")
     return recipe.load(file, overrides)
 

@@ -231,7 +231,8 @@ def _explain(error: dict[str, Any]) -> str:
         from fastpo.objective import Objective  # and torch, which no other recipe needs
 
         key = ".".join(parts)
-        if parts[0] == "algorithm" and parts[-1] in {field.name for field in fields(Objective)}:
+        of_objective = parts[-1] in {field.name for field in fields(Objective)}
+        if of_objective and (parts[0] == "algorithm" or len(parts) == 1):
             return f"unknown key {key!r}; it is algorithm.objective.{parts[-1]}"
         return _nearest(key, known, tables)
     if key is None:
