@@ -316,17 +316,7 @@ def token_loss(
         ValueError: sequences are needed and `segments` is None, `ref_logprobs` are missing or
             superfluous, or the objective has no bounds on r and `clip_bounds` are given.
     """
-    if segments is None and (sequence_weights is not None or not objective.is_token_level):
-        raise ValueError(
-            f"objective {objective.name!r} couples whole sequences, or has sequence_weights, "
-            "and got segments=None: pass the Segments of the batch"
-        )
-    if (ref_logprobs is None) != (objective.kl_coef == 0):
-        got = "None" if ref_logprobs is None else "a tensor"
-        raise ValueError(
-            f"ref_logprobs is {got} with kl_coef={objective.kl_coef:g}: "
-            "they are required exactly when kl_coef != 0"
-        )
+    _check_given(objective, ref_logprobs, sequence_weights, segments)
     if clip_bounds is not None:
         check_takes_clip_bounds(objective)
         clip_bounds = tuple(_constant(bound, mask, 1) for bound in clip_bounds)
@@ -355,6 +345,25 @@ def token_loss(
     if nll_weights is not None:
         loss = loss - _constant(nll_weights, mask, 0) * logprobs
     return TokenLoss(loss, ratio.detach(), kl, clipped)
+
+
+def _check_given(
+    objective: Objective,
+    ref_logprobs: Tensor | None,
+    sequence_weights: Tensor | None,
+    segments: Segments | None,
+) -> None:
+    if segments is None and (sequence_weights is not None or not objective.is_token_level):
+        raise ValueError(
+            f"objective {objective.name!r} couples whole sequences, or has sequence_weights, "
+            "and got segments=None: pass the Segments of the batch"
+        )
+    if (ref_logprobs is None) != (objective.kl_coef == 0):
+        got = "None" if ref_logprobs is None else "a tensor"
+        raise ValueError(
+            f"ref_logprobs is {got} with kl_coef={objective.kl_coef:g}: "
+            "they are required exactly when kl_coef != 0"
+        )
 
 
 def check_takes_clip_bounds(objective: Objective) -> None:

@@ -87,6 +87,36 @@ def plan(
             V, or one of EXP_PATHS for another dtype or device than it runs with.
     """
     _check(vocab=vocab, hidden=hidden, tokens=tokens, longest=longest)
+    _check_way(path, vocab, dtype, budget, device, kept)
+    sizes = (vocab, hidden, tokens)
+    chunk = None
+    if path == "fastpo":
+        chunk = _fastpo_chunk(*sizes, dtype, budget, device, softcap, longest)
+        buffers = plan_buffers.fastpo(*sizes, dtype, chunk, device, softcap=softcap)
+    elif path == KEPT_PATH:
+        buffers = plan_buffers.kept_sets(*sizes, dtype, kept)
+    elif path in EXP_PATHS:
+        chunk = linear_chunks.chunk_rows(tokens, 1, linear_chunks.gathered_rows(hidden))
+        buffers = plan_buffers.exponentials(*sizes, chunk, kept=path == "triton-exp-kept")
+    elif path == "chunked_recompute":
+        chunk = min(plan_buffers.TRL_TILE[0], tokens)
+        buffers = plan_buffers.chunked_recompute(*sizes, dtype, device)
+    else:
+        buffers = plan_buffers.materialized(*sizes, dtype)
+    return Plan(
+        path=path,
+        tokens=tokens,
+        hidden=hidden,
+        vocab=vocab,
+        dtype=dtype,
+        chunk_tokens=chunk,
+        buffers=tuple(buffers),
+    )
+
+
+def _check_way(
+    path: str, vocab: int, dtype: torch.dtype, budget: int | None, device: str, kept: int
+) -> None:
     if not 0 <= kept <= vocab:
         raise ValueError(
             f"kept is {kept}, expected the ids of {vocab} that a token was sampled from, or 0 for "
@@ -106,36 +136,23 @@ def plan(
             f"path {path!r} for {dtype} on {device!r}, but exponentials are of bfloat16 operands "
             "on 'cuda': use path='fastpo'"
         )
-    chunk = None
-    if path == "fastpo":
-        default = linear_chunks.GPU_BUDGET if device == "cuda" else linear_chunks.CPU_BUDGET
-        waits = budget is None and plan_buffers.is_narrow(dtype, device)
-        row = vocab * torch.float32.itemsize * (2 if softcap else 1)
-        chunk = plan_buffers.chunk_tokens(
-            row, hidden, tokens, budget or default, longest, waits=waits
-        )
-        buffers = plan_buffers.fastpo(vocab, hidden, tokens, dtype, chunk, device, softcap=softcap)
-    elif path == KEPT_PATH:
-        buffers = plan_buffers.kept_sets(vocab, hidden, tokens, dtype, kept)
-    elif path in EXP_PATHS:
-        chunk = linear_chunks.chunk_rows(tokens, 1, linear_chunks.gathered_rows(hidden))
-        buffers = plan_buffers.exponentials(
-            vocab, hidden, tokens, chunk, kept=path == "triton-exp-kept"
-        )
-    elif path == "chunked_recompute":
-        chunk = min(plan_buffers.TRL_TILE[0], tokens)
-        buffers = plan_buffers.chunked_recompute(vocab, hidden, tokens, dtype, device)
-    else:
-        buffers = plan_buffers.materialized(vocab, hidden, tokens, dtype)
-    return Plan(
-        path=path,
-        tokens=tokens,
-        hidden=hidden,
-        vocab=vocab,
-        dtype=dtype,
-        chunk_tokens=chunk,
-        buffers=tuple(buffers),
-    )
+
+
+def _fastpo_chunk(
+    vocab: int,
+    hidden: int,
+    tokens: int,
+    dtype: torch.dtype,
+    budget: int | None,
+    device: str,
+    softcap: bool,
+    longest: int,
+) -> int:
+    """Tokens of a chunk, as the linear ops cut them."""
+    default = linear_chunks.GPU_BUDGET if device == "cuda" else linear_chunks.CPU_BUDGET
+    waits = budget is None and plan_buffers.is_narrow(dtype, device)
+    row = vocab * torch.float32.itemsize * (2 if softcap else 1)
+    return plan_buffers.chunk_tokens(row, hidden, tokens, budget or default, longest, waits=waits)
 
 
 def _check(**numbers: int) -> None:

@@ -160,6 +160,7 @@ def _part_of_dh(
 
 
 def kept_sets(vocab: int, hidden: int, tokens: int, dtype: torch.dtype, kept: int) -> list[Buffer]:
+    """Rows that meet `kept` ids each: the results and numbers of these ids, no chunk of logits."""
     return [
         *_gradient("dH", tokens, hidden, dtype, wide=False),
         *_gradient("dW", vocab, hidden, dtype, wide=False),
@@ -197,10 +198,12 @@ def _widened(vocab: int, hidden: int, rows: int, dtype: torch.dtype, device: str
 
 
 def has_exponentials(dtype: torch.dtype, device: str) -> bool:
+    """Whether the exponentials of EXP_PATHS are made of such operands there."""
     return dtype == torch.bfloat16 and device == "cuda"
 
 
 def exponentials(vocab: int, hidden: int, tokens: int, chunk: int, *, kept: bool) -> list[Buffer]:
+    """The first product stores exponentials: a chunk's, or all tokens', `kept` for backward."""
     columns = linear_chunks.padded(vocab, _EXP_PAD)
     tile = _EXP_TILES[hidden % 16 != 0]
     tiles = linear_chunks.padded(vocab, tile) // tile
@@ -228,6 +231,7 @@ def exponentials(vocab: int, hidden: int, tokens: int, chunk: int, *, kept: bool
 def chunked_recompute(
     vocab: int, hidden: int, tokens: int, dtype: torch.dtype, device: str
 ) -> list[Buffer]:
+    """TRL's way: tiles of logits, made once forward and again backward, beside fp32 sums."""
     tile = min(tokens, TRL_TILE[0]) * min(vocab, TRL_TILE[1])
     temporaries = _TRL_TEMPORARIES * tile * _FP32 if device == "cpu" else 0
     return [
@@ -245,6 +249,7 @@ def chunked_recompute(
 
 
 def materialized(vocab: int, hidden: int, tokens: int, dtype: torch.dtype) -> list[Buffer]:
+    """Plain PyTorch: logits of all tokens as fp32 log-probs, with their gradients."""
     logits = tokens * vocab
     names = ("log-probs", "gradient of the log-probs", "gradient of the logits")
     softmax = [
